@@ -1,0 +1,167 @@
+"""The largest eigenvalue of the Fisher matrix to 1e-4: this package and its peers.
+
+F = (1/n) sum_i sum_k grad f_k(x_i) grad f_k(x_i)^T, n = 1000 Gaussian inputs, 10 outputs, float32,
+the same weights everywhere. Each peer runs in a process of its own; warm calls alternate with the
+package's, so that every ratio comes from two calls side by side. A call starts at the model and
+the inputs (the operator is built inside it) and ends with a Python float. Compile time is in the
+first call of a fresh process ("cold", imports done) and only there.
+
+Run: ``python fisher_lambda_max.py [--cases A C B] [--rounds 3] [--quick]``. The exit status is 1
+when a claim is false.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from common import Claim, Peer, compare, console, finish, worker
+from networks import CASES
+from rich.table import Table
+from summary import write_summary
+
+TOLERANCE = 1e-4
+MATFREE = "matfree, step count given"
+SCIPY = "scipy eigsh, jitted F v"
+SCIPY_DUAL = "scipy eigsh, jitted J J^T u by hand"
+CURVLINOPS = "curvlinops GGN + eigsh"
+CURVLINOPS_DUAL = "curvlinops J J^T by hand + eigsh"
+PYHESSIAN = "PyHessian, tol 1e-3 (default)"
+PYHESSIAN_FINE = "PyHessian, tol 1e-5"
+PYHESSIAN_STATELESS = "PyHessian, tol 1e-5, no running statistics"
+
+
+def make_peers(case: str, num_steps: int, quick: bool) -> list[Peer]:
+    """The package first, then the peers of a case."""
+    colds = 3 if case == "A" and not quick else 1
+    peers = [
+        Peer("meanfield_jax", "peers:meanfield", colds=colds),
+        Peer(MATFREE, "peers:matfree_top", dict(num_steps=num_steps)),
+        Peer(SCIPY, "peers:scipy_eigsh", colds=colds),
+        Peer(SCIPY_DUAL, "peers:scipy_eigsh_dual"),
+        Peer(CURVLINOPS, "peers:curvlinops_eigsh", colds=colds),
+        Peer(CURVLINOPS_DUAL, "peers:curvlinops_eigsh_dual"),
+        Peer(PYHESSIAN, "peers:pyhessian_power", dict(tol=1e-3)),
+        Peer(PYHESSIAN_FINE, "peers:pyhessian_power", dict(tol=1e-5), rounds=1),
+    ]
+    if CASES[case].batch_norm:
+        options = dict(tol=1e-5, running_statistics=False)
+        peers.append(Peer(PYHESSIAN_STATELESS, "peers:pyhessian_power", options))
+    return peers
+
+
+def reference(case: str) -> dict[str, Any]:
+    """The eigenvalue by curvlinops in float64, the package's at 1e-7, and matfree's step count."""
+    options = dict(case=case, tol=1e-9, double=True)
+    with worker("peers:curvlinops_eigsh_dual", options) as process:
+        truth = process.run()["value"]
+    with worker("peers:meanfield", dict(case=case, tol=1e-7)) as process:
+        ours = process.run()["value"]
+    with worker("peers:matfree_steps", dict(case=case, truth=truth, tol=TOLERANCE)) as process:
+        num_steps = process.run()["num_steps"]
+    return dict(value=truth, ours=ours, disagreement=abs(ours / truth - 1), num_steps=num_steps)
+
+
+def measure(case: str, rounds: int, quick: bool) -> dict[str, Any]:
+    """All peers on one case."""
+    console.print(f"case {case}: {CASES[case].title}")
+    truth = reference(case)
+    peers = make_peers(case, truth["num_steps"], quick)
+    compare(peers, dict(case=case), rounds)
+    for peer in peers:
+        if peer.result:
+            peer.result["error"] = abs(peer.result["value"] / truth["value"] - 1)
+    record = dict(
+        case=case,
+        title=CASES[case].title,
+        reference=truth,
+        peers=[peer.record() for peer in peers],
+    )
+    console.print(show(record))
+    return record
+
+
+def show(record: dict[str, Any]) -> Table:
+    """The table of a case: ratios first."""
+    table = Table(
+        "peer",
+        "warm, ours = 1",
+        "cold, ours = 1",
+        "products",
+        "relative error",
+        "peak MB",
+    )
+    value = record["reference"]["value"]
+    table.title = f"{record['case']}: {record['title']}; lambda_max = {value:.6g}"
+    for index, peer in enumerate(record["peers"]):
+        if peer["failure"] and not peer["warm_ratio"]:
+            table.add_row(peer["name"], peer["failure"], "", "", "", "")
+            continue
+        ratios = (
+            ("1", "1") if index == 0 else (_fixed(peer["warm_ratio"]), _fixed(peer["cold_ratio"]))
+        )
+        miss = "" if peer["error"] <= TOLERANCE else " (missed)"
+        error = f"{peer['error']:.1e}{miss}"
+        table.add_row(
+            peer["name"], *ratios, str(peer["products"]), error, _fixed(peer["megabytes"], 0)
+        )
+    return table
+
+
+def _fixed(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def make_claims(record: dict[str, Any]) -> list[Claim]:
+    """What is claimed of a case."""
+    case = record["case"]
+    peers = {peer["name"]: peer for peer in record["peers"]}
+    ours = peers["meanfield_jax"]
+
+    def faster(peer: str, times: float, kind: str = "warm") -> Claim:
+        text = f"{case}: {kind} calls faster than {peer}, times"
+        return Claim(text, peers[peer][f"{kind}_ratio"], times)
+
+    claims = [
+        Claim(f"{case}: relative error", ours.get("error"), TOLERANCE, at_least=False),
+        Claim(
+            f"{case}: at tol 1e-7, away from curvlinops in float64",
+            record["reference"]["disagreement"],
+            1e-5,
+            at_least=False,
+        ),
+    ]
+    if case == "A":
+        claims += [
+            faster(CURVLINOPS, 5),
+            faster(PYHESSIAN_FINE, 5),
+            faster(SCIPY, 4),
+            faster(MATFREE, 1.5),
+            faster(SCIPY, 1.8, "cold"),
+            faster(CURVLINOPS, 2.8, "cold"),
+            Claim("A: peak memory, MB", ours["megabytes"], 700, at_least=False),
+        ]
+    else:
+        claims.append(faster(CURVLINOPS, 2))
+    if CASES[case].batch_norm:
+        wrong = peers[PYHESSIAN_FINE].get("error")
+        claims.append(Claim("C: PyHessian's silent error (it forces eval mode)", wrong, 0.5))
+    return claims
+
+
+def main() -> int:
+    """Measures, prints, writes results/fisher_lambda_max.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round, one cold call")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
+    records = [measure(case, rounds, options.quick) for case in options.cases]
+    claims = [claim for record in records for claim in make_claims(record)]
+    status = finish("fisher_lambda_max", dict(tolerance=TOLERANCE, cases=records), claims)
+    write_summary()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

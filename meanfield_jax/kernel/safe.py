@@ -1,0 +1,27 @@
+"""Square root, arcsine and division whose derivatives stay finite at the edge of their domain.
+
+Kernels reach the edge exactly: the correlation of a sample with itself is 1, and a BatchNorm with
+gamma = 0 has no variance. The textbook forms return the right value there and NaN derivatives.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def sqrt(x: Array) -> Array:
+    """Square root of max(x, 0); the derivative is 0 where x <= 0, of every order."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def divide(numerator: Array, denominator: Array) -> Array:
+    """Quotient, and 0 with zero derivatives where the denominator is 0."""
+    nonzero = denominator != 0
+    return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1.0), 0.0)
+
+
+def asin(x: Array) -> Array:
+    """Arcsine of x clipped to [-1, 1]; the derivative is 0 at and beyond the ends."""
+    inside = jnp.abs(x) < 1
+    edge = jnp.sign(x) * (jnp.pi / 2)
+    return jnp.where(inside, jnp.arcsin(jnp.where(inside, x, 0.0)), edge)

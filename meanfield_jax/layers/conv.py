@@ -1,0 +1,188 @@
+"""Conv: a two-dimensional convolution with random weights and biases."""
+
+import math
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.state import PUBLISHED, EnsembleKernel
+from meanfield_jax.layers.base import (
+    Injection,
+    Layer,
+    Problem,
+    Shape,
+    Signal,
+    check_positive_int,
+    layer,
+    static,
+    variance_problems,
+)
+from meanfield_jax.layers.dense import linear_kernel, linear_options
+
+PADDINGS = ("SAME", "VALID", "CIRCULAR")
+
+
+@layer
+class Conv(Layer):
+    """Convolution over a square window, W ~ N(0, weight_var / fan_in), fan_in = kernel^2 channels.
+
+    Rule: with <.> the average over the window of the entries at shifted positions (zeros where the
+    window leaves a zero-padded map), K <- bias_var + weight_var <K>;
+    T <- fan_in <K_in> + 1 + weight_var <T>.
+
+    Attributes:
+        width: Number of output channels.
+        kernel: Side of the window.
+        stride: Step of the window.
+        padding: ``"SAME"`` (zeros), ``"VALID"`` (none) or ``"CIRCULAR"`` (the map repeats).
+        weight_var: sigma_w^2, the variance of a weight times the fan-in.
+        bias_var: sigma_b^2, the variance of a bias.
+
+    Source:
+        Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 3.2; Xiao et al. 2018.
+
+        Departure: the paper takes every position to be alike. Here the moments are maps, so that
+        the borders of zero-padded maps count; ``statistics="wei2019"`` treats ``"SAME"`` as
+        circular, as published.
+    """
+
+    width: int = static()
+    kernel: int = static(3)
+    stride: int = static(1)
+    padding: str = static("SAME")
+    weight_var: float | Array = 2.0
+    bias_var: float | Array = 0.5
+
+    def __post_init__(self):
+        for field in ("width", "kernel", "stride"):
+            check_positive_int(f"Conv.{field}", getattr(self, field))
+        if self.padding not in PADDINGS:
+            remedy = f"use one of {', '.join(PADDINGS)}"
+            raise problem(SpecError, "Conv.padding", self.padding, "unknown", remedy)
+
+    def output(self, signal: Signal) -> Signal:
+        if len(signal.shape) != 3:
+            remedy = "give inputs of shape (height, width, channels)"
+            raise problem(SpecError, "input shape", signal.shape, "Conv takes maps", remedy)
+        height, width, _ = signal.shape
+        if self.stride > min(height, width):
+            remedy = f"use a stride of at most {min(height, width)}"
+            cause = f"larger than the {height}x{width} map"
+            raise problem(SpecError, "Conv.stride", self.stride, cause, remedy)
+        if self.padding != "SAME" and self.kernel > min(height, width):
+            remedy = f"use a kernel of at most {min(height, width)}, or padding='SAME'"
+            cause = f"larger than the {height}x{width} map"
+            raise problem(SpecError, "Conv.kernel", self.kernel, cause, remedy)
+        lost = self.kernel - 1 if self.padding == "VALID" else 0
+        positions = (math.ceil((size - lost) / self.stride) for size in (height, width))
+        return Signal((*positions, self.width), gaussian=True)
+
+    def num_parameters(self, shape: Shape) -> int:
+        return (self.kernel**2 * shape[-1] + 1) * self.width
+
+    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, Injection]:
+        padding = self.padding
+        if kernel.statistics == PUBLISHED and padding == "SAME":
+            padding = "CIRCULAR"
+        moment = self._average(kernel, kernel.moment, padding)
+        tangent = self._average(kernel, kernel.settled_tangent, padding)
+        behind = linear_kernel(self, kernel, moment, tangent, self.width)
+        return behind, Injection(weights=self.kernel**2 * kernel.channels * moment, biases=1.0)
+
+    def _average(self, kernel: EnsembleKernel, matrix: Array, padding: str) -> Array:
+        """The window's average; both members of a pair are shifted by the same step."""
+        rows, columns = ((1, 3), (2, 4)) if kernel.all_positions else ((1,), (2,))
+        for axes in (rows, columns):
+            matrix = sum(windows(matrix, axes, self.kernel, self.stride, padding))
+        return matrix / self.kernel**2
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Conv(
+            shape[-1],
+            self.width,
+            (self.kernel, self.kernel),
+            strides=self.stride,
+            padding=self.padding,
+            conv_general_dilated=convolve,
+            rngs=rngs,
+            **linear_options(self, self.kernel**2 * shape[-1]),
+        )
+
+    def value_problems(self) -> Iterator[Problem]:
+        yield from variance_problems(self, "weight_var", "bias_var")
+
+
+def windows(
+    x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: str
+) -> list[Array]:
+    """The array under each place of a one-dimensional window, as strided slices.
+
+    Args:
+        x: Any array.
+        axes: Axes along which the window moves, all together.
+        kernel: Length of the window.
+        stride: Step of the window.
+        padding: One of :data:`PADDINGS`.
+
+    Returns:
+        ``kernel`` arrays, each with the output's size along ``axes``.
+    """
+    pads = [(0, 0)] * x.ndim
+    for axis in axes:
+        pads[axis] = _pad(x.shape[axis], kernel, stride, padding)
+    padded = jnp.pad(x, pads, mode="wrap" if padding == "CIRCULAR" else "constant")
+    slices = []
+    for offset in range(kernel):
+        part = padded
+        for axis in axes:
+            stop = offset + padded.shape[axis] - kernel + 1
+            part = lax.slice_in_dim(part, offset, stop, stride, axis)
+        slices.append(part)
+    return slices
+
+
+def _pad(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
+    if padding == "VALID":
+        return 0, 0
+    if padding == "CIRCULAR":
+        return (kernel - 1) // 2, kernel // 2
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def convolve(x: Array, weights: Array, strides, padding: str, *, precision=None, **options) -> Array:
+    """Convolution of (samples, height, width, channels) with (side, side, channels, width).
+
+    On CPU it is written as strided slices and one matrix product, several times faster there than
+    XLA's convolution, and 10 to 20 times inside a scan; elsewhere it is XLA's.
+
+    Args:
+        x: Inputs.
+        weights: A square window.
+        strides: The same step for both axes, as a pair.
+        padding: ``"SAME"`` or ``"VALID"``.
+        precision: As in ``jax.lax.dot_general``.
+        **options: What else ``jax.lax.conv_general_dilated`` takes; used there only.
+
+    Returns:
+        The map, (samples, height, width, width of the layer).
+    """
+
+    def by_slices(x: Array, weights: Array) -> Array:
+        side, _, channels, width = weights.shape
+        rows = windows(x, (1,), side, strides[0], padding)
+        pieces = [piece for row in rows for piece in windows(row, (2,), side, strides[1], padding)]
+        patches = jnp.concatenate(pieces, axis=-1)
+        return jnp.matmul(
+            patches, weights.reshape(side * side * channels, width), precision=precision
+        )
+
+    def by_xla(x: Array, weights: Array) -> Array:
+        return lax.conv_general_dilated(
+            x, weights, strides, padding, precision=precision, **options
+        )
+
+    return lax.platform_dependent(x, weights, cpu=by_slices, default=by_xla)

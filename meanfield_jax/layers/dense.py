@@ -1,0 +1,88 @@
+"""Dense: a fully connected layer with random weights and biases."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+from jax import Array, lax
+from jax.nn import initializers
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.state import EnsembleKernel
+from meanfield_jax.layers.base import (
+    Injection,
+    Layer,
+    Problem,
+    Shape,
+    Signal,
+    check_positive_int,
+    layer,
+    static,
+    variance_problems,
+)
+
+
+@layer
+class Dense(Layer):
+    """z = W h + b, W ~ N(0, weight_var / fan_in), b ~ N(0, bias_var).
+
+    Rule: K <- bias_var + weight_var K;  T <- fan_in K_in + 1 + weight_var T.
+
+    Attributes:
+        width: Number of units.
+        weight_var: sigma_w^2, the variance of a weight times the fan-in.
+        bias_var: sigma_b^2, the variance of a bias.
+
+    Source:
+        Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 3; tangent: Jacot et al. 2018.
+    """
+
+    width: int = static()
+    weight_var: float | Array = 2.0
+    bias_var: float | Array = 0.5
+
+    def __post_init__(self):
+        check_positive_int("Dense.width", self.width)
+
+    def output(self, signal: Signal) -> Signal:
+        if len(signal.shape) != 1:
+            remedy = "put Flatten() or GlobalMeanPool() before it"
+            raise problem(SpecError, "input shape", signal.shape, "Dense takes vectors", remedy)
+        return Signal((self.width,), gaussian=True)
+
+    def num_parameters(self, shape: Shape) -> int:
+        return (shape[0] + 1) * self.width
+
+    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, Injection]:
+        moment = kernel.moment
+        behind = linear_kernel(self, kernel, moment, kernel.settled_tangent, self.width)
+        return behind, Injection(weights=kernel.channels * moment, biases=1.0)
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Linear(shape[0], self.width, rngs=rngs, **linear_options(self, shape[0]))
+
+    def value_problems(self) -> Iterator[Problem]:
+        yield from variance_problems(self, "weight_var", "bias_var")
+
+
+def linear_kernel(
+    layer: Any, kernel: EnsembleKernel, moment: Array, tangent: Array, width: int
+) -> EnsembleKernel:
+    """The kernel behind random weights that see these second moments and tangents."""
+    return kernel.replace(
+        cov=layer.bias_var + layer.weight_var * moment,
+        tangent=layer.weight_var * tangent,
+        scale=0.0 * moment,
+        mean=None,
+        channels=width,
+    )
+
+
+def linear_options(layer: Any, fan_in: int) -> dict[str, Any]:
+    """What a Flax layer needs to draw the declared weights and to multiply in full precision."""
+    return dict(
+        kernel_init=initializers.normal(math.sqrt(layer.weight_var / fan_in)),
+        bias_init=initializers.normal(math.sqrt(layer.bias_var)),
+        precision=lax.Precision.HIGHEST,
+    )

@@ -1,0 +1,76 @@
+"""Flatten and GlobalMeanPool: from a map to a vector."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.state import EnsembleKernel
+from meanfield_jax.layers.base import Layer, Shape, Signal, layer
+
+
+@layer
+class Flatten(Layer):
+    """(height, width, channels) -> (height * width * channels,).
+
+    Rule: the average over equal positions, as the weights behind are independent by position.
+    """
+
+    def output(self, signal: Signal) -> Signal:
+        return Signal((_check_map("Flatten", signal)[0],), gaussian=False)
+
+    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, None]:
+        num_positions = kernel.positions[0] * kernel.positions[1]
+        return _pool(kernel, kernel.same_positions, num_positions * kernel.channels), None
+
+    def build(self, shape: Shape, rngs: nnx.Rngs):
+        return flatten
+
+
+@layer
+class GlobalMeanPool(Layer):
+    """(height, width, channels) -> (channels,), the mean over positions.
+
+    Rule: the average over all pairs of positions.
+    """
+
+    def output(self, signal: Signal) -> Signal:
+        _check_map("GlobalMeanPool", signal)
+        return Signal(signal.shape[-1:], signal.gaussian)
+
+    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, None]:
+        return _pool(kernel, lambda matrix: matrix, kernel.channels), None
+
+    def build(self, shape: Shape, rngs: nnx.Rngs):
+        return global_mean_pool
+
+
+def flatten(x: Array) -> Array:
+    """(samples, height, width, channels) -> (samples, height * width * channels)."""
+    return x.reshape(x.shape[0], -1)
+
+
+def global_mean_pool(x: Array) -> Array:
+    """(samples, height, width, channels) -> (samples, channels)."""
+    return jnp.mean(x, axis=(1, 2))
+
+
+def _pool(kernel: EnsembleKernel, select, channels: int) -> EnsembleKernel:
+    def average(matrix: Array) -> Array:
+        return select(matrix).reshape(2, -1).mean(-1)
+
+    return kernel.replace(
+        cov=average(kernel.cov),
+        tangent=average(kernel.tangent),
+        scale=average(kernel.scale),
+        channels=channels,
+        all_positions=False,
+    )
+
+
+def _check_map(name: str, signal: Signal) -> tuple[int]:
+    if len(signal.shape) != 3:
+        remedy = "use it on (height, width, channels) only"
+        raise problem(SpecError, "input shape", signal.shape, f"{name} takes maps", remedy)
+    height, width, channels = signal.shape
+    return (height * width * channels,)

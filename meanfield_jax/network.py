@@ -1,0 +1,278 @@
+"""A network is data: an input shape and a tuple of layers; presets for the usual ones."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.layers import (
+    LAYERS,
+    Activation,
+    Conv,
+    Dense,
+    Flatten,
+    GlobalMeanPool,
+    Layer,
+    Sequential,
+)
+from meanfield_jax.layers.base import Signal, check_positive_int
+
+FORMAT = "meanfield_jax.Network/1"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Network:
+    """The specification of a network: theory, Flax network and files are made from it.
+
+    A pytree whose leaves are the layers' numbers (weight_var, bias_var, gamma, beta): specs can be
+    built inside ``jax.vmap`` and ``jax.grad``.
+
+    Args:
+        input_shape: One sample's shape, (features,) or (height, width, channels).
+        layers: The layers, first to last.
+
+    Raises:
+        SpecError: if a layer does not fit behind the one before it; the message names its path.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> mf.Network((784,), (mf.Dense(100), mf.Activation("tanh"), mf.Dense(10)))
+        Network: (784,) -> (10,), 79,510 parameters
+          layers/0  Dense(width=100, weight_var=2.0, bias_var=0.5)  (100,)  78,500
+          layers/1  Activation(function='tanh')                     (100,)       0
+          layers/2  Dense(width=10, weight_var=2.0, bias_var=0.5)   (10,)    1,010
+    """
+
+    input_shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "input_shape", tuple(self.input_shape))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if len(self.input_shape) not in (1, 3):
+            remedy = "use (features,) or (height, width, channels)"
+            raise problem(SpecError, "input_shape", self.input_shape, "not understood", remedy)
+        for size in self.input_shape:
+            check_positive_int("input_shape", size)
+        for index, inner in enumerate(self.layers):
+            if not isinstance(inner, Layer):
+                remedy = f"use {', '.join(LAYERS)}"
+                raise problem(SpecError, f"layers/{index}", inner, "not a layer", remedy)
+        if not self.layers:
+            raise problem(SpecError, "layers", self.layers, "empty", "give at least one layer")
+        self.body.output(Signal(self.input_shape))
+
+    @property
+    def body(self) -> Sequential:
+        """The layers as one layer."""
+        return Sequential(self.layers)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """One sample's shape behind the last layer."""
+        return self.body.output(Signal(self.input_shape)).shape
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trainable parameters."""
+        return self.body.num_parameters(self.input_shape)
+
+    def validate(self) -> None:
+        """Checks every number that is known (not traced) and names all that make no sense.
+
+        Raises:
+            SpecError: one line with path, value, cause and remedy of each problem.
+        """
+        problems = [
+            f"{path}/{type(inner).__name__}.{field}={value!r}: {cause}; {remedy}"
+            for path, inner in walk(self.body)
+            for field, value, cause, remedy in _number_problems(inner)
+        ]
+        if problems:
+            raise SpecError(" | ".join(problems))
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The specification as JSON text; :meth:`from_json` reads it back."""
+        self.validate()
+        spec = dict(format=FORMAT, input_shape=self.input_shape, layers=_encode(self.layers))
+        return json.dumps(spec, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Network":
+        """Reads what :meth:`to_json` wrote; SpecError where the text is something else."""
+        try:
+            spec = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"specification: not JSON ({error}); write it with to_json") from None
+        if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+            raise SpecError(f"specification: no {FORMAT!r} in it; write it with to_json")
+        return cls(tuple(spec["input_shape"]), tuple(_decode(inner) for inner in spec["layers"]))
+
+    def __repr__(self) -> str:
+        rows, signal = [], Signal(self.input_shape)
+        for index, inner in enumerate(self.layers):
+            behind = inner.output(signal)
+            count = f"{inner.num_parameters(signal.shape):,}"
+            rows.append((f"layers/{index}", repr(inner), str(behind.shape), count))
+            signal = behind
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column == 3 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        head = f"Network: {self.input_shape} -> {signal.shape}, {self.num_parameters:,} parameters"
+        return "\n  ".join([head, *lines])
+
+
+def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+    """Every layer that is no combinator, with its path."""
+    children = layer.children()
+    if not children:
+        yield path, layer
+    for name, inner in children.items():
+        yield from walk(inner, f"{path}/{name}" if path else name)
+
+
+def mlp(
+    widths: Sequence[int],
+    *,
+    inputs: int,
+    outputs: int,
+    activation: str | Callable[[Array], Array] | Activation = "relu",
+    norm: Layer | None = None,
+    weight_var: float | Array = 2.0,
+    bias_var: float | Array = 0.5,
+) -> Network:
+    """A fully connected network: [Dense, norm, activation] for each width, then Dense(outputs).
+
+    Args:
+        widths: Units of each hidden layer.
+        inputs: Input features.
+        outputs: Output units C.
+        activation: A name, a function, or an :class:`Activation`.
+        norm: A layer put before each activation, such as ``BatchNorm(gamma=1.0)``.
+        weight_var: sigma_w^2 of every layer.
+        bias_var: sigma_b^2 of every layer.
+
+    Returns:
+        The specification.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> mf.mlp([1000] * 3, inputs=784, outputs=10).num_parameters
+        2797010
+    """
+    layers: list[Layer] = []
+    for width in widths:
+        layers += [Dense(width, weight_var, bias_var), *_after(norm, activation)]
+    return Network((inputs,), (*layers, Dense(outputs, weight_var, bias_var)))
+
+
+def cnn(
+    channels: Sequence[int],
+    *,
+    inputs: tuple[int, int, int] = (32, 32, 3),
+    outputs: int = 10,
+    kernel: int = 3,
+    stride: int = 2,
+    padding: str = "SAME",
+    head: str = "flatten",
+    activation: str | Callable[[Array], Array] | Activation = "relu",
+    norm: Layer | None = None,
+    weight_var: float | Array = 2.0,
+    bias_var: float | Array = 0.5,
+) -> Network:
+    """A convolutional network: [Conv, norm, activation] for each, a head, then Dense(outputs).
+
+    Args:
+        channels: Channels of each convolution.
+        inputs: (height, width, channels) of the images.
+        outputs: Output units C.
+        kernel: Side of the window.
+        stride: Step of the window.
+        padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
+        head: ``"flatten"`` or ``"mean"`` (over positions).
+        activation: A name, a function, or an :class:`Activation`.
+        norm: A layer put before each activation, such as ``BatchNorm(gamma=1.0)``.
+        weight_var: sigma_w^2 of every layer.
+        bias_var: sigma_b^2 of every layer.
+
+    Returns:
+        The specification.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> mf.cnn([30, 60, 90], norm=mf.BatchNorm()).output_shape
+        (10,)
+    """
+    heads: dict[str, Layer] = {"flatten": Flatten(), "mean": GlobalMeanPool()}
+    if head not in heads:
+        raise problem(SpecError, "head", head, "unknown", "use 'flatten' or 'mean'")
+    layers: list[Layer] = []
+    for width in channels:
+        conv = Conv(width, kernel, stride, padding, weight_var, bias_var)
+        layers += [conv, *_after(norm, activation)]
+    return Network(inputs, (*layers, heads[head], Dense(outputs, weight_var, bias_var)))
+
+
+def _after(norm: Layer | None, activation) -> list[Layer]:
+    phi = activation if isinstance(activation, Activation) else Activation(activation)
+    return [phi] if norm is None else [norm, phi]
+
+
+def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
+    """The layer's own value problems, after its numbers were found to be numbers."""
+    known = True
+    for field in dataclasses.fields(inner):  # pyright: ignore[reportArgumentType]
+        value = getattr(inner, field.name)
+        if field.metadata.get("static") or isinstance(value, Layer):
+            continue
+        if isinstance(value, jax.core.Tracer):
+            known = False
+        elif not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+            yield field.name, value, "not a number", "give a float"
+            known = False
+        elif jnp.result_type(value) in (jnp.float16, jnp.bfloat16):
+            yield field.name, value, "half precision loses the theory", "use float32 or float64"
+            known = False
+    if known:
+        yield from inner.value_problems()
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, Layer):
+        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}  # pyright: ignore[reportArgumentType]
+        return dict(type=type(value).__name__, **fields)
+    if callable(value):
+        remedy = "use a named activation to save the network"
+        raise problem(SpecError, "Activation.function", value, "a function is no data", remedy)
+    return np.asarray(value).tolist() if isinstance(value, (np.ndarray, jax.Array)) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _decode(item) for name, item in value.items() if name != "type"}
+    name = value.get("type")
+    if name not in LAYERS:
+        raise problem(SpecError, "type", name, "not a layer", f"use one of {', '.join(LAYERS)}")
+    try:
+        return LAYERS[name](**fields)
+    except TypeError as error:
+        raise SpecError(f"{name}: {error}; write the specification with to_json") from None
+
+

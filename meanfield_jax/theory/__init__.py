@@ -1,0 +1,1 @@
+"""From a specification to order parameters, Fisher statistics and learning rates."""

@@ -1,0 +1,41 @@
+"""The largest stable learning rate of an eigenvalue, and the eigenvalue of a learning rate."""
+
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from meanfield_jax.errors import SpecError, problem
+
+
+def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
+    """eta_max = 2 (1 + momentum) / lambda_max.
+
+    Heavy-ball gradient descent on a quadratic is stable if and only if eta < eta_max.
+
+    Args:
+        lambda_max: Largest eigenvalue of the Fisher matrix (of the Hessian), any shape.
+        momentum: mu of the heavy ball, 0 <= mu < 1.
+
+    Returns:
+        The learning rate, of the broadcast shape.
+
+    Raises:
+        SpecError: if a momentum is outside [0, 1).
+
+    Accuracy:
+        Exact for the squared loss near a minimum; cross-entropy's curvature is smaller, and the
+        rate then no bound.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> round(mf.eta_max(160.0, momentum=0.9), 5)
+        0.02375
+
+    Source:
+        Polyak 1964; Wei, Stokes & Schwab 2019 (arXiv:1903.02606), equation 6.
+    """
+    if not isinstance(momentum, Tracer):
+        value = np.asarray(momentum)
+        if not np.all((value >= 0) & (value < 1)):
+            raise problem(SpecError, "momentum", momentum, "outside [0, 1)", "give e.g. 0.9")
+    return 2 * (1 + momentum) / lambda_max
