@@ -10,7 +10,6 @@ This module and the scripts import nothing heavy: a worker imports its peer's li
 import dataclasses
 import importlib
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import platform
@@ -18,14 +17,12 @@ import resource
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -120,8 +117,7 @@ def _serve(connection: Any, setup: str, arguments: dict[str, Any]) -> None:
                 result = call()
                 reply = dict(result, seconds=time.perf_counter() - start)
         except Exception as error:
-            traceback.print_exc()
-            reply = dict(error=f"{type(error).__name__}: {error}".split("\n")[0])
+            reply = dict(error=f"{type(error).__name__}: {error}".split("\n")[0][:80])
         connection.send(reply)
 
 
@@ -293,25 +289,6 @@ class Claim:
     def record(self) -> dict[str, Any]:
         """For the JSON file."""
         return dict(dataclasses.asdict(self), holds=self.holds)
-
-
-def finish(name: str, body: dict[str, Any], claims: Sequence[Claim]) -> int:
-    """Writes ``results/<name>.json``, prints the claims, and returns the exit status."""
-    table = Table("claim", "measured", "bound", "holds", title=f"{name}: claims")
-    for claim in claims:
-        measured = "-" if claim.value is None else f"{claim.value:.3g}"
-        bound = ("at least " if claim.at_least else "at most ") + f"{claim.bound:g}"
-        table.add_row(claim.text, measured, bound, "yes" if claim.holds else "[bold]NO[/bold]")
-    console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    record = dict(
-        benchmark=name,
-        environment=environment(),
-        claims=[claim.record() for claim in claims],
-        **body,
-    )
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    return 0 if all(claim.holds for claim in claims) else 1
 
 
 def environment() -> dict[str, Any]:

@@ -136,51 +136,64 @@ def scipy_eigsh_dual(case: str, tol: float = 1e-4) -> Solve:
     return solve
 
 
-def _linearized(apply: Any, params: Any, inputs: Any) -> Callable[[Any], Any]:
-    """J J^T / n on flat vectors of the output space, linearized once."""
+def _matfree_problem(case: Case, parameter_space: bool) -> tuple[Any, Any, Any, Any]:
+    """``product(params, inputs, vector)`` on flat vectors, its two arguments, and a start vector.
+
+    The network is linearized inside the function that multiplies, once a call of it.
+    """
     import jax
+    from jax.flatten_util import ravel_pytree
 
-    output, forward = jax.linearize(lambda p: apply(p, inputs), params)
-    backward = jax.linear_transpose(forward, params)
+    apply, params, inputs = _jax_problem(case)
+    flat, unravel = ravel_pytree(params)
 
-    def product(vector: Any) -> Any:
-        return forward(*backward(vector.reshape(output.shape))).ravel() / len(inputs)
+    def linearize(params: Any, inputs: Any) -> Callable[[Any], Any]:
+        output, forward = jax.linearize(lambda p: apply(p, inputs), params)
+        backward = jax.linear_transpose(forward, params)
 
-    return product
+        def product(vector: Any) -> Any:
+            if parameter_space:
+                return ravel_pytree(backward(forward(unravel(vector)) / len(inputs)))[0]
+            return forward(*backward(vector.reshape(output.shape) / len(inputs))).ravel()
+
+        return product
+
+    size = flat.size if parameter_space else len(inputs) * NUM_OUTPUTS
+    return linearize, params, inputs, jax.random.normal(jax.random.key(0), (size,))
 
 
-def matfree_top(case: str, num_steps: int) -> Solve:
-    """With matfree's Lanczos on the linearized J J^T / n; it must be told the number of steps."""
+def matfree_top(case: str, num_steps: int, parameter_space: bool) -> Solve:
+    """With matfree's Lanczos on a linearized product; it must be told the number of steps.
+
+    The product is with F = J^T J / n in parameter space, as in matfree's tutorials, or with the
+    dual J J^T / n, by hand.
+    """
     import jax
     from matfree import decomp, eig
 
-    apply, params, inputs = _jax_problem(CASES[case])
+    linearize, params, inputs, start = _matfree_problem(CASES[case], parameter_space)
 
     @jax.jit
     def top(params: Any, inputs: Any, start: Any) -> Any:
         eigh = eig.eigh_partial(decomp.tridiag_sym(num_steps))
-        values, _ = eigh(_linearized(apply, params, inputs), start)
+        values, _ = eigh(linearize(params, inputs), start)
         return values.max()
 
-    start = _start(len(inputs) * NUM_OUTPUTS)
     return lambda: dict(value=float(top(params, inputs, start)), products=num_steps)
 
 
-def matfree_density(case: str, num_steps: int) -> Solve:
-    """With matfree's Lanczos on the linearized J J^T / n: nodes and weights of the density."""
+def matfree_density(case: str, num_steps: int, parameter_space: bool) -> Solve:
+    """With matfree's Lanczos on a linearized product: nodes and weights of the density."""
     import jax
     from matfree import decomp
 
-    apply, params, inputs = _jax_problem(CASES[case])
+    linearize, params, inputs, start = _matfree_problem(CASES[case], parameter_space)
 
     @jax.jit
     def nodes_weights(params: Any, inputs: Any, start: Any) -> Any:
-        tridiag = decomp.tridiag_sym(num_steps)
-        result = tridiag(_linearized(apply, params, inputs), start)
+        result = decomp.tridiag_sym(num_steps)(linearize(params, inputs), start)
         nodes, vectors = jax.numpy.linalg.eigh(result.J_small)
         return nodes, vectors[0] ** 2
-
-    start = _start(len(inputs) * NUM_OUTPUTS)
 
     def solve() -> dict[str, Any]:
         nodes, _ = jax.block_until_ready(nodes_weights(params, inputs, start))
@@ -189,67 +202,28 @@ def matfree_density(case: str, num_steps: int) -> Solve:
     return solve
 
 
-def matfree_density_parameters(case: str, num_steps: int) -> Solve:
-    """With matfree's Lanczos on J^T J / n in parameter space, as in its tutorials."""
-    import jax
-    from jax.flatten_util import ravel_pytree
-    from matfree import decomp
-
-    apply, params, inputs = _jax_problem(CASES[case])
-    flat, unravel = ravel_pytree(params)
-
-    @jax.jit
-    def nodes_weights(params: Any, inputs: Any, start: Any) -> Any:
-        _, forward = jax.linearize(lambda p: apply(p, inputs), params)
-        backward = jax.linear_transpose(forward, params)
-
-        def product(vector: Any) -> Any:
-            return ravel_pytree(backward(forward(unravel(vector)) / len(inputs)))[0]
-
-        result = decomp.tridiag_sym(num_steps)(product, start)
-        nodes, vectors = jax.numpy.linalg.eigh(result.J_small)
-        return nodes, vectors[0] ** 2
-
-    start = _start(flat.size)
-
-    def solve() -> dict[str, Any]:
-        nodes, _ = jax.block_until_ready(nodes_weights(params, inputs, start))
-        return dict(top=float(nodes.max()), products=num_steps)
-
-    return solve
-
-
-def matfree_steps(case: str, truth: float, tol: float = 1e-4, most: int = 60) -> Solve:
+def matfree_steps(case: str, parameter_space: bool, truth: float, tol: float) -> Solve:
     """Not a peer: the fewest Lanczos steps with which matfree's answer is within ``tol``."""
     import jax
 
-    apply, params, inputs = _jax_problem(CASES[case])
-    product = jax.jit(lambda p, x, v: _linearized(apply, p, x)(v))
-    start = np.asarray(_start(len(inputs) * NUM_OUTPUTS))
+    linearize, params, inputs, start = _matfree_problem(CASES[case], parameter_space)
+    product = jax.jit(lambda params, inputs, v: linearize(params, inputs)(v))
 
     def solve() -> dict[str, Any]:
-        basis = [start / np.linalg.norm(start)]
-        images: list[np.ndarray] = []
-        for step in range(1, most + 1):
-            images.append(np.asarray(product(params, inputs, basis[-1]), dtype=np.float64))
-            frame = np.stack(basis).astype(np.float64)
-            top = np.linalg.eigvalsh(frame @ np.stack(images).T)[-1]
+        basis, images = [np.asarray(start / np.linalg.norm(start))], []
+        for num_steps in range(1, 61):
+            images.append(np.asarray(product(params, inputs, basis[-1])))
+            frame = np.stack(basis)
+            top = np.linalg.eigvalsh((frame @ np.stack(images).T).astype(float))[-1]
             if abs(top - truth) <= tol * truth:
-                return dict(num_steps=step, value=float(top))
+                return dict(num_steps=num_steps, value=float(top))
             rest = images[-1]
             for _ in range(2):
                 rest = rest - frame.T @ (frame @ rest)
-            basis.append((rest / np.linalg.norm(rest)).astype(np.float32))
-        raise ArithmeticError(f"not within {tol} after {most} steps")
+            basis.append(rest / np.linalg.norm(rest))
+        raise ArithmeticError(f"not within {tol} after 60 steps")
 
     return solve
-
-
-def _start(size: int) -> Any:
-    """The start vector of matfree."""
-    import jax
-
-    return jax.random.normal(jax.random.key(0), (size,))
 
 
 # PyTorch peers.

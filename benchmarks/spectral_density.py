@@ -13,47 +13,32 @@ import argparse
 import sys
 from typing import Any
 
-from common import Claim, Peer, compare, console, finish, worker
-from rich.table import Table
-from summary import write_summary
+from common import Claim, Peer, compare, worker
+from summary import finish
 
 NUM_STEPS = 90
 CURVLINOPS = "curvlinops, bounds given"
+MATFREE = "matfree, F v"
+MATFREE_DUAL = "matfree, J J^T u by hand"
 
 
 def make_peers(largest: float, quick: bool) -> list[Peer]:
     """The package first."""
     steps = dict(num_steps=NUM_STEPS)
-    colds = 1 if quick else 3
+    colds = 1 if quick else 2
     return [
         Peer("meanfield_jax", "peers:meanfield_density", steps, colds=colds),
         Peer(CURVLINOPS, "peers:curvlinops_density", dict(steps, largest=largest), colds=colds),
-        Peer("matfree, on the linearized J J^T", "peers:matfree_density", steps),
+        Peer(MATFREE_DUAL, "peers:matfree_density", dict(steps, parameter_space=False)),
         Peer(
-            "matfree, in parameter space",
-            "peers:matfree_density_parameters",
-            steps,
+            MATFREE,
+            "peers:matfree_density",
+            dict(steps, parameter_space=True),
             rounds=0,
-            timeout=200,
+            timeout=240,
         ),
         Peer("PyHessian", "peers:pyhessian_density", dict(num_steps=3), rounds=0),
     ]
-
-
-def show(peers: list[Peer]) -> Table:
-    """Cold ratios first."""
-    table = Table("peer", "cold, ours = 1", "warm, ours = 1", "top Ritz value off by", "peak MB")
-    table.title = f"A: density by {NUM_STEPS} steps"
-    for index, peer in enumerate(peers):
-        if peer.failure:
-            table.add_row(peer.name, peer.failure[:60], "", "", "")
-            continue
-        record = peer.record()
-        ratios = [record["cold_ratio"], record["warm_ratio"]]
-        cells = ["1", "1"] if index == 0 else ["-" if r is None else f"{r:.1f}" for r in ratios]
-        megabytes = "-" if peer.megabytes is None else f"{peer.megabytes:.0f}"
-        table.add_row(peer.name, *cells, f"{peer.result['error']:.1e}", megabytes)
-    return table
 
 
 def make_claims(peers: list[Peer]) -> list[Claim]:
@@ -78,11 +63,8 @@ def main() -> int:
     for peer in peers:
         if peer.result:
             peer.result["error"] = abs(peer.result["top"] / truth - 1)
-    console.print(show(peers))
     body = dict(num_steps=NUM_STEPS, reference=truth, peers=[peer.record() for peer in peers])
-    status = finish("spectral_density", body, make_claims(peers))
-    write_summary()
-    return status
+    return finish("spectral_density", body, make_claims(peers))
 
 
 if __name__ == "__main__":

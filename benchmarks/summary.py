@@ -1,85 +1,89 @@
-"""Writes results/summary.md from the JSON files beside it: ratios first, never typed by hand.
+"""The tables of the benchmarks, printed and as results/summary.md, all from the JSON records.
 
-Run: ``python summary.py`` (the benchmarks do it themselves).
+Run: ``python summary.py`` writes the file anew (the benchmarks do it themselves).
 """
 
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, Claim, console, environment
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 NAMES = ("fisher_lambda_max", "spectral_density", "theory_grid")
 HEADER = """# Results
 
 Written by `summary.py` from the JSON files in this folder. A ratio is a peer's time over
 meanfield_jax's in calls made side by side: above 1, the package is faster. "Cold" is the first call
-in a fresh process with imports done, compilation included; "warm" calls follow it.
+in a fresh process with imports done, compilation included; "warm" calls follow it. "Missed" marks
+answers that are further off than the tolerance asked for.
 """
 
 
-def write_summary() -> None:
-    """Reads what results there are and writes the tables."""
-    writers = dict(
-        fisher_lambda_max=_lambda_max, spectral_density=_density, theory_grid=_theory_grid
-    )
-    parts = [HEADER]
-    for name in NAMES:
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            record = json.loads(path.read_text())
-            parts += [*writers[name](record), _claims(record), _environment(record)]
-    (RESULTS / "summary.md").write_text("\n".join(parts))
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A table, to be printed or written as Markdown."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def printed(self) -> Table:
+        """For the console."""
+        table = Table(*self.columns, title=escape(self.title), box=box.SIMPLE)
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
+
+    def markdown(self) -> str:
+        """For summary.md."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        return f"**{self.title}**\n\n{table}"
 
 
-def _lambda_max(record: dict[str, Any]) -> list[str]:
-    tolerance = record["tolerance"]
-    parts = [f"## lambda_max of the Fisher matrix to {tolerance:g}\n"]
+def lambda_max_tables(record: dict[str, Any]) -> list[Rows]:
+    """One table a case."""
+    columns = ("peer", "warm", "cold", "products", "relative error", "peak MB")
+    tables = []
     for case in record["cases"]:
-        parts.append(f"**{case['case']}: {case['title']}**\n")
-        rows = [
-            _lambda_max_row(peer, index == 0, tolerance) for index, peer in enumerate(case["peers"])
-        ]
-        columns = ("peer", "warm", "cold", "products", "relative error", "peak MB")
-        parts.append(_table(columns, rows))
-    return parts
+        rows = []
+        for index, peer in enumerate(case["peers"]):
+            cells = _failure(peer, len(columns)) or [
+                peer["name"],
+                *_ratios(peer, index, "warm_ratio", "cold_ratio"),
+                str(peer["products"]),
+                _error(peer["error"], record["tolerance"]),
+                number(peer["megabytes"], ".0f"),
+            ]
+            rows.append(cells)
+        title = f"{case['case']}: {case['title']}, lambda_max = {case['reference']['value']:.6g}"
+        tables.append(Rows(title, columns, rows))
+    return tables
 
 
-def _lambda_max_row(peer: dict[str, Any], ours: bool, tolerance: float) -> list[str]:
-    if "error" not in peer:
-        return [peer["name"], str(peer["failure"]), "", "", "", ""]
-    missed = "" if peer["error"] <= tolerance else " (missed)"
-    return [
-        peer["name"],
-        "1" if ours else _number(peer["warm_ratio"], ".1f"),
-        "1" if ours else _number(peer["cold_ratio"], ".1f"),
-        str(peer["products"]),
-        f"{peer['error']:.1e}{missed}",
-        _number(peer["megabytes"], ".0f"),
-    ]
-
-
-def _density(record: dict[str, Any]) -> list[str]:
+def density_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of spectral_density.py."""
+    columns = ("peer", "cold", "warm", "top Ritz value off by", "peak MB")
     rows = []
     for index, peer in enumerate(record["peers"]):
-        if "error" not in peer:
-            rows.append([peer["name"], str(peer["failure"])[:80], "", "", ""])
-            continue
-        ratios = [_number(peer[key], ".1f") for key in ("cold_ratio", "warm_ratio")]
-        rows.append(
-            [
-                peer["name"],
-                *(("1", "1") if index == 0 else ratios),
-                f"{peer['error']:.1e}",
-                _number(peer["megabytes"], ".0f"),
-            ]
-        )
-    columns = ("peer", "cold", "warm", "top Ritz value off by", "peak MB")
-    title = f"## Spectral density by {record['num_steps']} steps, network A\n"
-    return [title, _table(columns, rows)]
+        cells = _failure(peer, len(columns)) or [
+            peer["name"],
+            *_ratios(peer, index, "cold_ratio", "warm_ratio"),
+            f"{peer['error']:.1e}",
+            number(peer["megabytes"], ".0f"),
+        ]
+        rows.append(cells)
+    return [Rows(f"Network A, {record['num_steps']} steps", columns, rows)]
 
 
-def _theory_grid(record: dict[str, Any]) -> list[str]:
+def grid_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of theory_grid.py."""
+    columns = ("", "points per second, ours over it", "first call over a warm one", "differs by")
     rows = [
         [
             peer["name"],
@@ -89,38 +93,80 @@ def _theory_grid(record: dict[str, Any]) -> list[str]:
         ]
         for peer in record["peers"]
     ]
-    columns = ("", "points per second, ours over it", "first call over a warm one", "differs by")
-    return ["## eta_max and its gradient on a grid of 100,000 networks\n", _table(columns, rows)]
+    return [Rows("eta_max and its gradient, FC with BatchNorm, gamma x weight_var", columns, rows)]
 
 
-def _claims(record: dict[str, Any]) -> str:
+TABLES = dict(
+    fisher_lambda_max=("lambda_max of the Fisher matrix to 1e-4", lambda_max_tables),
+    spectral_density=("Spectral density", density_tables),
+    theory_grid=("Theory on a grid of 100,000 networks", grid_tables),
+)
+
+
+def claims_table(record: dict[str, Any]) -> Rows:
+    """What is claimed and whether it held."""
     rows = [
         [
             claim["text"],
-            _number(claim["value"], ".3g"),
+            number(claim["value"], ".3g"),
             f"{'at least' if claim['at_least'] else 'at most'} {claim['bound']:g}",
-            "yes" if claim["holds"] else "**no**",
+            "yes" if claim["holds"] else "NO",
         ]
         for claim in record["claims"]
     ]
-    return _table(("claim", "measured", "bound", "holds"), rows)
+    return Rows("Claims", ("claim", "measured", "bound", "holds"), rows)
 
 
-def _environment(record: dict[str, Any]) -> str:
-    facts = record["environment"]
+def finish(name: str, body: dict[str, Any], claims: Sequence[Claim]) -> int:
+    """Writes the record and summary.md, prints the tables, and returns the exit status."""
+    verdicts = [claim.record() for claim in claims]
+    record = dict(benchmark=name, environment=environment(), claims=verdicts, **body)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for table in (*TABLES[name][1](record), claims_table(record)):
+        console.print(table.printed())
+    write_summary()
+    return 0 if all(claim.holds for claim in claims) else 1
+
+
+def write_summary() -> None:
+    """Reads what records there are and writes the tables."""
+    parts = [HEADER]
+    for name in NAMES:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        title, tables = TABLES[name]
+        parts.append(f"## {title}\n\n{_environment(record['environment'])}")
+        parts += [table.markdown() for table in (*tables(record), claims_table(record))]
+    (RESULTS / "summary.md").write_text("\n".join(parts))
+
+
+def number(value: float | None, form: str) -> str:
+    """The number, or a dash where nothing was measured."""
+    return "-" if value is None else format(value, form)
+
+
+def _failure(peer: dict[str, Any], width: int) -> list[str] | None:
+    if "error" in peer:
+        return None
+    return [peer["name"], str(peer["failure"]), *[""] * (width - 2)]
+
+
+def _ratios(peer: dict[str, Any], index: int, *keys: str) -> list[str]:
+    return ["1" if index == 0 else number(peer[key], ".1f") for key in keys]
+
+
+def _error(error: float, tolerance: float) -> str:
+    return f"{error:.1e}" + ("" if error <= tolerance else " missed")
+
+
+def _environment(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)
     machine = f"{facts['cores']} cores, {facts['cpu']}, {facts['memory_gib']} GiB"
     return f"{machine}; Python {facts['python']}, {versions}.\n"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 if __name__ == "__main__":
-    write_summary()
+    sys.exit(write_summary())

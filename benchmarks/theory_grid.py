@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import Claim, Peer, compare, console, finish
-from rich.table import Table
-from summary import write_summary
+from common import Claim, Peer, compare
+from summary import finish
 
 ROWS, COLUMNS = 400, 250
 STRIDES = (10, 5)
@@ -139,20 +138,6 @@ def _disagreement(answer: np.ndarray, truth: np.ndarray) -> float:
     return float(np.max(np.abs(answer - truth) / scale))
 
 
-def show(records: list[dict[str, Any]]) -> Table:
-    """Points per second, the package's over each peer's."""
-    table = Table("", "points/s, ours over it", "first call over a warm one", "differs by")
-    table.title = "eta_max and its gradient"
-    for record in records:
-        table.add_row(
-            record["name"],
-            f"{record['speed_ratio']:.3g}",
-            f"{record['compile_ratio']:.3g}",
-            f"{record['disagreement']:.1e}",
-        )
-    return table
-
-
 def main() -> int:
     """Measures, prints, writes results/theory_grid.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,10 +151,7 @@ def main() -> int:
     ]
     compare(peers, {}, options.rounds)
     records = make_records(peers)
-    console.print(show(records))
-    status = finish("theory_grid", dict(peers=records), make_claims(records))
-    write_summary()
-    return status
+    return finish("theory_grid", dict(peers=records), make_claims(records))
 
 
 def make_claims(records: list[dict[str, Any]]) -> list[Claim]:

@@ -1,6 +1,27 @@
-"""Differentiable mean-field theory of neural networks, checked against the real network."""
+"""Differentiable mean-field theory of neural networks, checked against the real network.
 
+A network is data: one pass over it gives the theory, the same data builds the Flax network, and
+the toolkit measures whether the two agree. The names below follow that way::
+
+    spec      Network, mlp, cnn and the layers
+    theory    analyze -> Theory (order_parameters, fisher, eta_max)
+    network   build, functional, calibrate
+    measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
+    compare   validate, plot_validation, plot_spectrum; data.load for inputs
+"""
+
+from meanfield_jax import data
+from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
+from meanfield_jax.empirical.lanczos import (
+    SpectralDensity,
+    Status,
+    TopEigenvalues,
+    spectral_density,
+    top_eigenvalues,
+)
+from meanfield_jax.empirical.model import build, calibrate, functional
 from meanfield_jax.errors import DataError, SpecError
+from meanfield_jax.experiments.validate import validate
 from meanfield_jax.layers import (
     Activation,
     BatchNorm,
@@ -14,7 +35,43 @@ from meanfield_jax.layers import (
     Sequential,
 )
 from meanfield_jax.network import Network, cnn, mlp
+from meanfield_jax.plots import plot_spectrum, plot_validation
 from meanfield_jax.theory.learning_rate import eta_max
-from meanfield_jax.theory.propagate import analyze, Theory
-from meanfield_jax.empirical.model import build, calibrate, functional
-from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
+from meanfield_jax.theory.propagate import Theory, analyze
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "BatchNorm",
+    "Conv",
+    "DataError",
+    "Dense",
+    "FisherOperator",
+    "Flatten",
+    "GlobalMeanPool",
+    "Layer",
+    "Network",
+    "Repeat",
+    "Residual",
+    "Sequential",
+    "SpecError",
+    "SpectralDensity",
+    "Status",
+    "Theory",
+    "TopEigenvalues",
+    "analyze",
+    "build",
+    "calibrate",
+    "cnn",
+    "data",
+    "eta_max",
+    "fisher_operator",
+    "functional",
+    "mlp",
+    "plot_spectrum",
+    "plot_validation",
+    "spectral_density",
+    "top_eigenvalues",
+    "validate",
+]

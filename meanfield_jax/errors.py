@@ -1,4 +1,4 @@
-"""The errors that a user's input can cause: one line with the argument, its value, why, and what to do."""
+"""The errors that a user's input can cause: what, its value, why, and what to do."""
 
 
 class SpecError(ValueError):

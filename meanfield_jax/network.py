@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import (
@@ -181,7 +182,7 @@ def mlp(
 def cnn(
     channels: Sequence[int],
     *,
-    inputs: tuple[int, int, int] = (32, 32, 3),
+    inputs: tuple[int, ...] = (32, 32, 3),
     outputs: int = 10,
     kernel: int = 3,
     stride: int = 2,
@@ -237,7 +238,7 @@ def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
         value = getattr(inner, field.name)
         if field.metadata.get("static") or isinstance(value, Layer):
             continue
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             known = False
         elif not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
             yield field.name, value, "not a number", "give a float"
@@ -274,5 +275,3 @@ def _decode(value: Any) -> Any:
         return LAYERS[name](**fields)
     except TypeError as error:
         raise SpecError(f"{name}: {error}; write the specification with to_json") from None
-
-

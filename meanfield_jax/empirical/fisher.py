@@ -4,9 +4,9 @@ F = (1/n) J^T J on P parameters and its dual (1/n) J J^T on n C outputs have the
 eigenvalues. The dual's vectors are small (n C = 10^4 where P = 3 10^6), its dot products exact
 enough in float32, and re-orthogonalisation costs nothing.
 
-A product needs one backward and one forward pass through the network linearized once. A dense layer
-with inputs H (n x N) is treated apart: J_l J_l^T delta = (H H^T + 1) delta, so its weights' gradient
-is never formed; for n < 2N that is cheaper.
+A product needs one backward and one forward pass through the network linearized once. A dense
+layer with inputs H (n x N) is treated apart: J_l J_l^T delta = (H H^T + 1) delta, so its weights'
+gradient is never formed; for n < 2N that is cheaper.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 from jax.tree_util import Partial
 
 from meanfield_jax.empirical.model import (
@@ -39,7 +40,7 @@ Product = Callable[[Array], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FisherOperator:
-    """(1/n) Lambda^{1/2} J J^T Lambda^{1/2} for outputs f(x_1) ... f(x_n) of any ``apply(params, x)``.
+    """(1/n) Lambda^{1/2} J J^T Lambda^{1/2}, the Fisher matrix's dual, of any ``apply(params, x)``.
 
     J is the (n C) x P Jacobian; Lambda is 1 for the Gaussian likelihood (squared loss) and
     diag(p) - p p^T per sample, p = softmax(f), for the categorical one (cross-entropy).
@@ -78,7 +79,7 @@ class FisherOperator:
         if self.likelihood not in LIKELIHOODS:
             remedy = f"use one of {', '.join(LIKELIHOODS)}"
             raise problem(SpecError, "likelihood", self.likelihood, "unknown", remedy)
-        if isinstance(self.x, (np.ndarray, jax.Array)) and not isinstance(self.x, jax.core.Tracer):
+        if isinstance(self.x, (np.ndarray, jax.Array)) and not isinstance(self.x, Tracer):
             object.__setattr__(self, "x", check_data(self.x))
             self._check_batch_size()
 
@@ -203,7 +204,7 @@ def check_data(x: Any) -> Array:
     if x.dtype not in (jnp.float32, jnp.float64):
         remedy = "convert it with x.astype('float32')"
         raise problem(DataError, "x.dtype", str(x.dtype), "not float32 or float64", remedy)
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
         count = int((~jnp.isfinite(x)).sum())
         remedy = "remove or replace these values"
         raise problem(DataError, "x", f"{count} values", "NaN or infinite", remedy)
@@ -224,7 +225,9 @@ def _whole(op: FisherOperator) -> tuple[Array, Product]:
 
     def outputs_of(active, taps) -> Array:
         full = jax.tree.unflatten(treedef, (params | active).values())
-        return op.apply.with_taps(full, taps, op.x)[0] if taps else op.apply(full, op.x)
+        if isinstance(op.apply, Functional):
+            return op.apply.with_taps(full, taps, op.x)[0]
+        return op.apply(full, op.x)
 
     outputs, pushforward = jax.linearize(outputs_of, active, taps)
     pullback = jax.linear_transpose(pushforward, active, taps)

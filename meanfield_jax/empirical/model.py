@@ -21,7 +21,7 @@ class Model(nnx.Sequential):
 
     def __init__(self, network: Network, rngs: nnx.Rngs):
         self.input_shape = network.input_shape
-        super().__init__(*network.body.build(network.input_shape, rngs).layers)
+        super().__init__(*network.body.modules(network.input_shape, rngs))
 
     def __call__(self, x: Array) -> Array:
         """Outputs (samples, C) of inputs (samples, *input_shape)."""
@@ -60,7 +60,7 @@ def build(network: Network, *, rngs: nnx.Rngs) -> Model:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Functional:
     """A Flax NNX model as a pure function ``apply(params, x)``; see :func:`functional`.
 
@@ -135,7 +135,7 @@ def functional(model: nnx.Module) -> tuple[Functional, Params]:
     """
     graphdef, variables, state = nnx.split(model, nnx.Param, ...)
     named, treedef = jax.tree_util.tree_flatten_with_path(variables)
-    names = tuple(path_name(path) for path, _ in named)
+    names = tuple(path_name(path).removesuffix("/value") for path, _ in named)
     params = {name: value for name, (_, value) in zip(names, named, strict=True)}
     return Functional(state, graphdef, treedef, names), params
 
@@ -143,7 +143,7 @@ def functional(model: nnx.Module) -> tuple[Functional, Params]:
 def path_name(path: tuple) -> str:
     """A pytree's key path as text, such as "layers/0/kernel"."""
     parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
-    return "/".join(str(part) for part in parts if part != "value")
+    return "/".join(map(str, parts))
 
 
 def in_mode(model: nnx.Module, statistics: str) -> nnx.Module:
@@ -152,7 +152,8 @@ def in_mode(model: nnx.Module, statistics: str) -> nnx.Module:
     Dropout is off in both. The model's own mode does not matter.
     """
     copy = nnx.clone(model)
-    for _, module in nnx.iter_modules(copy):
+    modules: list[Any] = [module for _, module in nnx.iter_modules(copy)]
+    for module in modules:
         if hasattr(module, "use_running_average"):
             module.use_running_average = statistics == "frozen"
         if hasattr(module, "deterministic"):
@@ -170,7 +171,8 @@ def calibrate(model: nnx.Module, x: Array) -> None:
         x: The batch, (samples, *input_shape).
     """
     copy = in_mode(model, "batch")
-    for _, module in nnx.iter_modules(copy):
+    modules: list[Any] = [module for _, module in nnx.iter_modules(copy)]
+    for module in modules:
         if hasattr(module, "use_running_average"):
             module.momentum = 0.0
     graphdef, state = nnx.split(copy)

@@ -91,7 +91,7 @@ def expectations(
     mean = jnp.zeros_like(covariance, shape=()) if mean is None else mean
     entries = jnp.broadcast_arrays(variance_a, variance_b, covariance)
     moments = jax.lax.map(
-        lambda entry: _quadrature(phi, *entry, mean, NUM_NODES),
+        lambda entry: _quadrature(phi, entry[0], entry[1], entry[2], mean, NUM_NODES),
         tuple(entry.ravel() for entry in entries),
         batch_size=min(covariance.size, CHUNK),
     )
@@ -102,9 +102,9 @@ def quadrature_error(
     phi: Nonlinearity, variance: float, correlation: float = 0.5, mean: float = 0.0
 ) -> float:
     """Estimated relative error of the quadrature at one point: the change from 2/3 of the nodes."""
-    args = [jnp.asarray(a, float) for a in (variance, variance, correlation * variance, mean)]
-    fine = _quadrature(phi, *args, NUM_NODES)
-    coarse = _quadrature(phi, *args, 2 * NUM_NODES // 3)
+    var, cov, offset = (jnp.asarray(a, float) for a in (variance, correlation * variance, mean))
+    fine = _quadrature(phi, var, var, cov, offset, NUM_NODES)
+    coarse = _quadrature(phi, var, var, cov, offset, 2 * NUM_NODES // 3)
     changes = [abs(a - b) / (abs(a) + 1e-300) for a, b in zip(fine, coarse, strict=True)]
     return float(max(changes))
 

@@ -55,8 +55,8 @@ class Injection:
 class Tap:
     """Zeros added to a layer's output, to differentiate the theory with respect to it there."""
 
-    tangent: Array | float = 0.0
-    scale: Array | float = 0.0
+    tangent: Array
+    scale: Array
 
 
 @jax.tree_util.register_dataclass
@@ -101,12 +101,14 @@ class Layer:
         behind, injection = self.rule(kernel)
         if injection is None:
             return behind, None
-        tap = Tap() if taps is None else taps
-        tangent = injection.weights + injection.biases + injection.offset + tap.tangent
         behind = behind.replace(
-            tangent=behind.tangent + tangent,
-            scale=behind.scale + injection.scale + tap.scale,
+            tangent=behind.tangent + injection.weights + injection.biases + injection.offset,
+            scale=behind.scale + injection.scale,
         )
+        if taps is not None:
+            behind = behind.replace(
+                tangent=behind.tangent + taps.tangent, scale=behind.scale + taps.scale
+            )
         return behind, Record(kernel, behind, injection)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> Callable[[Array], Array]:

@@ -132,7 +132,7 @@ class BatchNorm(Layer):
 def normalize(
     x: Array, mean: Array, var: Array, scale: Array | float, bias: Array | float, eps: float
 ) -> Array:
-    """scale (x - mean) / sqrt(var + eps) + bias, broadcast over the leading axes."""
+    """Scale (x - mean) / sqrt(var + eps) + bias, broadcast over the leading axes."""
     return (x - mean) * (scale * jax.lax.rsqrt(var + eps)) + bias
 
 

@@ -57,10 +57,11 @@ class Sequential(Layer):
         return kernel, tuple(records)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
-        shapes = self._shapes(shape)
-        return nnx.Sequential(
-            *(la.build(s, rngs) for la, s in zip(self.layers, shapes, strict=True))
-        )
+        return nnx.Sequential(*self.modules(shape, rngs))
+
+    def modules(self, shape: Shape, rngs: nnx.Rngs) -> list[Callable[[Array], Array]]:
+        """The module (or function) of each layer."""
+        return [la.build(s, rngs) for la, s in zip(self.layers, self._shapes(shape), strict=True)]
 
     def rows(self, records: Any, read: Callable[[Record], Rows]) -> Rows:
         parts = [la.rows(r, read) for la, r in zip(self.layers, records, strict=True)]
@@ -82,7 +83,7 @@ class Sequential(Layer):
 
 @layer
 class Residual(Layer):
-    """x + branch(x), the branch ending in random weights (Dense or Conv, a BatchNorm behind or not).
+    """x + branch(x), the branch ending in random weights (Dense or Conv, BatchNorm behind or not).
 
     Rule: covariances and tangents of x and branch(x) add up, since the branch's last weights are
     independent of x and have mean zero.

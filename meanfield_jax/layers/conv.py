@@ -1,5 +1,6 @@
 """Conv: a two-dimensional convolution with random weights and biases."""
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -96,7 +97,8 @@ class Conv(Layer):
         """The window's average; both members of a pair are shifted by the same step."""
         rows, columns = ((1, 3), (2, 4)) if kernel.all_positions else ((1,), (2,))
         for axes in (rows, columns):
-            matrix = sum(windows(matrix, axes, self.kernel, self.stride, padding))
+            shifted = windows(matrix, axes, self.kernel, self.stride, padding)
+            matrix = functools.reduce(jnp.add, shifted)
         return matrix / self.kernel**2
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
@@ -115,9 +117,7 @@ class Conv(Layer):
         yield from variance_problems(self, "weight_var", "bias_var")
 
 
-def windows(
-    x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: str
-) -> list[Array]:
+def windows(x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: str) -> list[Array]:
     """The array under each place of a one-dimensional window, as strided slices.
 
     Args:
@@ -153,7 +153,9 @@ def _pad(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def convolve(x: Array, weights: Array, strides, padding: str, *, precision=None, **options) -> Array:
+def convolve(
+    x: Array, weights: Array, strides, padding: str, *, precision=None, **options
+) -> Array:
     """Convolution of (samples, height, width, channels) with (side, side, channels, width).
 
     On CPU it is written as strided slices and one matrix product, several times faster there than

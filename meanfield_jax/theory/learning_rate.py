@@ -7,7 +7,7 @@ from jax.core import Tracer
 from meanfield_jax.errors import SpecError, problem
 
 
-def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
+def eta_max(lambda_max: Array, momentum: float | Array = 0.9) -> Array:
     """eta_max = 2 (1 + momentum) / lambda_max.
 
     Heavy-ball gradient descent on a quadratic is stable if and only if eta < eta_max.
@@ -27,8 +27,8 @@ def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
         rate then no bound.
 
     Example:
-        >>> import meanfield_jax as mf
-        >>> round(mf.eta_max(160.0, momentum=0.9), 5)
+        >>> import jax.numpy as jnp, meanfield_jax as mf
+        >>> round(float(mf.eta_max(jnp.array(160.0), momentum=0.9)), 5)
         0.02375
 
     Source:

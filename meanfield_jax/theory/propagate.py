@@ -2,12 +2,14 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jax import Array
+from jax.core import Tracer
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.state import STATISTICS, EnsembleKernel, input_kernel
@@ -84,7 +86,7 @@ class Theory:
             with parameters), ready for ``to_netcdf``.
         """
         order, fisher = self.order_parameters, self.fisher
-        data = {
+        data: dict[str, Any] = {
             field.name: ("layer", np.asarray(getattr(order, field.name)))
             for field in dataclasses.fields(order)
             if field.name != "layers"
@@ -92,8 +94,8 @@ class Theory:
         for kind in ("weights", "biases", "norm"):
             data[f"share_{kind}"] = ("block", np.asarray(getattr(fisher.shares, kind)))
         for name in Fisher.STATISTICS:
-            data[name] = ((), np.asarray(getattr(fisher, name)))
-        data["eta_max"] = ((), np.asarray(self.eta_max(momentum)))
+            data[name] = xr.Variable((), np.asarray(getattr(fisher, name)))
+        data["eta_max"] = xr.Variable((), np.asarray(self.eta_max(momentum)))
         attributes = dict(
             network=self.network.to_json(indent=None),
             statistics=self.kernel.statistics,
@@ -157,14 +159,14 @@ def _drop_zero_offsets(network: Network) -> Network:
     """Offsets that are known to be 0 become None, and with them the need for quadrature."""
 
     def drop(path, leaf):
-        known = not isinstance(leaf, jax.core.Tracer)
+        known = not isinstance(leaf, Tracer)
         return None if known and path[-1].name == "beta" and np.all(np.asarray(leaf) == 0) else leaf
 
     return jax.tree_util.tree_map_with_path(drop, network)
 
 
 def _check_num_samples(network: Network, num_samples) -> None:
-    if num_samples is None or isinstance(num_samples, jax.core.Tracer):
+    if num_samples is None or isinstance(num_samples, Tracer):
         return
     if not np.all(np.asarray(num_samples) >= 1):
         remedy = "give a whole number >= 1, or None for the limit"
@@ -182,7 +184,9 @@ def _analyze(network: Network, statistics: str, num_samples) -> Theory:
         remedy = "end with Flatten() or GlobalMeanPool() and Dense(outputs)"
         raise problem(SpecError, "output shape", network.output_shape, "not a vector", remedy)
     dtype = jnp.result_type(float, *jax.tree.leaves(network))
-    start = input_kernel(network.input_shape, num_samples, statistics, _positions_meet(network), dtype)
+    start = input_kernel(
+        network.input_shape, num_samples, statistics, _positions_meet(network), dtype
+    )
 
     def tangent_behind(taps):
         kernel, records = body.propagate(start, taps)

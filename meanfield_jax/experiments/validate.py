@@ -1,0 +1,265 @@
+"""Theory held against the real network: predicted and measured outliers of the Fisher matrix."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from flax import nnx
+from jax import Array
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from meanfield_jax.empirical.fisher import check_data, fisher_operator
+from meanfield_jax.empirical.lanczos import top_eigenvalues
+from meanfield_jax.empirical.model import build, calibrate
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.state import PUBLISHED, STATISTICS
+from meanfield_jax.layers import BatchNorm, Layer, Repeat, Residual, Sequential
+from meanfield_jax.network import Network, walk
+from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.propagate import analyze
+
+MODES = ("batch", "frozen")
+"""What can be measured: a network in training and in evaluation mode."""
+
+CURVE_POINTS = 60
+VANILLA = "vanilla"
+
+
+def validate(
+    network: Network,
+    x: Array,
+    *,
+    gammas: Sequence[float] = (),
+    draws: int = 4,
+    momentum: float = 0.9,
+    tol: float = 1e-3,
+    seed: int = 0,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Predicts the outliers of a network's Fisher matrix and measures them on random draws.
+
+    Args:
+        network: The specification.
+        x: Inputs, (n, *input_shape); the theory takes them to be i.i.d. with unit variance.
+        gammas: Scales to put into every BatchNorm, beside the network without its BatchNorms.
+            Empty: the network as it is.
+        draws: Networks drawn at random for each.
+        momentum: Momentum of ``eta_max``.
+        tol: Relative accuracy of the measured eigenvalues.
+        seed: Seed of the first draw.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        A data set over ``network`` (its label), ``statistics`` (batch, frozen, wei2019: what
+        theory assumes), ``mode`` (batch, frozen: what was measured), ``draw`` and ``outlier``:
+        ``predicted``, ``measured`` (eigenvalues; NaN where Lanczos failed), ``measured_mean`` and
+        ``standard_error`` of the outliers' mean over draws, ``largest`` (median over draws),
+        ``eta_max``, ``eta_max_measured`` and ``ratio`` = predicted / measured of the mode that a
+        statistics speaks of; with gammas also ``curve`` over ``curve_gamma``.
+
+    Raises:
+        SpecError, DataError: for inputs that make no sense.
+
+    Example:
+        >>> import jax, meanfield_jax as mf
+        >>> net = mf.mlp([100] * 2, inputs=50, outputs=3, norm=mf.BatchNorm())
+        >>> x = jax.random.normal(jax.random.key(0), (60, 50))
+        >>> bool(abs(mf.validate(net, x, draws=2).ratio.sel(statistics="batch") - 1) < 0.1)
+        True
+    """
+    x = check_data(x)
+    if draws < 1:
+        raise problem(SpecError, "draws", draws, "not a number of draws", "give at least 1")
+    variants = _variants(network, gammas)
+    num_samples = x.shape[0]
+    with jax.enable_x64():
+        predicted = np.array(
+            [
+                [_outlier(variant, name, num_samples) for name in STATISTICS]
+                for variant in variants.values()
+            ]
+        )
+        curve = _curve(network, gammas, num_samples)
+
+    num_outputs = network.output_shape[0]
+    measured = np.full((len(variants), len(MODES), draws, num_outputs), np.nan)
+    jobs = [
+        (row, draw, variant)
+        for row, variant in enumerate(variants.values())
+        for draw in range(draws)
+    ]
+    console = Console(stderr=True)
+    for row, draw, variant in track(
+        jobs, "Measuring", console=console, disable=not progress, transient=True
+    ):
+        measured[row, :, draw] = measure(variant, x, seed=seed + draw, tol=tol)
+    return _dataset(list(variants), predicted, measured, curve, momentum, num_samples, network)
+
+
+def measure(network: Network, x: Array, *, seed: int = 0, tol: float = 1e-3) -> np.ndarray:
+    """The C largest eigenvalues of one random draw's Fisher matrix, in both modes.
+
+    Args:
+        network: The specification.
+        x: Inputs, (n, *input_shape).
+        seed: Seed of the draw.
+        tol: Relative accuracy.
+
+    Returns:
+        (2, C): training mode, evaluation mode (running statistics those of ``x``), descending; NaN
+        where Lanczos failed. Without BatchNorm the two are the same.
+    """
+    model = build(network, rngs=nnx.Rngs(seed))
+    num_outputs = network.output_shape[0]
+
+    def outliers(statistics: str) -> np.ndarray:
+        op = fisher_operator(model, x, statistics=statistics)
+        k = min(num_outputs, int(np.prod(op.shape)))
+        result = top_eigenvalues(op, k, tol=tol, key=jax.random.key(seed))
+        return np.where(result.status == 0, result.eigenvalues, np.nan)
+
+    batch = outliers("batch")
+    if not has_batch_norm(network):
+        return np.stack([batch, batch])
+    calibrate(model, x)
+    return np.stack([batch, outliers("frozen")])
+
+
+def has_batch_norm(network: Network) -> bool:
+    """Whether any layer is a BatchNorm."""
+    return any(isinstance(inner, BatchNorm) for _, inner in walk(network.body))
+
+
+def with_gamma(network: Network, gamma: float | Array) -> Network:
+    """The network with this scale in every BatchNorm."""
+
+    def change(inner: Layer) -> Layer:
+        return dataclasses.replace(inner, gamma=gamma) if isinstance(inner, BatchNorm) else inner
+
+    return Network(network.input_shape, _rebuilt(network.body, change).layers)
+
+
+def without_batch_norm(network: Network) -> Network:
+    """The network with its BatchNorms left out ("vanilla")."""
+
+    def change(inner: Layer) -> Layer | None:
+        return None if isinstance(inner, BatchNorm) else inner
+
+    return Network(network.input_shape, _rebuilt(network.body, change).layers)
+
+
+def _rebuilt(inner: Any, change) -> Any:
+    """A layer with ``change`` applied to every layer inside that is no combinator."""
+    if isinstance(inner, Sequential):
+        parts = (_rebuilt(part, change) for part in inner.layers)
+        return Sequential(tuple(part for part in parts if part is not None))
+    if isinstance(inner, Residual):
+        return Residual(_rebuilt(inner.branch, change))
+    if isinstance(inner, Repeat):
+        return Repeat(_rebuilt(inner.block, change), inner.times)
+    return change(inner)
+
+
+def _variants(network: Network, gammas: Iterable[float]) -> dict[str, Network]:
+    gammas = list(gammas)
+    if not gammas:
+        return {"network": network}
+    if not has_batch_norm(network):
+        remedy = "give a network with BatchNorm, or no gammas"
+        raise problem(SpecError, "gammas", gammas, "the network has no BatchNorm", remedy)
+    variants = {VANILLA: without_batch_norm(network)}
+    return variants | {f"gamma={gamma:g}": with_gamma(network, gamma) for gamma in gammas}
+
+
+def _outlier(network: Network, statistics: str, num_samples: int) -> float:
+    return float(analyze(network, statistics=statistics, num_samples=num_samples).fisher.outlier)
+
+
+def _curve(network: Network, gammas: Sequence[float], num_samples: int) -> xr.DataArray | None:
+    """Predicted outliers on a fine grid of gamma, (curve_gamma, statistics)."""
+    if not gammas:
+        return None
+    low, high = min(map(abs, gammas)), max(map(abs, gammas))
+    grid = np.geomspace(max(low, 1e-3) * 0.8, max(high, 1e-3) * 1.25, CURVE_POINTS)
+
+    def outlier(gamma: Array, statistics: str) -> Array:
+        variant = with_gamma(network, gamma)
+        return analyze(variant, statistics=statistics, num_samples=num_samples).fisher.outlier
+
+    values = [
+        jax.lax.map(lambda gamma, name=name: outlier(gamma, name), jnp.asarray(grid))
+        for name in STATISTICS
+    ]
+    coords = dict(curve_gamma=grid, statistics=list(STATISTICS))
+    return xr.DataArray(np.stack(values, -1), coords, ("curve_gamma", "statistics"))
+
+
+def _dataset(labels, predicted, measured, curve, momentum, num_samples, network) -> xr.Dataset:
+    means = measured.mean(-1)
+    draws = means.shape[-1]
+    spread = (
+        means.std(-1, ddof=1) / np.sqrt(draws) if draws > 1 else np.full_like(means[..., 0], np.nan)
+    )
+    mean = means.mean(-1)
+    spoken_of = [MODES.index("batch" if name == "batch" else "frozen") for name in STATISTICS]
+    largest = np.median(measured.max(-1), axis=-1)
+    data = dict(
+        predicted=(("network", "statistics"), predicted),
+        eta_max=(("network", "statistics"), eta_max(jnp.asarray(predicted), momentum)),
+        ratio=(("network", "statistics"), predicted / mean[:, spoken_of]),
+        measured=(("network", "mode", "draw", "outlier"), measured),
+        measured_mean=(("network", "mode"), mean),
+        standard_error=(("network", "mode"), spread),
+        largest=(("network", "mode"), largest),
+        eta_max_measured=(("network", "mode"), eta_max(jnp.asarray(largest), momentum)),
+    )
+    gammas = [float(name.partition("=")[2] or "nan") for name in labels]
+    coords = dict(
+        network=labels,
+        gamma=("network", gammas),
+        statistics=list(STATISTICS),
+        mode=list(MODES),
+    )
+    attributes = dict(num_samples=num_samples, momentum=momentum, spec=network.to_json(indent=None))
+    dataset = xr.Dataset(data, coords, attributes)
+    return dataset if curve is None else dataset.assign(curve=curve)
+
+
+def table(dataset: xr.Dataset) -> Table:
+    """The result of :func:`validate` as a table for the terminal, 80 columns wide.
+
+    The columns "ratio" are predicted / measured; "published" is the prediction of ``"wei2019"``.
+    """
+    title = f"C outliers of the Fisher matrix, n = {dataset.num_samples}, mean and its error"
+    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("network", "mode"):
+        result.add_column(name, no_wrap=True)
+    columns = ("predicted", "measured", "+-", "ratio", "published", "ratio", "largest", "eta_max")
+    for name in columns:
+        result.add_column(name, justify="right", no_wrap=True)
+    for label in dataset.network.values:
+        coupled = not np.array_equal(*dataset.measured.sel(network=label).values, equal_nan=True)
+        for mode, shown in (
+            (("batch", "train"), ("frozen", "eval")) if coupled else (("batch", ""),)
+        ):
+            at = dataset.sel(network=label, mode=mode)
+            own, published = at.sel(statistics=mode), at.sel(statistics=PUBLISHED)
+            numbers = (
+                f"{float(own.predicted):.5g}",
+                f"{float(at.measured_mean):.5g}",
+                f"{float(at.standard_error):.1g}",
+                f"{float(own.predicted / at.measured_mean):.3f}",
+                f"{float(published.predicted):.5g}",
+                f"{float(published.predicted / at.measured_mean):.3f}",
+                f"{float(at.largest):.5g}",
+                f"{float(own.eta_max):.3g}",
+            )
+            result.add_row(str(label), shown, *numbers)
+    return result

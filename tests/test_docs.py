@@ -1,0 +1,64 @@
+"""What is shown to users runs: docstring examples, the README's blocks, the notebooks' sources."""
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import meanfield_jax
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    info.name
+    for info in pkgutil.walk_packages(meanfield_jax.__path__, "meanfield_jax.")
+    if not info.name.endswith("__main__")
+]
+README = (ROOT / "README.md").read_text()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    result = doctest.testmod(
+        importlib.import_module(name),
+        optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
+    )
+    assert result.failed == 0
+
+
+def test_public_names_exist_and_are_documented():
+    for name in meanfield_jax.__all__:
+        assert getattr(meanfield_jax, name).__doc__, name
+
+
+def test_readme_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_readme_pictures_exist():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def cells(source: str) -> list[str]:
+    """The code cells of a percent script."""
+    parts = re.split(r"^# %%", source, flags=re.MULTILINE)[1:]
+    return [part.partition("\n")[2].strip() for part in parts if "[markdown]" not in part[:20]]
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_executed_from_its_source(source):
+    notebook = json.loads(source.with_suffix(".ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert ["".join(cell["source"]).strip() for cell in code] == cells(source.read_text())
+    assert all(cell["execution_count"] for cell in code)
+    assert all(out["output_type"] != "error" for cell in code for out in cell["outputs"])
