@@ -248,6 +248,14 @@ def test_multiplicity_inside_a_full_spectrum():
     np.testing.assert_allclose(result.eigenvalues, 9, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("copies", "k"), [(10, 5), (5, 5), (2, 5)])
+def test_copies_of_the_largest_eigenvalue_in_a_large_operator(copies, k):
+    spectrum = 150 * np.random.default_rng(0).beta(0.5, 3, size=4000)
+    spectrum = np.sort(np.r_[np.full(copies, 2400), spectrum[copies:]])[::-1].astype("float32")
+    result = top_eigenvalues(DiagonalOperator(jnp.asarray(spectrum)), k).raise_if_failed()
+    np.testing.assert_allclose(result.eigenvalues, spectrum[:k], rtol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_scale_of_the_operator_does_not_matter(scale):
     spectrum = scale * np.linspace(1, 0, 60) ** 8

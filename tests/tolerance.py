@@ -9,6 +9,7 @@ KINDS = {
     "printed": "digits given in print: one unit of the last one",
     "difference": "a central first difference against a derivative",
     "second_difference": "a central second difference against a second derivative",
+    "edge": "a derivative next to correlation 1, where square roots of rounding errors appear",
     "quadrature": "the documented accuracy of the Gaussian quadrature",
     "monte_carlo": "a mean over draws against its expectation, of relative O(1/width)",
 }
@@ -47,7 +48,7 @@ def tolerance(
             return 1.01 * unit_of_last_digit(printed)
         case "difference":
             return DIFFERENCE * eps ** (2 / 3) * scale
-        case "second_difference":
+        case "second_difference" | "edge":
             return DIFFERENCE * eps ** (1 / 2) * scale
         case "quadrature":
             return max(QUADRATURE, ROUNDING * eps) * scale

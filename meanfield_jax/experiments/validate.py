@@ -235,13 +235,13 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
 def table(dataset: xr.Dataset) -> Table:
     """The result of :func:`validate` as a table for the terminal, 80 columns wide.
 
-    The columns "ratio" are predicted / measured; "published" is the prediction of ``"wei2019"``.
+    The columns "ratio" are predicted / measured; "paper" is the prediction of ``"wei2019"``.
     """
     title = f"C outliers of the Fisher matrix, n = {dataset.num_samples}, mean and its error"
-    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("network", "mode"):
+    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("gamma", "mode"):
         result.add_column(name, no_wrap=True)
-    columns = ("predicted", "measured", "+-", "ratio", "published", "ratio", "largest", "eta_max")
+    columns = ("predicted", "measured", "+-", "ratio", "paper", "ratio", "largest", "eta_max")
     for name in columns:
         result.add_column(name, justify="right", no_wrap=True)
     for label in dataset.network.values:
@@ -261,5 +261,5 @@ def table(dataset: xr.Dataset) -> Table:
                 f"{float(at.largest):.5g}",
                 f"{float(own.eta_max):.3g}",
             )
-            result.add_row(str(label), shown, *numbers)
+            result.add_row(str(label).removeprefix("gamma="), shown, *numbers)
     return result

@@ -1,0 +1,303 @@
+"""What every layer owes: found by walking the classes, each with one row in ``EXAMPLES``."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import meanfield_jax as mf
+from meanfield_jax.layers import LAYERS
+from tolerance import assert_close, standard_error
+
+WEIGHT_VAR, BIAS_VAR, GAMMA = 1.7, 0.3, 1.3
+NUM_SAMPLES = 48
+RELU = mf.Activation("relu")
+
+
+def dense(width: int) -> mf.Dense:
+    return mf.Dense(width, WEIGHT_VAR, BIAS_VAR)
+
+
+def conv(width: int, **options) -> mf.Conv:
+    return mf.Conv(width, weight_var=WEIGHT_VAR, bias_var=BIAS_VAR, **options)
+
+
+def vector(*layers) -> mf.Network:
+    """Inputs and outputs around the layers, which are given a width to start from."""
+    return mf.Network((layers[0].width,), (*layers, dense(2)))
+
+
+def image(width: int, *layers) -> mf.Network:
+    return mf.Network((4, 4, width), (*layers, dense(2)))
+
+
+# A small network that rests on the layer, by its width. A new layer class adds a row here.
+EXAMPLES = {
+    "Dense": lambda width: vector(dense(width), dense(width)),
+    "Activation": lambda width: vector(dense(width), mf.Activation("erf")),
+    "BatchNorm": lambda width: vector(dense(width), mf.BatchNorm(GAMMA), RELU),
+    "Conv": lambda width: image(width, conv(width, stride=2), mf.Flatten()),
+    "Flatten": lambda width: image(width, mf.Flatten()),
+    "GlobalMeanPool": lambda width: image(width, conv(width), RELU, mf.GlobalMeanPool()),
+    "Sequential": lambda width: vector(dense(width), mf.Sequential((RELU, dense(width)))),
+    "Residual": lambda width: vector(
+        dense(width), mf.Residual(mf.Sequential((RELU, dense(width)))), RELU
+    ),
+    "Repeat": lambda width: vector(
+        dense(width), mf.Repeat(mf.Sequential((RELU, dense(width))), times=3)
+    ),
+}
+LAYER_NAMES = sorted(EXAMPLES)
+
+
+def example(name: str, width: int = 8) -> mf.Network:
+    return EXAMPLES[name](width)
+
+
+def leaves_of(network: mf.Network):
+    """The numbers of a network as one vector, and the way back."""
+    leaves, treedef = jax.tree.flatten(network)
+
+    def rebuild(vector) -> mf.Network:
+        return jax.tree.unflatten(treedef, [vector[index] for index in range(len(leaves))])
+
+    return jnp.asarray(leaves), rebuild
+
+
+def summary(network: mf.Network):
+    """Every number of a theory, flat."""
+    theory = mf.analyze(network, num_samples=NUM_SAMPLES)
+    parts = jax.tree.leaves((theory.fisher, theory.order_parameters, theory.kernel.moment))
+    return jnp.concatenate([jnp.ravel(part) for part in parts])
+
+
+def test_every_layer_class_has_an_example():
+    def subclasses(cls):
+        return {cls}.union(*(subclasses(sub) for sub in cls.__subclasses__()))
+
+    own = {c for c in subclasses(mf.Layer) - {mf.Layer} if c.__module__.startswith("meanfield_jax")}
+    assert {c.__name__ for c in own} == set(LAYERS), "decorate the class with @layer"
+    assert set(LAYERS) == set(EXAMPLES), "add a row to EXAMPLES"
+    for name in EXAMPLES:
+        assert name in example(name).to_json()
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_json_round_trip(name):
+    network = example(name)
+    assert mf.Network.from_json(network.to_json()) == network
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_jit_changes_nothing_and_dtypes_follow_the_mode(name):
+    network = example(name)
+    single = summary(network)
+    assert single.dtype == jnp.float32
+    with jax.enable_x64():
+        double = summary(network)
+        assert double.dtype == jnp.float64
+        assert_close(jax.jit(summary)(network), double, "rounding", np.abs(double) + 1)
+    assert_close(single, double, "rounding", np.abs(double).max(), dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_vmap_over_every_number_equals_a_loop(name, x64):
+    base, rebuild = leaves_of(example(name))
+    # one row for every number that moves, and one for all
+    moved = base + jnp.concatenate([jnp.diag(0.2 * base + 0.1), (0.2 * base + 0.1)[None]])
+    rows = jax.vmap(lambda vector: summary(rebuild(vector)))(moved)
+    for row, vector in zip(rows, moved, strict=True):
+        expected = summary(rebuild([float(value) for value in vector]))
+        assert_close(row, expected, "quadrature", np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_derivatives_equal_central_differences(name, x64):
+    base, rebuild = leaves_of(example(name))
+
+    def value(vector):
+        fisher = mf.analyze(rebuild(vector), num_samples=NUM_SAMPLES).fisher
+        return jnp.log(fisher.outlier) + jnp.log(fisher.tangent_same)
+
+    value_and_grad = jax.jit(jax.value_and_grad(value))
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=base.shape))
+    curvature = jax.jit(jax.jvp, static_argnums=0)(jax.grad(value), (base,), (direction,))[1]
+    gradient = value_and_grad(base)[1]
+    size = jnp.abs(gradient).max() + 1
+
+    step = 1e-5  # the cube root of eps
+    for index, unit in enumerate(jnp.eye(base.size)):
+        if base[index] == 0:
+            continue  # an offset's derivative at 0 is 0 by symmetry or covered by the direction
+        up, down = (value_and_grad(base + sign * step * unit)[0] for sign in (1, -1))
+        assert_close(gradient[index], (up - down) / (2 * step), "difference", size)
+    up, down = (value_and_grad(base + sign * step * direction) for sign in (1, -1))
+    assert_close(gradient @ direction, (up[0] - down[0]) / (2 * step), "difference", 10 * size)
+    assert_close(curvature, (up[1] - down[1]) / (2 * step), "second_difference", size)
+
+
+# ---- parity with the Flax network
+
+
+def parameters(network: mf.Network, key) -> dict:
+    return mf.functional(mf.build(network, rngs=nnx.Rngs(key)))[1]
+
+
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_the_flax_network_draws_the_declared_variances(name):
+    network = example(name, 40)
+    for path, value in parameters(network, 7).items():
+        kind, value = path.rpartition("/")[2], np.asarray(value, np.float64)
+        repeats = "block" in path
+        if kind == "kernel":
+            fan_in = math.prod(value.shape[repeats:-1])
+            expected, drawn = WEIGHT_VAR, value * math.sqrt(fan_in)
+        elif kind == "bias" and "BatchNorm" not in repr(network.layers[int(path.split("/")[1])]):
+            expected, drawn = BIAS_VAR, value
+        else:
+            np.testing.assert_array_equal(value, 0 if kind == "bias" else np.float32(GAMMA))
+            continue
+        # the variance of a Gaussian's square is 2 (its variance)^2
+        error = expected * math.sqrt(2 / value.size)
+        assert_close((drawn**2).mean(), expected, "monte_carlo", 0, standard_error=error)
+        error = math.sqrt(expected / value.size)
+        assert_close(drawn.mean(), 0.0, "monte_carlo", 0, standard_error=error)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def jacobian_products(name: str, key, width: int):
+    """<grad f_k(x_i), grad f_k(x_j)> of one draw, averaged over i = j and over i != j."""
+    network = example(name, width)
+    apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key)))
+    x = jax.random.normal(jax.random.fold_in(key, 1), (NUM_SAMPLES, *network.input_shape))
+    rows = [leaf.reshape(NUM_SAMPLES, 2, -1) for leaf in jax.tree.leaves(jax.jacrev(apply)(params, x))]
+    jacobian = jnp.concatenate(rows, axis=-1)
+    products = jnp.einsum("ikp,jkp->ij", jacobian, jacobian) / 2
+    same = jnp.trace(products) / NUM_SAMPLES
+    other = (products.sum() - jnp.trace(products)) / (NUM_SAMPLES * (NUM_SAMPLES - 1))
+    return jnp.stack([same, other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_the_tangent_is_that_of_the_flax_network_ever_better_with_its_width(name):
+    normalized = "BatchNorm" in repr(example(name))
+    for width in (32, 64):
+        keys = jax.random.split(jax.random.key(width), 12)
+        draws = np.array([jacobian_products(name, key, width) for key in keys])
+        fisher = mf.analyze(example(name, width), num_samples=NUM_SAMPLES).fisher
+        # the variance's own derivative, which BatchNorm's rule leaves out, is O(1/samples)
+        effective = 1 / (1 / width + (1.5 / NUM_SAMPLES if normalized else 0))
+        assert_close(
+            draws.mean(0),
+            [fisher.tangent_same, fisher.tangent_other],
+            "monte_carlo",
+            float(fisher.tangent_same),
+            standard_error=standard_error(draws),
+            width=effective,
+        )
+
+
+# ---- combinators are what they stand for
+
+
+def unrolled(times: int, *block) -> mf.Network:
+    return mf.Network((6,), (dense(8), *(block * times), RELU, dense(2)))
+
+
+def repeated(times: int, *block) -> mf.Network:
+    repeat = mf.Repeat(mf.Sequential(block), times=times)
+    return mf.Network((6,), (dense(8), repeat, RELU, dense(2)))
+
+
+BLOCKS = {
+    "plain": (RELU, dense(8)),
+    "normed": (mf.BatchNorm(GAMMA), RELU, dense(8)),
+    "offset": (mf.BatchNorm(GAMMA, 0.2), mf.Activation("erf"), dense(8)),
+    "ends_in_norm": (dense(8), mf.BatchNorm(GAMMA, 0.2)),
+}
+
+
+@pytest.mark.parametrize("statistics", ["batch", "frozen"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_repeat_is_its_block_written_out(name, statistics, x64):
+    network, written_out = repeated(3, *BLOCKS[name]), unrolled(3, *BLOCKS[name])
+    assert network.num_parameters == written_out.num_parameters
+    a, b = (
+        mf.analyze(spec, statistics=statistics, num_samples=20) for spec in (network, written_out)
+    )
+    scale = float(b.fisher.tangent_same)
+    for one, other in zip(jax.tree.leaves(a.fisher), jax.tree.leaves(b.fisher), strict=True):
+        assert_close(one, other, "rounding", scale)
+    order = zip(
+        jax.tree.leaves(a.order_parameters), jax.tree.leaves(b.order_parameters), strict=True
+    )
+    for one, other in order:
+        assert_close(one, other, "rounding", np.abs(other).max())
+    assert len(a.fisher.shares.layers) == len(set(a.fisher.shares.layers))
+
+
+def test_a_repeated_flax_block_computes_its_repetitions_one_after_the_other():
+    block = BLOCKS["normed"]
+    model = mf.build(repeated(3, *block), rngs=nnx.Rngs(0))
+    apply, params = mf.functional(model)
+    apply_out, params_out = mf.functional(mf.build(unrolled(3, *block), rngs=nnx.Rngs(1)))
+    moved = {}
+    for path, value in params.items():
+        _, index, *rest = path.split("/")
+        if rest[0] != "block":
+            index = int(index) + (0 if index == "0" else 3 * len(block) - 1)
+            moved[f"layers/{index}/{rest[-1]}"] = value
+            continue
+        for time in range(3):
+            moved[f"layers/{1 + 3 * time + int(rest[2])}/{rest[-1]}"] = value[time]
+    assert moved.keys() == params_out.keys()
+    x = jax.random.normal(jax.random.key(2), (10, 6))
+    expected = np.asarray(apply_out(moved, x))
+    assert_close(apply(params, x), expected, "rounding", np.abs(expected).max(), dtype=np.float32)
+
+
+def test_each_repetition_has_its_own_parameters():
+    values = parameters(repeated(3, *BLOCKS["plain"]), 0)["layers/1/block/layers/1/kernel"]
+    assert values.shape == (3, 8, 8)
+    assert np.abs(values[0] - values[1]).min() > 0
+
+
+def test_a_sequential_inside_is_its_layers_in_place(x64):
+    first = mf.Network(
+        (6,), (mf.Sequential((dense(8), mf.Sequential((mf.BatchNorm(), RELU)))), dense(2))
+    )
+    second = mf.Network((6,), (dense(8), mf.BatchNorm(), RELU, dense(2)))
+    assert first.num_parameters == second.num_parameters
+    np.testing.assert_array_equal(summary(first), summary(second))
+    paths = mf.analyze(first).fisher.shares.layers
+    assert paths == ("layers/0/layers/0", "layers/0/layers/1/layers/0", "layers/1")
+
+
+def test_residual_adds_moments_and_tangents(x64):
+    branch = mf.Residual(mf.Sequential((RELU, mf.Dense(8, 1.1, 0.4))))
+    theory = mf.analyze(mf.Network((6,), (dense(8), branch, mf.Dense(2, 1.0, 0.0))))
+    q, q_xy = WEIGHT_VAR + BIAS_VAR, BIAS_VAR
+    c = q_xy / q
+    hat = q / (2 * math.pi) * (math.sqrt(1 - c**2) + c * (math.pi / 2 + math.asin(c)))
+    slope = (math.pi / 2 + math.asin(c)) / (2 * math.pi)
+    assert_close(theory.order_parameters.q[-1], q + 0.4 + 1.1 * q / 2, "rounding")
+    assert_close(theory.order_parameters.q_xy[-1], q_xy + 0.4 + 1.1 * hat, "rounding")
+    first_same, first_other = 6 + 1, 1
+    inner_same = 8 * q / 2 + 1 + 1.1 * first_same / 2
+    inner_other = 8 * hat + 1 + 1.1 * first_other * slope
+    last_same = 8 * theory.order_parameters.q[-1] + 1 + first_same + inner_same
+    last_other = 8 * theory.order_parameters.q_xy[-1] + 1 + first_other + inner_other
+    assert_close(theory.fisher.tangent_same, last_same, "rounding")
+    assert_close(theory.fisher.tangent_other, last_other, "rounding")
+
+
+def test_a_residual_flax_block_adds_its_input():
+    model = mf.build(mf.Network((6,), (mf.Residual(dense(6)),)), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (5, 6))
+    inner = model.layers[0].branch(x)
+    np.testing.assert_array_equal(model(x), x + inner)

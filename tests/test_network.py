@@ -1,0 +1,445 @@
+"""The specification: what it refuses and how it says so, its JSON, its printed form, its counts."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import meanfield_jax as mf
+
+RELU = mf.Activation("relu")
+PRESETS = {
+    "mlp": mf.mlp([30, 20], inputs=8, outputs=3),
+    "mlp_norm": mf.mlp([30], inputs=8, outputs=3, norm=mf.BatchNorm(0.5), activation="tanh"),
+    "no_hidden": mf.mlp([], inputs=8, outputs=3),
+    "cnn": mf.cnn([4, 6], inputs=(8, 8, 3)),
+    "cnn_mean": mf.cnn([4], inputs=(8, 8, 3), head="mean", padding="CIRCULAR", norm=mf.BatchNorm()),
+    "cnn_position": mf.cnn([4], inputs=(8, 8, 3), norm=mf.BatchNorm(axes="position")),
+    "constant_scale": mf.mlp([30], inputs=8, outputs=3, norm=mf.BatchNorm(trainable=False)),
+    "residual": mf.Network(
+        (8,), (mf.Dense(8), mf.Residual(mf.Sequential((RELU, mf.Dense(8)))), mf.Dense(3))
+    ),
+    "repeat": mf.Network(
+        (8,),
+        (
+            mf.Dense(16),
+            mf.Repeat(mf.Sequential((mf.BatchNorm(), RELU, mf.Dense(16))), times=4),
+            RELU,
+            mf.Dense(3),
+        ),
+    ),
+    "repeated_residual": mf.Network(
+        (6, 6, 2),
+        (
+            mf.Conv(4, padding="CIRCULAR"),
+            mf.Repeat(mf.Residual(mf.Sequential((RELU, mf.Conv(4, padding="CIRCULAR")))), times=3),
+            RELU,
+            mf.GlobalMeanPool(),
+            mf.Dense(3),
+        ),
+    ),
+}
+
+
+def refused(build, *parts: str) -> str:
+    """Builds, and checks that the one-line message has these parts; returns it."""
+    with pytest.raises(mf.SpecError) as caught:
+        build()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, f"{part!r} is missing in: {message}"
+    return message
+
+
+# ---- structure that cannot be built: path, argument=value, cause, remedy
+
+STRUCTURE = {
+    "width zero": (
+        lambda: mf.Dense(0),
+        ("Dense.width=0", "not a whole number >= 1", "give one"),
+    ),
+    "width a fraction": (lambda: mf.Dense(2.5), ("Dense.width=2.5", "not a whole number")),
+    "width a bool": (lambda: mf.Dense(True), ("Dense.width=True", "not a whole number")),
+    "conv width": (lambda: mf.Conv(-3), ("Conv.width=-3", "not a whole number")),
+    "kernel zero": (lambda: mf.Conv(3, kernel=0), ("Conv.kernel=0", "not a whole number")),
+    "stride zero": (lambda: mf.Conv(3, stride=0), ("Conv.stride=0", "not a whole number")),
+    "repeat zero": (lambda: mf.Repeat(mf.Dense(3), times=0), ("Repeat.times=0", "not a whole")),
+    "unknown activation": (
+        lambda: mf.Activation("rellu"),
+        ("Activation.function='rellu'", "not a known name", "relu, leaky_relu", "of your own"),
+    ),
+    "unknown padding": (
+        lambda: mf.Conv(3, padding="same"),
+        ("Conv.padding='same'", "unknown", "SAME, VALID, CIRCULAR"),
+    ),
+    "unknown axes": (
+        lambda: mf.BatchNorm(axes="layer"),
+        ("BatchNorm.axes='layer'", "unknown", "'channel' or 'position'"),
+    ),
+    "unknown head": (
+        lambda: mf.cnn([3], head="max"),
+        ("head='max'", "unknown", "'flatten' or 'mean'"),
+    ),
+    "activation before any linear layer": (
+        lambda: mf.Network((8,), (RELU, mf.Dense(3))),
+        ("layers/0/Activation.function='relu'", "not sums over many random weights", "put a Dense"),
+    ),
+    "activation after activation": (
+        lambda: mf.Network((8,), (mf.Dense(4), RELU, RELU)),
+        ("layers/2/Activation.function='relu'", "not sums over many random weights"),
+    ),
+    "activation after flatten": (
+        lambda: mf.Network((4, 4, 2), (mf.Conv(3), mf.Flatten(), RELU)),
+        ("layers/2/Activation.function", "put a Dense or Conv before it"),
+    ),
+    "stride larger than the map": (
+        lambda: mf.Network((2, 3, 1), (mf.Conv(3, stride=3),)),
+        ("layers/0/Conv.stride=3", "larger than the 2x3 map", "at most 2"),
+    ),
+    "kernel larger than the map": (
+        lambda: mf.Network((2, 3, 1), (mf.Conv(3, kernel=3, padding="VALID"),)),
+        ("layers/0/Conv.kernel=3", "larger than the 2x3 map", "at most 2"),
+    ),
+    "dense on a map": (
+        lambda: mf.Network((4, 4, 2), (mf.Conv(3), mf.Dense(3))),
+        ("layers/1/input shape=(4, 4, 3)", "Dense takes vectors", "Flatten() or GlobalMeanPool()"),
+    ),
+    "convolution on a vector": (
+        lambda: mf.Network((8,), (mf.Conv(3),)),
+        ("layers/0/input shape=(8,)", "Conv takes maps", "(height, width, channels)"),
+    ),
+    "flatten on a vector": (
+        lambda: mf.Network((8,), (mf.Flatten(),)),
+        ("layers/0/input shape=(8,)", "Flatten takes maps"),
+    ),
+    "pooling a vector": (
+        lambda: mf.Network((8,), (mf.GlobalMeanPool(),)),
+        ("layers/0/input shape=(8,)", "GlobalMeanPool takes maps"),
+    ),
+    "residual of another shape": (
+        lambda: mf.Network((8,), (mf.Dense(8), mf.Residual(mf.Dense(7)))),
+        ("layers/1/Residual input shape=(8,)", "leaves shape (7,)", "end the branch with"),
+    ),
+    "residual that does not end in weights": (
+        lambda: mf.Network((8,), (mf.Dense(8), mf.Residual(mf.Sequential((mf.Dense(8), RELU))))),
+        ("layers/1/Residual.branch='Sequential'", "does not end in random weights", "Dense or Conv"),
+    ),
+    "empty residual": (
+        lambda: mf.Network((8,), (mf.Dense(8), mf.Residual())),
+        ("layers/1/Residual.branch", "does not end in random weights"),
+    ),
+    "repeat of another shape": (
+        lambda: mf.Network((8,), (mf.Repeat(mf.Dense(7), times=2),)),
+        ("layers/0/Repeat input shape=(8,)", "leaves shape (7,)", "end the block with"),
+    ),
+    "repeat whose second pass fails": (
+        lambda: mf.Network(
+            (8,), (mf.Dense(8), mf.Repeat(mf.Sequential((RELU,)), times=2), mf.Dense(3))
+        ),
+        ("layers/1/block/layers/0/Activation.function", "not sums over many random weights"),
+    ),
+    "error inside a branch": (
+        lambda: mf.Network((8,), (mf.Dense(8), mf.Residual(mf.Sequential((mf.Conv(3),))))),
+        ("layers/1/branch/layers/0/input shape=(8,)", "Conv takes maps"),
+    ),
+    "no layers": (lambda: mf.Network((8,), ()), ("layers=()", "empty", "at least one layer")),
+    "not a layer": (
+        lambda: mf.Network((8,), (mf.Dense(3), "relu")),
+        ("layers/1='relu'", "not a layer", "use Dense", "Activation"),
+    ),
+    "input shape of two axes": (
+        lambda: mf.Network((8, 8), (mf.Dense(3),)),
+        ("input_shape=(8, 8)", "(features,) or (height, width, channels)"),
+    ),
+    "input shape with a zero": (
+        lambda: mf.Network((0,), (mf.Dense(3),)),
+        ("input_shape=0", "not a whole number >= 1"),
+    ),
+    "map at the output": (
+        lambda: mf.analyze(mf.Network((4, 4, 2), (mf.Conv(3),))),
+        ("output shape=(4, 4, 3)", "not a vector", "end with Flatten() or GlobalMeanPool()"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRUCTURE)
+def test_what_does_not_fit_is_refused_in_one_line(case):
+    build, parts = STRUCTURE[case]
+    message = refused(build, *parts)
+    cause, remedy = message.split(": ", 1)[1].split("; ", 1)
+    assert cause
+    assert remedy
+
+
+# ---- numbers that make no sense
+
+
+def dense(**numbers) -> mf.Network:
+    return mf.Network((8,), (mf.Dense(4, **numbers), RELU, mf.Dense(3)))
+
+
+def normed(**numbers) -> mf.Network:
+    return mf.mlp([4], inputs=8, outputs=3, norm=mf.BatchNorm(**numbers))
+
+
+VALUES = {
+    "negative variance": (dense(weight_var=-1.0), "layers/0/Dense.weight_var=-1.0", "not negative"),
+    "infinite variance": (dense(bias_var=math.inf), "layers/0/Dense.bias_var=inf", "finite"),
+    "nan variance": (dense(bias_var=math.nan), "layers/0/Dense.bias_var=nan", "finite"),
+    "gamma nan": (normed(gamma=math.nan), "layers/1/BatchNorm.gamma=nan", "not a finite number"),
+    "beta infinite": (normed(beta=-math.inf), "layers/1/BatchNorm.beta=-inf", "not a finite number"),
+    "eps negative": (normed(eps=-1e-5), "layers/1/BatchNorm.eps=-1e-05", "not negative"),
+    "a text": (dense(weight_var="2"), "layers/0/Dense.weight_var='2'", "not a number; give a float"),
+    "nothing": (normed(beta=None), "layers/1/BatchNorm.beta=None", "not a number"),
+    "half precision": (
+        dense(weight_var=np.float16(2)),
+        "layers/0/Dense.weight_var",
+        "half precision loses the theory; use float32 or float64",
+    ),
+    "brain precision": (
+        normed(gamma=jnp.ones((), jnp.bfloat16)),
+        "layers/1/BatchNorm.gamma",
+        "half precision loses the theory",
+    ),
+    "one of many": (dense(weight_var=np.array([1.0, -2.0])), "layers/0/Dense.weight_var", "negative"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_numbers_without_sense_are_refused_in_one_line(case):
+    network, *parts = VALUES[case]
+    refused(network.validate, *parts)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        mf.analyze,
+        lambda network: mf.build(network, rngs=nnx.Rngs(0)),
+        lambda network: network.to_json(),
+    ],
+    ids=["analyze", "build", "to_json"],
+)
+def test_every_use_validates_first(use):
+    refused(lambda: use(dense(weight_var=-1.0)), "layers/0/Dense.weight_var=-1.0")
+
+
+def test_all_problems_come_in_one_message_with_their_paths():
+    block = mf.Sequential((mf.BatchNorm(gamma=math.nan, eps=-1.0), RELU, mf.Dense(8, bias_var=-2.0)))
+    network = mf.Network(
+        (8,), (mf.Dense(8, weight_var=-1.0), mf.Repeat(mf.Residual(block), times=2), mf.Dense(3))
+    )
+    inner = "layers/1/block/branch/layers"
+    message = refused(
+        network.validate,
+        "layers/0/Dense.weight_var=-1.0",
+        f"{inner}/0/BatchNorm.gamma=nan",
+        f"{inner}/0/BatchNorm.eps=-1.0",
+        f"{inner}/2/Dense.bias_var=-2.0",
+    )
+    assert message.count(" | ") == 3
+
+
+def test_zero_variances_and_a_zero_gamma_are_allowed():
+    dense(weight_var=0.0, bias_var=0).validate()
+    normed(gamma=0.0, eps=0.0).validate()
+
+
+def test_traced_numbers_are_not_checked():
+    @jax.jit
+    def eta(weight_var):
+        return mf.analyze(dense(weight_var=weight_var)).eta_max()
+
+    assert np.isfinite(eta(1.0))
+
+
+# ---- options of an analysis
+
+
+@pytest.mark.parametrize("statistics", ["Batch", "eval", None])
+def test_unknown_statistics_are_refused(statistics):
+    network = PRESETS["mlp"]
+    parts = (f"statistics={statistics!r}", "unknown", "batch, frozen, wei2019")
+    refused(lambda: mf.analyze(network, statistics=statistics), *parts)
+
+
+@pytest.mark.parametrize("num_samples", [0, -3, math.nan])
+def test_no_samples_are_refused(num_samples):
+    parts = (f"num_samples={num_samples!r}", "not a number of samples", "None for the limit")
+    refused(lambda: mf.analyze(PRESETS["mlp"], num_samples=num_samples), *parts)
+
+
+@pytest.mark.parametrize("name", ["mlp_norm", "repeat"])
+def test_batch_norm_on_one_sample_is_refused(name):
+    parts = ("num_samples=1", "a BatchNorm on one sample has no variance", "give at least 2")
+    refused(lambda: mf.analyze(PRESETS[name], num_samples=1), *parts)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0, math.nan])
+def test_momentum_outside_its_range_is_refused(momentum):
+    refused(lambda: mf.eta_max(1.0, momentum), f"momentum={momentum!r}", "outside [0, 1)", "give")
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    network = PRESETS[name]
+    for indent in (None, 2):
+        text = network.to_json(indent=indent)
+        assert mf.Network.from_json(text) == network
+        assert mf.Network.from_json(text).to_json(indent=indent) == text
+
+
+def test_json_round_trip_of_numbers_in_arrays():
+    network = dense(weight_var=jnp.asarray(1.25), bias_var=np.float64(0.125))
+    again = mf.Network.from_json(network.to_json())
+    assert again.layers[0].weight_var == 1.25
+    assert again.layers[0].bias_var == 0.125
+
+
+def test_json_is_plain_data():
+    spec = json.loads(PRESETS["mlp_norm"].to_json())
+    assert spec["format"] == "meanfield_jax.Network/1"
+    assert spec["input_shape"] == [8]
+    assert [inner["type"] for inner in spec["layers"]] == "Dense BatchNorm Activation Dense".split()
+    assert spec["layers"][1]["gamma"] == 0.5
+
+
+def test_a_function_of_ones_own_is_refused_by_json():
+    network = mf.mlp([4], inputs=8, outputs=3, activation=jnp.sin)
+    refused(network.to_json, "Activation.function", "a function is no data", "named activation")
+
+
+DENSE = '{"type": "Dense", "width": 3}'
+HEAD = '{"format": "meanfield_jax.Network/1", '
+JSON = {
+    "not json": ("{", "specification: not JSON", "write it with to_json"),
+    "nothing": ("", "specification: not JSON"),
+    "a list": ("[]", "specification: no 'meanfield_jax.Network/1' in it"),
+    "other format": ('{"format": "Network/9"}', "specification: no 'meanfield_jax.Network/1'"),
+    "no shape": (HEAD + f'"layers": [{DENSE}]}}', "input_shape", "to_json"),
+    "no layers": (HEAD + '"input_shape": [8]}', "layers", "to_json"),
+    "layers a number": (HEAD + '"input_shape": [8], "layers": 3}', "layers"),
+    "shape a text": (HEAD + f'"input_shape": "8", "layers": [{DENSE}]}}', "input_shape"),
+    "shape a number": (HEAD + f'"input_shape": 8, "layers": [{DENSE}]}}', "input_shape"),
+    "layer a number": (HEAD + '"input_shape": [8], "layers": [3]}', "layers/0=3", "not a layer"),
+    "unknown layer": (
+        HEAD + '"input_shape": [8], "layers": [{"type": "Dens", "width": 3}]}',
+        "type='Dens'",
+        "not a layer",
+        "Dense",
+    ),
+    "unknown field": (
+        HEAD + '"input_shape": [8], "layers": [{"type": "Dense", "widht": 3}]}',
+        "Dense",
+        "widht",
+        "to_json",
+    ),
+    "wrong value": (
+        HEAD + '"input_shape": [8], "layers": [{"type": "Dense", "width": 0}]}',
+        "Dense.width=0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", JSON)
+def test_malformed_json_is_refused_in_one_line(case):
+    text, *parts = JSON[case]
+    refused(lambda: mf.Network.from_json(text), *parts)
+
+
+# ---- printed form, shapes, counts
+
+
+def test_repr_shows_layers_shapes_and_counts():
+    network = mf.cnn([4], inputs=(8, 8, 3), outputs=10, norm=mf.BatchNorm(0.5))
+    lines = repr(network).splitlines()
+    assert lines[0] == "Network: (8, 8, 3) -> (10,), 770 parameters"
+    assert [line.split()[0] for line in lines[1:]] == [f"layers/{index}" for index in range(5)]
+    for line, layer, shape, count in zip(
+        lines[1:],
+        ("Conv(width=4, stride=2", "BatchNorm(gamma=0.5", "Activation(function='relu')", "Flatten()", "Dense(width=10"),
+        ("(4, 4, 4)", "(4, 4, 4)", "(4, 4, 4)", "(64,)", "(10,)"),
+        ("112", "8", "0", "0", "650"),
+        strict=True,
+    ):
+        assert layer in line
+        assert f" {shape} " in line
+        assert line.endswith(f" {count}")
+
+
+def test_repr_of_nested_layers_names_what_is_inside():
+    text = repr(PRESETS["repeated_residual"])
+    assert "Repeat(block=Residual(branch=Sequential(layers=(Activation(function='relu')," in text
+    assert "times=3" in text
+
+
+def test_repr_of_a_function_is_its_name():
+    assert repr(mf.Activation(jnp.sin)) == "Activation(function=sin)"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_counted_as_in_the_flax_model(name):
+    network = PRESETS[name]
+    model = mf.build(network, rngs=nnx.Rngs(0))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert network.num_parameters == sum(leaf.size for leaf in leaves)
+    assert mf.analyze(network).fisher.num_parameters == network.num_parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_flax_model_has_the_declared_output_shape(name):
+    network = PRESETS[name]
+    model = mf.build(network, rngs=nnx.Rngs(0))
+    apply, params = mf.functional(model)
+    outputs = jax.eval_shape(apply, params, jnp.ones((5, *network.input_shape)))
+    assert outputs.shape == (5, *network.output_shape)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR"])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_convolution_shapes_are_those_of_jax(padding, kernel, stride):
+    layer = mf.Conv(4, kernel, stride, padding)
+    network = mf.Network((7, 6, 2), (layer, mf.Flatten()))
+    height, width, channels = 7, 6, 2
+    if padding == "CIRCULAR":
+        height, width = height + kernel - 1, width + kernel - 1
+    mode = "SAME" if padding == "SAME" else "VALID"
+    x, w = jnp.ones((1, height, width, channels)), jnp.ones((kernel, kernel, channels, 4))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    expected = jax.eval_shape(
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, w, (stride, stride), mode, dimension_numbers=numbers
+        ),
+        x,
+        w,
+    )
+    assert network.output_shape == (math.prod(expected.shape[1:]),)
+    assert layer.output(mf.layers.base.Signal((7, 6, 2))).shape == expected.shape[1:]
+
+
+def test_the_model_refuses_inputs_of_another_shape():
+    model = mf.build(PRESETS["mlp"], rngs=nnx.Rngs(0))
+    with pytest.raises(mf.DataError, match=r"x.shape=\(5, 9\): .*; give an array of shape \(samples, 8\)"):
+        model(jnp.ones((5, 9)))
+
+
+def test_specifications_are_equal_and_hashable_by_their_numbers():
+    assert dense() == dense()
+    assert dense() != dense(weight_var=1.0)
+    assert jax.tree.structure(dense()) == jax.tree.structure(dense(weight_var=1.0))
+    assert jax.tree.structure(dense()) != jax.tree.structure(PRESETS["mlp"])
+
+
+def test_presets_take_an_activation_layer_and_a_function():
+    own = mf.Activation(lambda x: jnp.clip(x, -1, 1), kinks=(-1.0, 1.0))
+    assert mf.mlp([4], inputs=8, outputs=3, activation=own).layers[1] is own
+    assert mf.cnn([4], activation=jnp.tanh).layers[1].function is jnp.tanh
