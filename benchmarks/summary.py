@@ -68,12 +68,12 @@ def lambda_max_tables(record: dict[str, Any]) -> list[Rows]:
 
 def density_tables(record: dict[str, Any]) -> list[Rows]:
     """The one table of spectral_density.py."""
-    columns = ("peer", "cold", "warm", "top Ritz value off by", "peak MB")
+    columns = ("peer", "cold", "top Ritz value off by", "peak MB")
     rows = []
     for index, peer in enumerate(record["peers"]):
         cells = _failure(peer, len(columns)) or [
             peer["name"],
-            *_ratios(peer, index, "cold_ratio", "warm_ratio"),
+            *_ratios(peer, index, "cold_ratio"),
             f"{peer['error']:.1e}",
             number(peer["megabytes"], ".0f"),
         ]
@@ -165,6 +165,7 @@ def _error(error: float, tolerance: float) -> str:
 def _environment(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)
     machine = f"{facts['cores']} cores, {facts['cpu']}, {facts['memory_gib']} GiB"
+    machine += f", load average {facts['load_average'][2]:g} over the last 15 minutes"
     return f"{machine}; Python {facts['python']}, {versions}.\n"
 
 

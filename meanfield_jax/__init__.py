@@ -11,14 +11,9 @@ the toolkit measures whether the two agree. The names below follow that way::
 """
 
 from meanfield_jax import data
+from meanfield_jax.empirical.density import SpectralDensity, spectral_density
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
-from meanfield_jax.empirical.lanczos import (
-    SpectralDensity,
-    Status,
-    TopEigenvalues,
-    spectral_density,
-    top_eigenvalues,
-)
+from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate, functional
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.validate import validate

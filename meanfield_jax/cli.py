@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from meanfield_jax import data
+from meanfield_jax.empirical.density import spectral_density
 from meanfield_jax.empirical.fisher import fisher_operator
-from meanfield_jax.empirical.lanczos import spectral_density, top_eigenvalues
+from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.experiments.validate import (

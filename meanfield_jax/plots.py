@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from meanfield_jax.empirical.lanczos import SpectralDensity
+from meanfield_jax.empirical.density import SpectralDensity
 
 # Okabe & Ito's colours, told apart by colour-blind readers too
 COLOR = {"batch": "#0072B2", "frozen": "#D55E00", "wei2019": "#009E73", "vanilla": "#555555"}

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tolerance import assert_close, standard_error
 
 import meanfield_jax as mf
 from meanfield_jax.layers import LAYERS
-from tolerance import assert_close, standard_error
 
 WEIGHT_VAR, BIAS_VAR, GAMMA = 1.7, 0.3, 1.3
 NUM_SAMPLES = 48
@@ -123,19 +123,25 @@ def test_derivatives_equal_central_differences(name, x64):
         fisher = mf.analyze(rebuild(vector), num_samples=NUM_SAMPLES).fisher
         return jnp.log(fisher.outlier) + jnp.log(fisher.tangent_same)
 
-    value_and_grad = jax.jit(jax.value_and_grad(value))
     direction = jnp.asarray(np.random.default_rng(0).normal(size=base.shape))
-    curvature = jax.jit(jax.jvp, static_argnums=0)(jax.grad(value), (base,), (direction,))[1]
-    gradient = value_and_grad(base)[1]
+
+    @jax.jit
+    def derivatives(vector):
+        (value_here, gradient), (_, curvature) = jax.jvp(
+            jax.value_and_grad(value), (vector,), (direction,)
+        )
+        return value_here, gradient, curvature
+
+    _, gradient, curvature = derivatives(base)
     size = jnp.abs(gradient).max() + 1
 
     step = 1e-5  # the cube root of eps
     for index, unit in enumerate(jnp.eye(base.size)):
         if base[index] == 0:
             continue  # an offset's derivative at 0 is 0 by symmetry or covered by the direction
-        up, down = (value_and_grad(base + sign * step * unit)[0] for sign in (1, -1))
+        up, down = (derivatives(base + sign * step * unit)[0] for sign in (1, -1))
         assert_close(gradient[index], (up - down) / (2 * step), "difference", size)
-    up, down = (value_and_grad(base + sign * step * direction) for sign in (1, -1))
+    up, down = (derivatives(base + sign * step * direction) for sign in (1, -1))
     assert_close(gradient @ direction, (up[0] - down[0]) / (2 * step), "difference", 10 * size)
     assert_close(curvature, (up[1] - down[1]) / (2 * step), "second_difference", size)
 
@@ -174,7 +180,9 @@ def jacobian_products(name: str, key, width: int):
     network = example(name, width)
     apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key)))
     x = jax.random.normal(jax.random.fold_in(key, 1), (NUM_SAMPLES, *network.input_shape))
-    rows = [leaf.reshape(NUM_SAMPLES, 2, -1) for leaf in jax.tree.leaves(jax.jacrev(apply)(params, x))]
+    rows = [
+        leaf.reshape(NUM_SAMPLES, 2, -1) for leaf in jax.tree.leaves(jax.jacrev(apply)(params, x))
+    ]
     jacobian = jnp.concatenate(rows, axis=-1)
     products = jnp.einsum("ikp,jkp->ij", jacobian, jacobian) / 2
     same = jnp.trace(products) / NUM_SAMPLES
@@ -184,10 +192,11 @@ def jacobian_products(name: str, key, width: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYER_NAMES)
-def test_the_tangent_is_that_of_the_flax_network_ever_better_with_its_width(name):
+def test_the_tangent_is_that_of_the_flax_network(name):
     normalized = "BatchNorm" in repr(example(name))
-    for width in (32, 64):
-        keys = jax.random.split(jax.random.key(width), 12)
+    # twice the width, half of what finite width may cost; where it compiles fast
+    for width in (32, 64) if name in ("Dense", "BatchNorm", "Residual") else (48,):
+        keys = jax.random.split(jax.random.key(width), 8)
         draws = np.array([jacobian_products(name, key, width) for key in keys])
         fisher = mf.analyze(example(name, width), num_samples=NUM_SAMPLES).fisher
         # the variance's own derivative, which BatchNorm's rule leaves out, is O(1/samples)
@@ -222,8 +231,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("statistics", ["batch", "frozen"])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    ("name", "statistics"), [("plain", "batch"), ("offset", "batch"), ("ends_in_norm", "frozen")]
+)
 def test_repeat_is_its_block_written_out(name, statistics, x64):
     network, written_out = repeated(3, *BLOCKS[name]), unrolled(3, *BLOCKS[name])
     assert network.num_parameters == written_out.num_parameters

@@ -1,4 +1,4 @@
-"""Gaussian expectations of activation functions: identities, closed forms, independent integrals."""
+"""Gaussian expectations of activation functions: identities, closed forms, other integrals."""
 
 import functools
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.special
+from tolerance import assert_close, tolerance
 
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import (
@@ -17,7 +18,6 @@ from meanfield_jax.kernel.gaussian import (
     expectations,
     quadrature_error,
 )
-from tolerance import assert_close, tolerance
 
 VARIANCES = (0.1, 1.0, 9.0)
 CORRELATIONS = (-0.9, 0.0, 0.5, 0.999)
@@ -146,13 +146,19 @@ def test_the_oracles_agree_with_scipy():
             for b in parts
         )
 
-    assert_close(trapezoid(*SMOOTH["silu"], 2.0, 2.0, 0.6)[0], integral(SMOOTH["silu"][0], 10), "difference")
-    assert_close(panels(*KINKED["relu"], 2.0, 2.0, 0.6)[0], integral(KINKED["relu"][0], 10), "difference")
+    assert_close(
+        trapezoid(*SMOOTH["silu"], 2.0, 2.0, 0.6)[0], integral(SMOOTH["silu"][0], 10), "difference"
+    )
+    assert_close(
+        panels(*KINKED["relu"], 2.0, 2.0, 0.6)[0], integral(KINKED["relu"][0], 10), "difference"
+    )
 
 
 def test_the_oracles_agree_with_closed_forms():
     for c in CORRELATIONS:
-        expected = [m[0] for m in moments(NONLINEARITIES["erf"], *np.array([[9.0], [1.0], [3 * c]]))]
+        expected = [
+            m[0] for m in moments(NONLINEARITIES["erf"], *np.array([[9.0], [1.0], [3 * c]]))
+        ]
         assert_close(trapezoid(*SMOOTH["erf"], 9.0, 1.0, c), expected, "quadrature", 1.0)
         for name in ("relu", "leaky_relu"):
             args = np.array([[9.0], [1.0], [3 * c]])
@@ -308,7 +314,11 @@ def test_first_and_second_derivatives_are_finite_up_to_equal_inputs(name, with_m
 
 @pytest.mark.parametrize(
     ("name", "mean"),
-    [*((name, None) for name in CLOSED), *(("relu", mean) for mean in (0.0, 0.4, -0.4)), ("tanh", 0.4)],
+    [
+        *((name, None) for name in CLOSED),
+        *(("relu", mean) for mean in (0.0, 0.4, -0.4)),
+        ("tanh", 0.4),
+    ],
 )
 def test_without_variance_the_moments_are_values(name, mean):
     phi, zero = NONLINEARITIES[name], np.zeros(1)

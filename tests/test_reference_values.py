@@ -2,11 +2,11 @@
 
 import jax
 import numpy as np
+import published
 import pytest
+from tolerance import assert_close, assert_printed
 
 import meanfield_jax as mf
-import published
-from tolerance import assert_close, assert_printed
 
 # The reference values are those of the limit of the published theory: no eps in BatchNorm's
 # denominator and only weights and biases as parameters.

@@ -1,4 +1,4 @@
-"""Lanczos on a symmetric positive semi-definite operator: top eigenvalues and spectral density.
+"""Lanczos on a symmetric positive semi-definite operator: the top eigenvalues.
 
 An operator is any pytree with ``shape``, ``dtype`` and ``linearize() -> matvec``; ``linearize`` is
 called once inside the trace and ``matvec`` maps arrays of ``op.shape`` to arrays of ``op.shape``.
@@ -17,8 +17,6 @@ from jax import lax
 from jax.tree_util import register_dataclass
 
 from meanfield_jax.errors import SpecError, problem
-
-__all__ = ["SpectralDensity", "Status", "TopEigenvalues", "spectral_density", "top_eigenvalues"]
 
 # The probability, over the random start, that an eigenvector overlaps so little with it that its
 # eigenvalue may hide outside the error bounds: 0.05 fails in 0-0.5 % of the runs measured below.
@@ -82,76 +80,6 @@ class TopEigenvalues:
         )
 
 
-@register_dataclass
-@dataclass(frozen=True)
-class SpectralDensity:
-    """Quadrature nodes and weights of the spectral density, one row a random start.
-
-    Attributes:
-        nodes: (num_draws, num_steps) Ritz values, ascending; 0 after an early end.
-        weights: (num_draws, num_steps) non-negative, each row sums to 1; 0 after an early end.
-    """
-
-    nodes: jax.Array
-    weights: jax.Array
-
-    def moment(self, order: int) -> jax.Array:
-        """Estimate of tr(A^order) / size, a scalar."""
-        return jnp.mean(jnp.sum(self.weights * self.nodes**order, axis=-1))
-
-    def mean(self) -> jax.Array:
-        """Estimate of the mean eigenvalue tr(A) / size, a scalar."""
-        return self.moment(1)
-
-    def density(
-        self, grid: Any, *, sigma: float | None = None, relative_sigma: float = 0.0
-    ) -> jax.Array:
-        r"""The density per unit eigenvalue, each node widened to a Gaussian.
-
-        .. math:: p(\lambda) = \langle \sum_j w_j N(\lambda; \theta_j, \sigma_j^2) \rangle, \quad
-            \sigma_j = \sigma + \sigma_{rel} |\theta_j|
-
-        Args:
-            grid: (m,) eigenvalues at which the density is wanted.
-            sigma: absolute width; default 1 % of the range of the nodes, or 0 with a
-                ``relative_sigma``. On a logarithmic grid use both: ``relative_sigma=0.1`` and a
-                ``sigma`` near the smallest grid point, which is the width of the peak at 0.
-            relative_sigma: width in units of the node.
-
-        Returns:
-            (m,) density; it integrates to 1 over the whole line.
-
-        Raises:
-            SpecError: a negative width.
-        """
-        for name, value in (("sigma", sigma), ("relative_sigma", relative_sigma)):
-            if value is not None and value < 0:
-                raise problem(SpecError, name, value, "a width is not negative", "pass 0 or more")
-        nodes, weights = self.nodes.ravel(), self.weights.ravel() / self.nodes.shape[0]
-        spread = jnp.max(nodes) - jnp.min(nodes)
-        scale = jnp.where(spread > 0, spread, 1)
-        default = 0.0 if relative_sigma else 0.01 * scale
-        width = (default if sigma is None else sigma) + relative_sigma * jnp.abs(nodes)
-        # a node at exactly 0 keeps a finite height
-        width = jnp.maximum(width, jnp.finfo(nodes.dtype).eps * scale)
-        score = (jnp.asarray(grid, nodes.dtype)[:, None] - nodes[None, :]) / width[None, :]
-        return _matmul(jnp.exp(-(score**2) / 2), weights / (width * math.sqrt(2 * math.pi)))
-
-    def raise_if_failed(self) -> "SpectralDensity":
-        """Returns itself, or raises if a node is not finite (host only).
-
-        Raises:
-            RuntimeError: a product with the operator was not finite.
-        """
-        failed = ~np.isfinite(np.asarray(self.nodes)).all(axis=-1)
-        if failed.any():
-            raise RuntimeError(
-                f"spectral_density: draw {int(np.argmax(failed))} met a product that is not "
-                "finite; check parameters and inputs for NaN, inf and overflow"
-            )
-        return self
-
-
 class _Krylov(NamedTuple):
     basis: jax.Array  # (steps, size) orthonormal rows, zero where not yet filled
     projected: jax.Array  # (steps, steps) Q A Q^T
@@ -188,14 +116,15 @@ def _random_unit(basis, key):
     return vector / jnp.linalg.norm(vector)
 
 
-def _begin(size, steps, dtype, key):
+def begin(size, steps, dtype, key):
+    """A random start with room for ``steps`` basis vectors."""
     vector = jax.random.normal(key, (size,), dtype)
     zero = jnp.zeros((), dtype)
     basis, projected = jnp.zeros((steps, size), dtype), jnp.zeros((steps, steps), dtype)
     return _Krylov(basis, projected, vector / jnp.linalg.norm(vector), zero)
 
 
-def _expand(matvec, shape, krylov, step):
+def expand(matvec, shape, krylov, step):
     """The Lanczos step: one product, orthogonalized against the whole basis.
 
     All coefficients Q A q are kept, not only the two that are non-zero in exact arithmetic: T stays
@@ -250,7 +179,7 @@ def _search_step(matvec, op, k, tol, key, state):
         krylov = krylov._replace(vector=vector)
     coupling = jnp.where(state.fresh, 0, krylov.beta)
     starts = state.starts.at[step].max(state.fresh.astype(dtype))
-    krylov = _expand(matvec, op.shape, krylov, step)
+    krylov = expand(matvec, op.shape, krylov, step)
     theta, ritz = _top_ritz(krylov.projected, step, k)
 
     # what a chain left behind shrinks by the part that later vectors capture
@@ -301,7 +230,7 @@ def _top_eigenvalues(op, tol, key, *, k, max_steps, vectors):
     matvec, dtype = op.linearize(), op.dtype
     row, zero = jnp.zeros(max_steps, dtype), jnp.zeros((), dtype)
     state = _Search(
-        krylov=_begin(math.prod(op.shape), max_steps, dtype, key),
+        krylov=begin(math.prod(op.shape), max_steps, dtype, key),
         step=jnp.zeros((), jnp.int32),
         status=jnp.asarray(Status.MAX_STEPS, jnp.int32),
         starts=row.at[0].set(1),
@@ -349,8 +278,8 @@ def top_eigenvalues(
 
     With k > 1, once the bounds hold, a new random vector orthogonal to the basis starts a second
     chain, which runs until the same argument excludes a further eigenvalue above the k-th (2-4
-    products if the k-th is well above the rest). It finds the copies of multiple eigenvalues, one
-    copy a chain.
+    products if the k-th is well above the rest); then the last factor is 1. It finds the copies of
+    multiple eigenvalues, one copy a chain.
 
     Args:
         op: the operator; as a pytree, so that another one of the same structure does not recompile.
@@ -377,8 +306,12 @@ def top_eigenvalues(
         5000, in ``test_top_eigenvalue_of_fisher_like_spectra``.
 
     Example:
-        >>> result = top_eigenvalues(op, k=10).raise_if_failed()
-        >>> result.eigenvalues, result.error_bounds
+        >>> import jax, jax.numpy as jnp, meanfield_jax as mf
+        >>> apply = lambda params, x: jnp.tanh(x @ params)
+        >>> x = jax.random.normal(jax.random.key(0), (50, 4))
+        >>> op = mf.FisherOperator(apply, jnp.ones((4, 3)), x)
+        >>> mf.top_eigenvalues(op, k=3).raise_if_failed().eigenvalues.shape
+        (3,)
 
     Source:
         Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13; overlap argument: van Dorsselaer,
@@ -386,7 +319,7 @@ def top_eigenvalues(
         the whole projection Q A Q^T, not only its three diagonals.
     """
     size = math.prod(op.shape)
-    _check_dtype(op)
+    check_dtype(op)
     if not 1 <= k <= size:
         raise problem(SpecError, "k", k, f"the operator has {size} eigenvalues", "use 1 <= k <= it")
     if not tol > 0:
@@ -399,64 +332,8 @@ def top_eigenvalues(
     return _top_eigenvalues(op, tol, key, k=k, max_steps=max_steps, vectors=vectors)
 
 
-def _check_dtype(op):
+def check_dtype(op):
+    """Raises SpecError unless the operator works in float32 or float64."""
     if jnp.dtype(op.dtype) not in (jnp.float32, jnp.float64):
         cause = "the small eigenproblem needs float32 or float64"
         raise problem(SpecError, "op.dtype", str(op.dtype), cause, "cast the operator")
-
-
-@partial(jax.jit, static_argnames=("num_steps", "num_draws"))
-def _spectral_density(op, key, *, num_steps, num_draws):
-    matvec, size = op.linearize(), math.prod(op.shape)
-
-    def quadrature(draw_key):
-        krylov = lax.fori_loop(
-            0,
-            num_steps,
-            lambda step, krylov: _expand(matvec, op.shape, krylov, step),
-            _begin(size, num_steps, op.dtype, draw_key),
-        )
-        nodes, vectors = jnp.linalg.eigh(krylov.projected)
-        return nodes, vectors[0] ** 2
-
-    # one draw after the other: a product costs far more than the loop, and memory stays that of one
-    return SpectralDensity(*lax.map(quadrature, jax.random.split(key, num_draws)))
-
-
-def spectral_density(
-    op: Any, *, num_steps: int = 90, num_draws: int = 1, key: jax.Array | None = None
-) -> SpectralDensity:
-    r"""The distribution of all eigenvalues, by stochastic Lanczos quadrature.
-
-    .. math:: \frac{1}{N} \sum_i f(\lambda_i) \approx
-        \Big\langle \sum_j (e_1^T s_j)^2 f(\theta_j) \Big\rangle_{starts}
-
-    Args:
-        op: the operator, see ``top_eigenvalues``.
-        num_steps: products a draw; a draw resolves about num_steps / 2 outliers and a smooth bulk.
-        num_draws: random starts, one after the other.
-        key: of the starts; default ``jax.random.key(0)``.
-
-    Returns:
-        ``SpectralDensity`` with ``density(grid)``, ``mean()`` and ``moment(order)``.
-
-    Raises:
-        SpecError: num_steps, num_draws or the operator's dtype cannot be used.
-
-    Accuracy:
-        A draw integrates polynomials up to degree 2 num_steps - 1 exactly in its own start vector;
-        what remains is the scatter over starts, for the mean sqrt(2 tr A^2 / num_draws) / size.
-
-    Example:
-        >>> spectrum = spectral_density(op, num_draws=4)
-        >>> spectrum.density(jnp.linspace(0, 100, 500), sigma=1.0)
-
-    Source:
-        Ghorbani, Krishnan and Xiao, arXiv:1901.10159, section 2; Golub and Welsch (1969).
-    """
-    _check_dtype(op)
-    for name, value in (("num_steps", num_steps), ("num_draws", num_draws)):
-        if value < 1:
-            raise problem(SpecError, name, value, "nothing would be computed", "pass 1 or more")
-    key = jax.random.key(0) if key is None else key
-    return _spectral_density(op, key, num_steps=num_steps, num_draws=num_draws)

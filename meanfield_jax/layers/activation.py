@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import NONLINEARITIES, Nonlinearity, expectations
-from meanfield_jax.kernel.state import EnsembleKernel
+from meanfield_jax.kernel.state import EnsembleKernel, Pair
 from meanfield_jax.layers.base import Layer, Shape, Signal, layer, static
 
 
@@ -55,14 +57,19 @@ class Activation(Layer):
         return Signal(signal.shape, gaussian=False)
 
     def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, None]:
-        moments = expectations(
-            self.nonlinearity, *kernel.variances(kernel.cov), kernel.cov, kernel.mean
-        )
-        own_a, own_b = kernel.variances(kernel.scale)
+        phi, variances = self.nonlinearity, kernel.variances(kernel.cov)
+        scale_a, scale_b = kernel.variances(kernel.scale)
+        scale = safe.sqrt(scale_a * scale_b)
+
+        moments = [expectations(phi, *variances, entry, kernel.mean) for entry in kernel.cov]
+        tangent = [
+            entry * moment.derivative + scale * moment.scale
+            for entry, moment in zip(kernel.tangent, moments, strict=True)
+        ]
         return kernel.replace(
-            cov=moments.product,
-            tangent=kernel.tangent * moments.derivative + safe.sqrt(own_a * own_b) * moments.scale,
-            scale=0.0 * kernel.scale,
+            cov=Pair(*(moment.product for moment in moments)),
+            tangent=Pair(*tangent),
+            scale=jax.tree.map(jnp.zeros_like, kernel.scale),
             mean=None,
         ), None
 

@@ -7,16 +7,18 @@ there. Values are checked on the host by :meth:`Layer.value_problems`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import EnsembleKernel
+from meanfield_jax.kernel.state import EnsembleKernel, Pair
 
 Shape = tuple[int, ...]
 Problem = tuple[str, Any, str, str]
@@ -40,14 +42,14 @@ class Signal(NamedTuple):
 class Injection:
     """What a layer's own parameters add to its output's tangent, by kind of parameter.
 
-    Each is broadcastable to the kernel's arrays. ``scale`` adds to the kernel's ``scale``, the
-    others to its ``tangent``.
+    Matrices of the kernel, or None. ``scale`` adds to the kernel's ``scale``, the others to its
+    ``tangent``.
     """
 
-    weights: Array | float = 0.0
-    biases: Array | float = 0.0
-    offset: Array | float = 0.0
-    scale: Array | float = 0.0
+    weights: Pair | None = None
+    biases: Pair | None = None
+    offset: Pair | None = None
+    scale: Pair | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +57,8 @@ class Injection:
 class Tap:
     """Zeros added to a layer's output, to differentiate the theory with respect to it there."""
 
-    tangent: Array
-    scale: Array
+    tangent: Pair
+    scale: Pair
 
 
 @jax.tree_util.register_dataclass
@@ -101,14 +103,12 @@ class Layer:
         behind, injection = self.rule(kernel)
         if injection is None:
             return behind, None
+        own = [injection.weights, injection.biases, injection.offset]
+        tap_tangent, tap_scale = (None, None) if taps is None else (taps.tangent, taps.scale)
         behind = behind.replace(
-            tangent=behind.tangent + injection.weights + injection.biases + injection.offset,
-            scale=behind.scale + injection.scale,
+            tangent=_total(behind.tangent, *own, tap_tangent),
+            scale=_total(behind.scale, injection.scale, tap_scale),
         )
-        if taps is not None:
-            behind = behind.replace(
-                tangent=behind.tangent + taps.tangent, scale=behind.scale + taps.scale
-            )
         return behind, Record(kernel, behind, injection)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> Callable[[Array], Array]:
@@ -139,6 +139,11 @@ class Layer:
             if not field.metadata.get("static") or value != field.default:
                 parts.append(f"{field.name}={getattr(value, '__name__', None) or repr(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _total(matrix: Pair, *parts: Pair | None) -> Pair:
+    present = [part for part in parts if part is not None]
+    return jax.tree.map(lambda *entries: functools.reduce(jnp.add, entries), matrix, *present)
 
 
 LAYERS: dict[str, type[Layer]] = {}

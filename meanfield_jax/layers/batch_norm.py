@@ -11,7 +11,7 @@ from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
-from meanfield_jax.kernel.state import PUBLISHED, EnsembleKernel
+from meanfield_jax.kernel.state import PUBLISHED, EnsembleKernel, Pair
 from meanfield_jax.layers.base import (
     Injection,
     Layer,
@@ -81,34 +81,37 @@ class BatchNorm(Layer):
         over_positions = self.axes == "channel"
         centred = kernel.center(kernel.cov, over_positions)
         gain = self._gain(kernel, centred)
-        correlation = gain * centred
+        correlation = jax.tree.map(lambda entry: gain * entry, centred)
         tangent = kernel.settled_tangent
         if kernel.statistics == "batch":
             tangent = kernel.center(tangent, over_positions)
         if kernel.statistics == PUBLISHED:
             gain = self._gain(kernel, kernel.cov)
         behind = kernel.replace(
-            cov=self.gamma**2 * correlation,
-            tangent=self.gamma**2 * gain * tangent,
-            scale=0.0 * correlation,
+            cov=jax.tree.map(lambda entry: self.gamma**2 * entry, correlation),
+            tangent=jax.tree.map(lambda entry: self.gamma**2 * gain * entry, tangent),
+            scale=jax.tree.map(jnp.zeros_like, correlation),
             mean=self._mean(kernel),
         )
         if not self.trainable:
             return behind, None
         shared = self._shared(kernel)
-        return behind, Injection(offset=shared, scale=shared * correlation)
+        return behind, Injection(
+            offset=jax.tree.map(lambda entry: shared * jnp.ones_like(entry), correlation),
+            scale=jax.tree.map(lambda entry: shared * entry, correlation),
+        )
 
     def _mean(self, kernel: EnsembleKernel) -> Array | None:
         """The offset in the kernel's dtype; None for one that is known to be 0."""
-        return None if self.beta is None else jnp.asarray(self.beta, kernel.cov.dtype)
+        return None if self.beta is None else jnp.asarray(self.beta, kernel.cov.same.dtype)
 
-    def _gain(self, kernel: EnsembleKernel, spread: Array) -> Array:
+    def _gain(self, kernel: EnsembleKernel, spread: Pair) -> Array:
         """1 / (s_a s_b) for every pair, s^2 from the matrix of which it is the diagonal."""
-        var = kernel.same_positions(spread)[:1] + self.eps
+        var = kernel.same_positions(spread.same) + self.eps
         if self.axes == "channel":
             var = jnp.broadcast_to(var.mean(), var.shape)
         inverse = safe.divide(jnp.ones_like(var), safe.sqrt(var))
-        a, b = kernel.pairs(inverse)
+        a, b = kernel.either(inverse)
         return a * b
 
     def _shared(self, kernel: EnsembleKernel) -> Array | float:
@@ -116,7 +119,7 @@ class BatchNorm(Layer):
         if self.axes == "channel" or not kernel.all_positions:
             return 1.0
         size = math.prod(kernel.positions)
-        return jnp.eye(size, dtype=kernel.cov.dtype).reshape(kernel.cov.shape[1:])
+        return jnp.eye(size, dtype=kernel.cov.same.dtype).reshape(kernel.cov.same.shape)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return BatchNormModule(self, self.parameter_shape(shape))

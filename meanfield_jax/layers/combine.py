@@ -111,9 +111,9 @@ class Residual(Layer):
     def propagate(self, kernel: EnsembleKernel, taps: Any) -> tuple[EnsembleKernel, Any]:
         branch, records = self.branch.propagate(kernel, taps)
         return kernel.replace(
-            cov=kernel.cov + branch.cov,
-            tangent=kernel.settled_tangent + branch.settled_tangent,
-            scale=0.0 * branch.scale,
+            cov=jax.tree.map(jnp.add, kernel.cov, branch.cov),
+            tangent=jax.tree.map(jnp.add, kernel.settled_tangent, branch.settled_tangent),
+            scale=jax.tree.map(jnp.zeros_like, branch.scale),
             mean=_sum(kernel.mean, branch.mean),
         ), records
 
@@ -222,7 +222,7 @@ def located(path: str, inner: Layer, signal: Signal) -> Signal:
 
 
 def _with_mean(kernel: EnsembleKernel) -> EnsembleKernel:
-    zero = jnp.zeros((), kernel.cov.dtype)
+    zero = jnp.zeros((), kernel.cov.same.dtype)
     return kernel.replace(mean=zero) if kernel.mean is None else kernel
 
 

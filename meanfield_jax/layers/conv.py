@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -21,7 +22,7 @@ from meanfield_jax.layers.base import (
     static,
     variance_problems,
 )
-from meanfield_jax.layers.dense import linear_kernel, linear_options
+from meanfield_jax.layers.dense import linear_injection, linear_kernel, linear_options
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
@@ -88,18 +89,18 @@ class Conv(Layer):
         padding = self.padding
         if kernel.statistics == PUBLISHED and padding == "SAME":
             padding = "CIRCULAR"
-        moment = self._average(kernel, kernel.moment, padding)
-        tangent = self._average(kernel, kernel.settled_tangent, padding)
-        behind = linear_kernel(self, kernel, moment, tangent, self.width)
-        return behind, Injection(weights=self.kernel**2 * kernel.channels * moment, biases=1.0)
+        axes = ((-4, -2), (-3, -1)) if kernel.all_positions else ((-2,), (-1,))
 
-    def _average(self, kernel: EnsembleKernel, matrix: Array, padding: str) -> Array:
-        """The window's average; both members of a pair are shifted by the same step."""
-        rows, columns = ((1, 3), (2, 4)) if kernel.all_positions else ((1,), (2,))
-        for axes in (rows, columns):
-            shifted = windows(matrix, axes, self.kernel, self.stride, padding)
-            matrix = functools.reduce(jnp.add, shifted)
-        return matrix / self.kernel**2
+        def average(entry: Array) -> Array:
+            for shifted_together in axes:
+                shifted = windows(entry, shifted_together, self.kernel, self.stride, padding)
+                entry = functools.reduce(jnp.add, shifted)
+            return entry / self.kernel**2
+
+        moment = jax.tree.map(average, kernel.moment)
+        tangent = jax.tree.map(average, kernel.settled_tangent)
+        behind = linear_kernel(self, kernel, moment, tangent, self.width)
+        return behind, linear_injection(self.kernel**2 * kernel.channels, moment)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Conv(

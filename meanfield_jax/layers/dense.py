@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.nn import initializers
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import EnsembleKernel
+from meanfield_jax.kernel.state import EnsembleKernel, Pair
 from meanfield_jax.layers.base import (
     Injection,
     Layer,
@@ -57,7 +59,7 @@ class Dense(Layer):
     def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, Injection]:
         moment = kernel.moment
         behind = linear_kernel(self, kernel, moment, kernel.settled_tangent, self.width)
-        return behind, Injection(weights=kernel.channels * moment, biases=1.0)
+        return behind, linear_injection(kernel.channels, moment)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(shape[0], self.width, rngs=rngs, **linear_options(self, shape[0]))
@@ -66,14 +68,22 @@ class Dense(Layer):
         yield from variance_problems(self, "weight_var", "bias_var")
 
 
+def linear_injection(fan_in: int, moment: Pair) -> Injection:
+    """What weights that see these second moments, and biases, add to the tangent."""
+    return Injection(
+        weights=jax.tree.map(lambda entry: fan_in * entry, moment),
+        biases=jax.tree.map(jnp.ones_like, moment),
+    )
+
+
 def linear_kernel(
-    layer: Any, kernel: EnsembleKernel, moment: Array, tangent: Array, width: int
+    layer: Any, kernel: EnsembleKernel, moment: Pair, tangent: Pair, width: int
 ) -> EnsembleKernel:
     """The kernel behind random weights that see these second moments and tangents."""
     return kernel.replace(
-        cov=layer.bias_var + layer.weight_var * moment,
-        tangent=layer.weight_var * tangent,
-        scale=0.0 * moment,
+        cov=jax.tree.map(lambda entry: layer.bias_var + layer.weight_var * entry, moment),
+        tangent=jax.tree.map(lambda entry: layer.weight_var * entry, tangent),
+        scale=jax.tree.map(jnp.zeros_like, moment),
         mean=None,
         channels=width,
     )

@@ -1,11 +1,12 @@
 """Flatten and GlobalMeanPool: from a map to a vector."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import EnsembleKernel
+from meanfield_jax.kernel.state import EnsembleKernel, Pair
 from meanfield_jax.layers.base import Layer, Shape, Signal, layer
 
 
@@ -39,7 +40,7 @@ class GlobalMeanPool(Layer):
         return Signal(signal.shape[-1:], signal.gaussian)
 
     def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, None]:
-        return _pool(kernel, lambda matrix: matrix, kernel.channels), None
+        return _pool(kernel, lambda entry: entry, kernel.channels), None
 
     def build(self, shape: Shape, rngs: nnx.Rngs):
         return global_mean_pool
@@ -56,8 +57,8 @@ def global_mean_pool(x: Array) -> Array:
 
 
 def _pool(kernel: EnsembleKernel, select, channels: int) -> EnsembleKernel:
-    def average(matrix: Array) -> Array:
-        return select(matrix).reshape(2, -1).mean(-1)
+    def average(matrix: Pair) -> Pair:
+        return jax.tree.map(lambda entry: select(entry).mean(), matrix)
 
     return kernel.replace(
         cov=average(kernel.cov),

@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import STATISTICS, EnsembleKernel, input_kernel
+from meanfield_jax.kernel.state import STATISTICS, EnsembleKernel, Pair, input_kernel
 from meanfield_jax.layers import BatchNorm, Conv, GlobalMeanPool
 from meanfield_jax.layers.base import Record, Rows, Tap
 from meanfield_jax.network import Network, walk
@@ -194,7 +194,8 @@ def _analyze(network: Network, statistics: str, num_samples) -> Theory:
 
     taps = _zero_taps(jax.eval_shape(tangent_behind, None)[1][1])
     tangent, pull, (kernel, records) = jax.vjp(tangent_behind, taps, has_aux=True)
-    (back,) = jax.vmap(pull, out_axes=-1)(jnp.eye(2, dtype=tangent.dtype))
+    one_each = Pair(*jnp.eye(2, dtype=tangent.same.dtype))
+    (back,) = jax.vmap(pull, out_axes=-1)(one_each)
     records = _map_records(lambda r, b: dataclasses.replace(r, back=b), records, back)
 
     rows = body.rows(records, _read)
@@ -207,8 +208,8 @@ def _analyze(network: Network, statistics: str, num_samples) -> Theory:
         layers=tuple(paths[linear].tolist()),
     )
     fisher = Fisher(
-        tangent_same=tangent[0],
-        tangent_other=tangent[1],
+        tangent_same=tangent.same,
+        tangent_other=tangent.other,
         inverse_samples=kernel.inverse_samples,
         shares=shares,
         num_outputs=network.output_shape[0],
@@ -235,14 +236,10 @@ def _map_records(function, records, *rest):
 
 
 def _zero_taps(records):
-    def zeros(record: Record) -> Tap:
-        after = record.after
-        return Tap(
-            jnp.zeros(after.tangent.shape, after.tangent.dtype),
-            jnp.zeros(after.scale.shape, after.scale.dtype),
-        )
+    def zeros(matrix: Pair) -> Pair:
+        return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), matrix)
 
-    return _map_records(zeros, records)
+    return _map_records(lambda r: Tap(zeros(r.after.tangent), zeros(r.after.scale)), records)
 
 
 def _read(record: Record) -> Rows:
@@ -251,33 +248,43 @@ def _read(record: Record) -> Rows:
     before, after, injection = record.before, record.after, record.injection
     share = after.inverse_samples
     tangent, scale = (
-        share * back[..., 0] + (1 - share) * back[..., 1]
+        jax.tree.map(lambda entry: share * entry[..., 0] + (1 - share) * entry[..., 1], back)
         for back in (record.back.tangent, record.back.scale)
     )
     values = dict(
-        weights=jnp.sum(tangent * injection.weights),
-        biases=jnp.sum(tangent * injection.biases),
-        norm=jnp.sum(tangent * injection.offset) + jnp.sum(scale * injection.scale),
-        **_positions_mean("q", after, after.moment),
-        **_positions_mean("q_hat", before, before.moment),
+        weights=_dot(tangent, injection.weights),
+        biases=_dot(tangent, injection.biases),
+        norm=_dot(tangent, injection.offset) + _dot(scale, injection.scale),
+        **_positions_mean("q", after),
+        **_positions_mean("q_hat", before),
         **_positions_sum("q_tilde", after, record.back.tangent),
     )
     return {name: value[None] for name, value in values.items()}
 
 
-def _positions_mean(name: str, kernel: EnsembleKernel, moment: Array) -> Rows:
-    own = kernel.same_positions(moment)
-    same, other = own[0].mean(), own[1].mean()
-    pairs = moment[1].size - own[1].size
-    unequal = (moment[1].sum() - own[1].sum()) / pairs if pairs else other
-    return {name: same, f"{name}_xy": other, f"{name}_ab": unequal}
+def _dot(derivative: Pair, injection: Pair | None) -> Array:
+    if injection is None:
+        return jnp.zeros((), derivative.same.dtype)
+    return jnp.sum(derivative.same * injection.same) + jnp.sum(derivative.other * injection.other)
 
 
-def _positions_sum(name: str, kernel: EnsembleKernel, back: Array) -> Rows:
-    same, other = back[..., 0], back[..., 1]
-    own = kernel.same_positions(other)[1].sum()
+def _positions_mean(name: str, kernel: EnsembleKernel) -> Rows:
+    same, other = kernel.moment
+    own = kernel.same_positions(other)
+    pairs = other.size - own.size
+    unequal = (other.sum() - own.sum()) / pairs if pairs else own.mean()
     return {
-        name: kernel.same_positions(same)[0].sum(),
+        name: kernel.same_positions(same).mean(),
+        f"{name}_xy": own.mean(),
+        f"{name}_ab": unequal,
+    }
+
+
+def _positions_sum(name: str, kernel: EnsembleKernel, back: Pair) -> Rows:
+    same, other = back.same[..., 0], back.other[..., 1]
+    own = kernel.same_positions(other).sum()
+    return {
+        name: kernel.same_positions(same).sum(),
         f"{name}_xy": own,
-        f"{name}_ab": other[1].sum() - own,
+        f"{name}_ab": other.sum() - own,
     }
