@@ -10,6 +10,7 @@ gradient is never formed; for n < 2N that is cheaper.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -97,13 +98,17 @@ class FisherOperator:
     @property
     def shape(self) -> tuple[int, int]:
         """(n, C): the shape of the vectors the operator acts on."""
-        outputs = jax.eval_shape(self.apply, self.params, self.x)
-        return outputs.shape  # pyright: ignore[reportReturnType]
+        return self._outputs.shape  # pyright: ignore[reportReturnType]
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the vectors."""
-        return jax.eval_shape(self.apply, self.params, self.x).dtype
+        return self._outputs.dtype
+
+    @functools.cached_property
+    def _outputs(self) -> jax.ShapeDtypeStruct:
+        # tracing the network costs milliseconds, and a search asks more than once
+        return jax.eval_shape(self.apply, self.params, self.x)
 
     @property
     def paths(self) -> list[str]:

@@ -217,12 +217,15 @@ def check_mode(model: nnx.Module, x: Array, statistics: str) -> None:
     Raises:
         SpecError: with the remedy.
     """
+    if statistics == "batch" and x.shape[0] < 2:
+        cause = "a BatchNorm on one sample has no variance"
+        raise problem(DataError, "x.shape", x.shape, cause, "give at least 2 samples")
     if statistics == "frozen" and never_calibrated(model):
         cause = "the running statistics were never set"
         remedy = "call mf.calibrate(model, x) or train first, or ask for statistics='batch'"
         raise problem(SpecError, "statistics", statistics, cause, remedy)
     apply, params = functional(model)
-    if x.shape[0] >= 2 and couples_samples(apply, params, x) != (statistics == "batch"):
+    if x.shape[0] > 1 and couples_samples(apply, params, x) != (statistics == "batch"):
         used = "running statistics" if statistics == "batch" else "batch statistics"
         cause = f"the model uses {used} whatever its mode"
         remedy = "do not pass use_running_average in the call, set it by model.train()/eval()"
