@@ -54,8 +54,12 @@ def make_peers(case: str, steps: list[dict[str, Any]], quick: bool) -> list[Peer
 
 
 def reference(case: str) -> dict[str, Any]:
-    """The eigenvalue by curvlinops in float64, and the package's at 1e-7."""
-    options = dict(case=case, tol=1e-9, double=True)
+    """The eigenvalue by curvlinops in float64, and the package's at 1e-7.
+
+    Convolutions take PyTorch minutes in float64: there the reference is in float32 too.
+    """
+    double = case != "B"
+    options = dict(case=case, tol=1e-9 if double else 1e-6, double=double)
     with worker("peers:curvlinops_eigsh_dual", options) as process:
         truth = process.run()["value"]
     with worker("peers:meanfield", dict(case=case, tol=1e-7)) as process:
@@ -111,7 +115,7 @@ def make_claims(record: dict[str, Any]) -> list[Claim]:
             faster(CURVLINOPS, 5),
             faster(PYHESSIAN_FINE, 5),
             faster(SCIPY, 4),
-            faster(MATFREE_DUAL, 1.5),
+            faster(MATFREE, 1.5),
             faster(SCIPY, 1.8, "cold"),
             faster(CURVLINOPS, 2.8, "cold"),
             Claim("A: peak memory, MB", ours["megabytes"], 700, at_least=False),

@@ -114,6 +114,10 @@ class Network:
             raise SpecError(f"specification: not JSON ({error}); write it with to_json") from None
         if not isinstance(spec, dict) or spec.get("format") != FORMAT:
             raise SpecError(f"specification: no {FORMAT!r} in it; write it with to_json")
+        for name in ("input_shape", "layers"):
+            if not isinstance(spec.get(name), list):
+                remedy = "write the specification with to_json"
+                raise problem(SpecError, name, spec.get(name), "not a list", remedy)
         return cls(tuple(spec["input_shape"]), tuple(_decode(inner) for inner in spec["layers"]))
 
     def __repr__(self) -> str:

@@ -115,6 +115,7 @@ def test_vmap_over_every_number_equals_a_loop(name, x64):
         assert_close(row, expected, "quadrature", np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYER_NAMES)
 def test_derivatives_equal_central_differences(name, x64):
     base, rebuild = leaves_of(example(name))

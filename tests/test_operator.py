@@ -172,6 +172,7 @@ MODELS = {
 WITH_STATISTICS = ("batch_norm", "cnn", "positions", "repeat", "user_net")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_nnx_models_in_training_mode(name):
     create, shape = MODELS[name]

@@ -194,6 +194,7 @@ def test_batch_norm_convolution(statistics, printed):
     assert_printed(weights_only(conv(1.0), statistics), printed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [None, 1.0])
 def test_the_published_theory_takes_zero_padding_as_circular(gamma):
     zero, circular = (weights_only(conv(gamma, pad), "wei2019") for pad in ("SAME", "CIRCULAR"))

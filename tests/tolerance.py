@@ -11,11 +11,12 @@ KINDS = {
     "second_difference": "a central second difference against a second derivative",
     "edge": "a derivative next to correlation 1, where square roots of rounding errors appear",
     "quadrature": "the documented accuracy of the Gaussian quadrature",
+    "quadrature_edge": "the same with kinks and correlations up to .999",
     "monte_carlo": "a mean over draws against its expectation, of relative O(1/width)",
 }
 ROUNDING = 512.0
 DIFFERENCE = 64.0
-QUADRATURE = 1e-12
+QUADRATURE, QUADRATURE_EDGE = 1e-10, 1e-5
 
 
 def tolerance(
@@ -50,6 +51,8 @@ def tolerance(
             return DIFFERENCE * eps ** (2 / 3) * scale
         case "second_difference" | "edge":
             return DIFFERENCE * eps ** (1 / 2) * scale
+        case "quadrature_edge":
+            return max(QUADRATURE_EDGE, ROUNDING * eps) * scale
         case "quadrature":
             return max(QUADRATURE, ROUNDING * eps) * scale
         case "monte_carlo":

@@ -256,8 +256,10 @@ def _dense_layers(op: FisherOperator, params: dict[str, Array]) -> tuple[dict, d
         has_bias = f"{name}/bias" in params
         worth_it = values.ndim == 2 and values.shape[0] < 2 * values.shape[1]
         if worth_it and (kernel or (bias and has_bias)):
-            gram = jnp.matmul(values, values.T, precision=HIGHEST) if kernel else 0.0
-            grams[name] = gram + float(bias and has_bias)
+            gram = jnp.full((values.shape[0],) * 2, float(bias and has_bias), values.dtype)
+            if kernel:
+                gram += jnp.matmul(values, values.T, precision=HIGHEST)
+            grams[name] = gram
             width = params[f"{name}/kernel"].shape[1]
             taps[name] = jnp.zeros((values.shape[0], width), values.dtype)
     return taps, grams

@@ -201,7 +201,7 @@ class RepeatModule(nnx.Module):
 
     def __init__(self, block: Layer, times: int, shape: Shape, rngs: nnx.Rngs):
         create = nnx.vmap(lambda rngs: block.build(shape, rngs), axis_size=times)
-        self.block = create(rngs.fork(split=times))
+        self.block = create(rngs.split(times))
 
     def __call__(self, x: Array) -> Array:
         """The value behind the last repetition, of x's shape."""
