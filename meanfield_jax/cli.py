@@ -263,7 +263,8 @@ class Spectrum:
         if self.json:
             print(json.dumps(_plain(dataset), indent=2))
         else:
-            Console().print(_spectrum_table(dataset, theory))
+            table = _spectrum_table(dataset, *predicted.values(), theory.fisher.num_outputs)
+            Console().print(table)
         print("wrote", *written, file=sys.stderr)
 
 
@@ -394,14 +395,13 @@ def _fisher_table(theory: Theory, dataset: xr.Dataset) -> Table:
     return table
 
 
-def _spectrum_table(dataset: xr.Dataset, theory: Theory) -> Table:
+def _spectrum_table(dataset: xr.Dataset, outlier: float, bulk: float, num_outputs: int) -> Table:
     table = Table(title="Largest eigenvalues of F")
     for name in ("rank", "measured", "predicted (i.i.d. inputs)"):
         table.add_column(name, justify="right")
     for rank, value in enumerate(dataset.eigenvalues.values):
-        outlying = rank < theory.fisher.num_outputs
-        predicted = theory.fisher.outlier if outlying else theory.fisher.bulk
-        table.add_row(str(rank + 1), f"{value:.5g}", f"{float(predicted):.5g}")
+        predicted = outlier if rank < num_outputs else bulk
+        table.add_row(str(rank + 1), f"{value:.5g}", f"{predicted:.5g}")
     return table
 
 

@@ -6,6 +6,7 @@ file is checked before use: its structure, the checksums in it, and, because MNI
 share their file names, whether its contents are those of another known file.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -272,12 +273,16 @@ def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
         return path
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), DownloadColumn())
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar: Any = _Bar(progress, filename)  # Any: pooch's own hints do not allow what it does
             fetch: Any = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16)
             pooch.retrieve(url, sha256, filename, path.parent, downloader=fetch)
     except (OSError, ValueError) as error:  # connection, HTTP status, disk; checksum
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
         places = ", ".join(map(str, _folders(name, roots)))
         cause = f"not in {places}, and the download from {url} failed ({_short(error)})"
         where = "point data_dir (--data-dir) or $MEANFIELD_JAX_DATA to a folder that holds it"

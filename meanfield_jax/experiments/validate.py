@@ -235,13 +235,15 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
 def table(dataset: xr.Dataset) -> Table:
     """The result of :func:`validate` as a table for the terminal, 80 columns wide.
 
-    The columns "ratio" are predicted / measured; "paper" is the prediction of ``"wei2019"``.
+    "ratio" is predicted / measured; "paper" the prediction of ``"wei2019"``, "top" the largest.
     """
     title = f"C outliers of the Fisher matrix, n = {dataset.num_samples}, mean and its error"
-    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    result = Table(
+        title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    )
     for name in ("gamma", "mode"):
         result.add_column(name, no_wrap=True)
-    columns = ("predicted", "measured", "+-", "ratio", "paper", "ratio", "largest", "eta_max")
+    columns = ("predicted", "measured", "+-", "ratio", "paper", "ratio", "top", "eta_max")
     for name in columns:
         result.add_column(name, justify="right", no_wrap=True)
     for label in dataset.network.values:
@@ -254,12 +256,12 @@ def table(dataset: xr.Dataset) -> Table:
             numbers = (
                 f"{float(own.predicted):.5g}",
                 f"{float(at.measured_mean):.5g}",
-                f"{float(at.standard_error):.1g}",
-                f"{float(own.predicted / at.measured_mean):.3f}",
-                f"{float(published.predicted):.5g}",
-                f"{float(published.predicted / at.measured_mean):.3f}",
-                f"{float(at.largest):.5g}",
-                f"{float(own.eta_max):.3g}",
+                f"{float(at.standard_error):.2g}",
+                f"{float(own.predicted / at.measured_mean):.2f}",
+                f"{float(published.predicted):.4g}",
+                f"{float(published.predicted / at.measured_mean):.2f}",
+                f"{float(at.largest):.4g}",
+                f"{float(own.eta_max):.2g}",
             )
             result.add_row(str(label).removeprefix("gamma="), shown, *numbers)
     return result
