@@ -229,10 +229,11 @@ class Spectrum:
         x = self.inputs.load(network)
         with jax.enable_x64():
             theory = analyze_network(network, statistics=self.statistics, num_samples=len(x))
-            predicted = {
-                "predicted outlier (C times)": float(theory.fisher.outlier),
-                "predicted bulk, i.i.d. inputs": float(theory.fisher.bulk),
-            }
+            outlier, bulk = float(theory.fisher.outlier), float(theory.fisher.bulk)
+        predicted = {
+            "predicted outlier (C times)": outlier,
+            "predicted bulk, i.i.d. inputs": bulk,
+        }
         model = build(network, rngs=nnx.Rngs(self.inputs.seed))
         if self.statistics == "frozen" and has_batch_norm(network):
             calibrate(model, x)
@@ -263,8 +264,8 @@ class Spectrum:
         if self.json:
             print(json.dumps(_plain(dataset), indent=2))
         else:
-            table = _spectrum_table(dataset, *predicted.values(), theory.fisher.num_outputs)
-            Console().print(table)
+            num_outputs = theory.fisher.num_outputs
+            Console().print(_spectrum_table(dataset, outlier, bulk, num_outputs))
         print("wrote", *written, file=sys.stderr)
 
 

@@ -90,10 +90,11 @@ def plot_spectrum(
     """
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
-    top = float(np.max(density.nodes))
-    edges = np.geomspace(top * 1e-5, top * 1.3, 71)
+    nodes = np.asarray(density.nodes)
+    top = nodes.max()
+    edges = np.geomspace(max(0.7 * nodes.min(), top * 1e-5), top * 1.3, 46)
     weights = np.asarray(density.weights) / density.weights.shape[0]
-    counts, _ = np.histogram(np.asarray(density.nodes), edges, weights=weights * num_eigenvalues)
+    counts, _ = np.histogram(nodes, edges, weights=weights * num_eigenvalues)
     axes.stairs(counts, edges, fill=True, color=COLOR["batch"], alpha=0.35, label="Lanczos density")
     if measured is not None:
         height = np.full(len(measured), 1.0)
