@@ -82,7 +82,7 @@ def test_tolerance_refuses_an_unknown_kind():
         (1 + 1e-12, "rounding", {}),
         (1 + 1e-8, "difference", {}),
         (1 + 1e-5, "second_difference", {}),
-        (1 + 1e-11, "quadrature", {}),
+        (1 + 1e-9, "quadrature", {}),
         (1.5, "monte_carlo", dict(standard_error=0.1, width=100)),
         (np.nan, "rounding", {}),
         (np.inf, "monte_carlo", dict(standard_error=0.1)),
