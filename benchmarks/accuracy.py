@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 import meanfield_jax as mf
 from meanfield_jax.experiments.validate import measure
@@ -61,7 +60,8 @@ def result(case: dict) -> list[dict]:
     """Measures one case in both modes."""
     net, x = case["net"], case["x"]
     has_norm = any("BatchNorm" in repr(layer) for layer in net.layers)
-    outliers = np.stack([measure(net, x, seed=seed).mean(-1) for seed in range(DRAWS)])
+    draws = [measure(net, x, seed=seed).mean(-1) for seed in range(DRAWS)]
+    outliers = np.stack(draws).astype(float)
     rows = []
     for index, mode in enumerate(("batch", "frozen") if has_norm else ("batch",)):
         with jax.enable_x64():
@@ -111,7 +111,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder with MNIST [$MEANFIELD_JAX_DATA]")
     options = parser.parse_args()
-    rows = [row for case in track(cases(options.data_dir)) for row in result(case)]
+    rows = []
+    for case in cases(options.data_dir):
+        rows += result(case)
+        print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     environment = dict(
         machine=platform.machine(), python=platform.python_version(), jax=jax.__version__
     )
