@@ -168,11 +168,11 @@ def _quadrature_jvp(phi, num_nodes, primals, tangents):
 
 def _kinks(phi: Nonlinearity, mean: Array, std: Array) -> Array:
     """The kinks in units of the standardized variable, (..., kinks), inside the cutoff."""
-    some = std > 0
-    distance = jnp.stack([kink - mean + 0.0 * std for kink in phi.kinks], -1) if phi.kinks else None
-    if distance is None:
+    if not phi.kinks:
         return jnp.zeros((*std.shape, 0), std.dtype)
-    points = distance / jnp.where(some, std, 1.0)[..., None]
+    some = std > 0
+    scale = jnp.where(some, std, 1.0)
+    points = jnp.stack([(kink - mean) / scale for kink in phi.kinks], -1)
     # a deterministic value has its kink on the side where the piece with all the mass stays
     points = jnp.where(some[..., None], points, jnp.sign(points) * CUTOFF)
     return jnp.clip(points, -CUTOFF, CUTOFF)
