@@ -116,6 +116,7 @@ def make_claims(record: dict[str, Any]) -> list[Claim]:
             faster(PYHESSIAN_FINE, 5),
             faster(SCIPY, 4),
             faster(MATFREE, 1.5),
+            faster(MATFREE_DUAL, 1.5),
             faster(SCIPY, 1.8, "cold"),
             faster(CURVLINOPS, 2.8, "cold"),
             Claim("A: peak memory, MB", ours["megabytes"], 700, at_least=False),
