@@ -119,7 +119,7 @@ def test_help_is_on_stdout(capsys):
 @pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(folder):
     process = subprocess.Popen(
-        [sys.executable, "-m", "meanfield_jax", "validate", "--output", "result"],
+        [sys.executable, "-m", "meanfield_jax", "validate", "--draws=1000", "--output=result"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
