@@ -118,16 +118,22 @@ def test_help_is_on_stdout(capsys):
 
 @pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(folder):
-    process = subprocess.Popen(
+    # a process started while signals are ignored (nohup, a script's &) would ignore them too
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
         [sys.executable, "-m", "meanfield_jax", "validate", "--draws=1000", "--output=result"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    time.sleep(12)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    ) as process:
+        try:
+            time.sleep(12)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            signal.signal(signal.SIGINT, before)
     assert process.returncode == 130, err
     assert "interrupted" in err.splitlines()[-1]
     assert "Traceback" not in err
