@@ -202,7 +202,7 @@ class Validate:
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The measured density of the whole Fisher spectrum beside the predicted outlier and bulk."""
+    """The whole Fisher spectrum of one network on data, predicted and measured."""
 
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = NetworkOptions()
     inputs: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = DataOptions()
@@ -227,13 +227,9 @@ class Spectrum:
         shape = self.inputs.shape(self.network.net)
         network = _chosen(self.network.network(shape), self.gamma, self.vanilla)
         x = self.inputs.load(network)
-        with jax.enable_x64():
-            theory = analyze_network(network, statistics=self.statistics, num_samples=len(x))
-            outlier, bulk = float(theory.fisher.outlier), float(theory.fisher.bulk)
-        predicted = {
-            "predicted outlier (C times)": outlier,
-            "predicted bulk, i.i.d. inputs": bulk,
-        }
+        with Console(stderr=True).status("Predicting the spectrum"):
+            fisher = analyze_network(network, statistics=self.statistics, data=x).fisher
+            predicted = np.repeat(np.asarray(fisher.eigenvalues), fisher.num_outputs)
         model = build(network, rngs=nnx.Rngs(self.inputs.seed))
         if self.statistics == "frozen" and has_batch_norm(network):
             calibrate(model, x)
@@ -243,12 +239,18 @@ class Spectrum:
             density = spectral_density(op, num_steps=self.num_steps).raise_if_failed()
         dataset = xr.Dataset(
             dict(
+                predicted=("predicted_rank", predicted),
                 eigenvalues=("rank", np.asarray(top.eigenvalues)),
                 error_bounds=("rank", np.asarray(top.error_bounds)),
                 nodes=(("draw", "step"), np.asarray(density.nodes)),
                 weights=(("draw", "step"), np.asarray(density.weights)),
             ),
-            attrs=dict(spec=network.to_json(indent=None), statistics=self.statistics, **predicted),
+            attrs=dict(
+                spec=network.to_json(indent=None),
+                statistics=self.statistics,
+                outlier_low=float(fisher.outlier_low),
+                outlier_high=float(fisher.outlier_high),
+            ),
         )
         figure = plot_spectrum(
             density,
@@ -264,8 +266,7 @@ class Spectrum:
         if self.json:
             print(json.dumps(_plain(dataset), indent=2))
         else:
-            num_outputs = theory.fisher.num_outputs
-            Console().print(_spectrum_table(dataset, outlier, bulk, num_outputs))
+            Console().print(_spectrum_table(dataset))
         print("wrote", *written, file=sys.stderr)
 
 
@@ -396,13 +397,16 @@ def _fisher_table(theory: Theory, dataset: xr.Dataset) -> Table:
     return table
 
 
-def _spectrum_table(dataset: xr.Dataset, outlier: float, bulk: float, num_outputs: int) -> Table:
-    table = Table(title="Largest eigenvalues of F")
-    for name in ("rank", "measured", "predicted (i.i.d. inputs)"):
+def _spectrum_table(dataset: xr.Dataset) -> Table:
+    low, high = dataset.outlier_low, dataset.outlier_high
+    caption = f"theory: mean over draws; outliers of one draw {low:.4g} to {high:.4g}"
+    table = Table(title="Largest eigenvalues of F", caption=caption)
+    for name in ("rank", "measured", "predicted", "ratio"):
         table.add_column(name, justify="right")
-    for rank, value in enumerate(dataset.eigenvalues.values):
-        predicted = outlier if rank < num_outputs else bulk
-        table.add_row(str(rank + 1), f"{value:.5g}", f"{predicted:.5g}")
+    pairs = zip(dataset.eigenvalues.values, dataset.predicted.values, strict=False)
+    for rank, (measured, predicted) in enumerate(pairs):
+        ratio = predicted / measured
+        table.add_row(str(rank + 1), f"{measured:.5g}", f"{predicted:.5g}", f"{ratio:.3f}")
     return table
 
 

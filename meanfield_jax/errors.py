@@ -1,5 +1,11 @@
 """The errors that a user's input can cause: what, its value, why, and what to do."""
 
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+
 
 class SpecError(ValueError):
     """A network specification, or an option of an analysis, cannot be used as it stands."""
@@ -12,3 +18,19 @@ class DataError(ValueError):
 def problem(error: type[ValueError], argument: str, value: object, cause: str, remedy: str):
     """Builds the error whose one line names the argument, the value, the cause and the remedy."""
     return error(f"{argument}={value!r}: {cause}; {remedy}")
+
+
+def check_data(x: Any) -> Array:
+    """The inputs as a floating-point array; raises DataError for what cannot be used."""
+    x = jnp.asarray(x)
+    if x.ndim < 2 or x.shape[0] == 0:
+        remedy = "give (samples, features) or (samples, height, width, channels)"
+        raise problem(DataError, "x.shape", x.shape, "not a batch", remedy)
+    if x.dtype not in (jnp.float32, jnp.float64):
+        remedy = "convert it with x.astype('float32')"
+        raise problem(DataError, "x.dtype", str(x.dtype), "not float32 or float64", remedy)
+    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
+        count = int((~jnp.isfinite(x)).sum())
+        remedy = "remove or replace these values"
+        raise problem(DataError, "x", f"{count} values", "NaN or infinite", remedy)
+    return x

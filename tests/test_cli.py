@@ -88,7 +88,7 @@ def test_a_saved_network_can_be_given(folder, capsys):
         (["analyze", "--widths", "0"], ["Dense.width=0", ">= 1"]),
         (["analyze", "--momentum", "1"], ["momentum=1", "[0, 1)"]),
         (["analyze", "--activation", "rellu"], ["'rellu'", "relu"]),
-        (["analyze", "--num-samples", "1"], ["num_samples=1", "at least 2"]),
+        (["analyze", "--num-samples", "1"], ["num_samples=1", "at least 4"]),
         (["analyze", "--statistics", "bach"], ["bach", "--statistics"]),
         (["analyze", "--spec", "none.json"], ["none.json", "No such file"]),
         (["analyze", "--gama", "1"], ["--gama", "--help"]),

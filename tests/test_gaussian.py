@@ -85,6 +85,7 @@ def trapezoid(function, derivative, var_a, var_b, c, mean=0.0) -> np.ndarray:
             weight * function(u) @ (function(v) @ weight),
             weight * slope_u @ (slope_v @ weight),
             weight * slope_u * x @ ((slope_v * y) @ weight),
+            weight * slope_u * x**2 @ (slope_v @ weight),
         ]
     )
 
@@ -116,6 +117,7 @@ def panels(function, derivative, kinks, var_a, var_b, c, mean=0.0) -> np.ndarray
             weight_x @ (function(u) * (weight_w * function(v)).sum(-1)),
             weight_x @ (slope_u * (weight_w * slope_v).sum(-1)),
             weight_x @ (slope_u * x * (weight_w * slope_v * y).sum(-1)),
+            weight_x @ (slope_u * x**2 * (weight_w * slope_v).sum(-1)),
         ]
     )
 
@@ -236,7 +238,7 @@ def test_quadrature_across_kinks_is_as_exact_as_documented(name, mean, correlati
     for row, variance in zip(result, VARIANCES, strict=True):
         expected = panels(*KINKED[name], variance, variance, correlation, mean)
         kind = "quadrature_edge" if correlation > 0.9 else "quadrature"
-        assert_close(row, expected, kind, [mean**2 + variance, 1.0, 1.0])
+        assert_close(row, expected, kind, [mean**2 + variance, 1.0, 1.0, 1.0])
 
 
 def test_quadrature_without_the_kinks_is_wrong():

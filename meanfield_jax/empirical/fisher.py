@@ -31,7 +31,7 @@ from meanfield_jax.empirical.model import (
     in_mode,
     path_name,
 )
-from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.errors import SpecError, check_data, problem
 
 LIKELIHOODS = ("gaussian", "categorical")
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -198,22 +198,6 @@ def fisher_operator(
         check_mode(model, x, statistics)
     apply, params = functional(model)
     return FisherOperator(apply, params, x, likelihood, batch_size)
-
-
-def check_data(x: Any) -> Array:
-    """The inputs as a floating-point array; raises DataError for what cannot be used."""
-    x = jnp.asarray(x)
-    if x.ndim < 2 or x.shape[0] == 0:
-        remedy = "give (samples, features) or (samples, height, width, channels)"
-        raise problem(DataError, "x.shape", x.shape, "not a batch", remedy)
-    if x.dtype not in (jnp.float32, jnp.float64):
-        remedy = "convert it with x.astype('float32')"
-        raise problem(DataError, "x.dtype", str(x.dtype), "not float32 or float64", remedy)
-    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
-        count = int((~jnp.isfinite(x)).sum())
-        remedy = "remove or replace these values"
-        raise problem(DataError, "x", f"{count} values", "NaN or infinite", remedy)
-    return x
 
 
 def _below(path: str | None, name: str) -> bool:

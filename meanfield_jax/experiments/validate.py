@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from meanfield_jax.empirical.fisher import check_data, fisher_operator
+from meanfield_jax.empirical.fisher import fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
-from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.errors import SpecError, check_data, problem
 from meanfield_jax.kernel.state import PUBLISHED, STATISTICS
 from meanfield_jax.layers import BatchNorm, Layer, Repeat, Residual, Sequential
 from meanfield_jax.network import Network, walk

@@ -1,7 +1,7 @@
 """Expectations of an activation function over a pair of jointly Gaussian pre-activations.
 
 A :class:`Nonlinearity` is a function with what is known about it: its derivative, where it has
-kinks, whether it is homogeneous, and, where one exists, the closed form of its expectations.
+kinks, and, where one exists, the closed form of its expectations.
 :func:`expectations` is the one entry: it takes the closed form when it holds (zero mean), and
 quadrature split at the kinks otherwise.
 """
@@ -22,6 +22,9 @@ from meanfield_jax.kernel import safe
 NUM_NODES = 192
 """Nodes of a smooth function on each axis; half as many on each piece between kinks."""
 
+NUM_TERMS = 80
+"""Terms of Mehler's series."""
+
 CHUNK = 128
 """Entries of a kernel integrated at a time: a bound on memory."""
 
@@ -30,17 +33,19 @@ CUTOFF = 8.5
 
 
 class Moments(NamedTuple):
-    """The three expectations a layer rule needs, each of the shape of the covariance.
+    """The expectations a layer rule needs, each of the shape of the covariance.
 
     Attributes:
         product: E[phi(u) phi(v)].
         derivative: E[phi'(u) phi'(v)].
         scale: E[phi'(u) phi'(v) x y] with x, y the standardized u, v.
+        square: E[phi'(u) phi'(v) x^2].
     """
 
     product: Array
     derivative: Array
     scale: Array
+    square: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,7 @@ def expectations(
     covariance: Array,
     mean: Array | None,
 ) -> Moments:
-    """E[phi phi], E[phi' phi'] and E[phi' phi' x y] for (u, v) Gaussian with equal means.
+    """E[phi phi], E[phi' phi'], E[phi' phi' x y], E[phi' phi' x^2]; u, v Gaussian, equal means.
 
     Args:
         phi: The activation function.
@@ -102,6 +107,73 @@ def expectations(
         batch_size=min(covariance.size, CHUNK),
     )
     return Moments(*(moment.reshape(covariance.shape) for moment in moments))
+
+
+def batch_expectations(
+    phi: Nonlinearity,
+    variance_a: Array,
+    variance_b: Array,
+    covariance: Array,
+    mean: Array | None,
+) -> Moments:
+    """The same for a matrix over a batch: the variances are (..., n, 1) and (..., 1, n).
+
+    Without a closed form by Mehler's series: with a_k the coefficients of phi(mean + std x) in
+    normalized Hermite polynomials, E[phi phi] = sum_k a_k(std_a) a_k(std_b) c^k. It costs
+    ``NUM_TERMS`` operations an entry where quadrature costs 40,000.
+
+    Accuracy:
+        Off the diagonal, whose entries (correlation 1) are :func:`variance_expectations`. Smooth
+        functions, variances up to 4: 1e-6 at any correlation. Relative, with a kink: 1e-4 up to a
+        correlation of .9, 2 % at .99 (derivatives; the product is a hundred times better).
+
+    Source:
+        Mehler 1866; in this use Daniely, Frostig & Singer 2016 (arXiv:1602.05897).
+    """
+    if mean is None and phi.closed_form is not None:
+        return phi.closed_form(variance_a, variance_b, covariance)
+    mean = jnp.zeros_like(covariance, shape=()) if mean is None else mean
+    std_a, std_b = safe.sqrt(variance_a), safe.sqrt(variance_b)
+    c = _clipped(safe.divide(covariance, std_a * std_b))
+    first, second = _coefficients(phi, std_a, mean), _coefficients(phi, std_b, mean)
+    pairs = ((0, 0), (1, 1), (2, 2), (3, 1))
+
+    def term(total: Moments, both) -> tuple[Moments, None]:
+        a, b = both
+        parts = (c * value + a[i] * b[j] for value, (i, j) in zip(total, pairs, strict=True))
+        return Moments(*parts), None
+
+    zero = jnp.zeros(jnp.broadcast_shapes(std_a.shape, std_b.shape), c.dtype)
+    series, _ = jax.lax.scan(term, Moments(*(zero,) * 4), (first, second), reverse=True, unroll=8)
+    return series
+
+
+def variance_expectations(phi: Nonlinearity, variance: Array, mean: Array | None) -> Moments:
+    """The expectations at correlation 1, where u = v: one-dimensional integrals."""
+    mean = jnp.zeros_like(variance, shape=()) if mean is None else mean
+    std = safe.sqrt(variance)
+    x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
+    u = mean + std[..., None] * x
+    slope = phi.derivative(u) ** 2
+    scale = jnp.sum(weight * slope * x**2, -1)
+    product = jnp.sum(weight * phi.function(u) ** 2, -1)
+    return Moments(product, jnp.sum(weight * slope, -1), scale, scale)
+
+
+def _coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Array, ...]:
+    """Hermite coefficients of phi, phi', phi' x and phi' x^2, (terms, *std.shape) each."""
+    x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
+    u = mean + std[..., None] * x
+    slope = phi.derivative(u)
+    functions = [weight * value for value in (phi.function(u), slope, slope * x, slope * x**2)]
+
+    def term(state, k):
+        before, now = state
+        after = (x * now - jnp.sqrt(k) * before) / jnp.sqrt(k + 1)
+        return (now, after), tuple(jnp.sum(value * now, -1) for value in functions)
+
+    start = (jnp.zeros_like(u), jnp.ones_like(u))
+    return jax.lax.scan(term, start, jnp.arange(NUM_TERMS, dtype=u.dtype))[1]
 
 
 def quadrature_error(
@@ -142,6 +214,7 @@ def _quadrature(
         average(phi.function(u), phi.function(v)),
         average(slope_u, slope_v),
         average(slope_u * x, slope_v * y),
+        average(slope_u * x**2, slope_v),
     )
 
 
@@ -161,9 +234,8 @@ def _quadrature_jvp(phi, num_nodes, primals, tangents):
     )
     std_a, std_b = fixed
     price = std_a * std_b * moments.derivative * correlation_dot
-    return moments, Moments(
-        dots.product + price, dots.derivative + along.derivative, dots.scale + along.scale
-    )
+    total = jax.tree.map(jnp.add, dots, along)
+    return moments, total._replace(product=dots.product + price)
 
 
 def _kinks(phi: Nonlinearity, mean: Array, std: Array) -> Array:
@@ -211,7 +283,8 @@ def _rectifier(slope: float) -> Nonlinearity:
         first = (safe.sqrt(1.0 - c**2) + c * angle) / jnp.pi
         product = (1 - slope) ** 2 / 2 * first + slope * c
         derivative = (1 - slope) ** 2 / 2 * angle / jnp.pi + slope
-        return Moments(scale * product, derivative, product)
+        square = (1 - slope) ** 2 / 2 * (angle + c * safe.sqrt(1.0 - c**2)) / jnp.pi + slope
+        return Moments(scale * product, derivative, product, square)
 
     def function(x: Array) -> Array:
         return jax.nn.relu(x) if slope == 0 else jax.nn.leaky_relu(x, slope)
@@ -229,12 +302,16 @@ def _erf_moments(variance_a: Array, variance_b: Array, covariance: Array) -> Mom
         2 / jnp.pi * safe.asin(2 * covariance / jnp.sqrt(wide)),
         derivative,
         derivative * safe.divide(covariance, std_product) / determinant,
+        derivative
+        * (1 + 2 * variance_b - 2 * safe.divide(covariance**2, variance_a))
+        / determinant,
     )
 
 
 def _identity_moments(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
     correlation = safe.divide(covariance, safe.sqrt(variance_a * variance_b))
-    return Moments(covariance, jnp.ones_like(covariance), correlation)
+    one = jnp.ones_like(covariance)
+    return Moments(covariance, one, correlation, one)
 
 
 def _identity(x: Array) -> Array:

@@ -1,9 +1,9 @@
 """The state that travels through the layers: what two samples' pre-activations share.
 
-``cov`` and ``tangent`` are matrices over pairs of samples. Most layer rules act on their entries
-and never ask how they are stored: they go through ``jax.tree.map``. The few that do ask
-(BatchNorm's averages over the batch) ask the kernel. :class:`EnsembleKernel` stores the two
-different entries of a matrix over exchangeable (i.i.d.) samples as a :class:`Pair`.
+``cov`` and ``tangent`` are matrices over pairs of samples. Layer rules act on their entries
+and never ask how they are stored: they go through ``jax.tree.map``, or ask the kernel (for averages
+over the batch, over windows). :class:`EnsembleKernel` stores the two different entries of a matrix
+over exchangeable (i.i.d.) samples as a :class:`Pair`; for a real batch, see gram.py.
 
 In convolutional maps every entry is an array over positions. A flatten head gives distinct
 positions independent weights, so only equal positions meet and the axes are (height, width). Where
@@ -11,11 +11,17 @@ distinct positions meet (a mean over positions), they are (height, width, height
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from meanfield_jax.kernel import safe
+from meanfield_jax.kernel.gaussian import Moments, Nonlinearity, expectations
+from meanfield_jax.kernel.windows import windows
 
 PUBLISHED = "wei2019"
 STATISTICS = ("batch", "frozen", PUBLISHED)
@@ -33,6 +39,61 @@ class Pair(NamedTuple):
     other: Any
 
 
+class Spread(NamedTuple):
+    """What follows from a BatchNorm's variance being that of each unit, not the expected one.
+
+    Attributes:
+        first: E[z_hat z_hat^T], n E[z z^T / |z|^2].
+        factor: The expected inverse variance over the inverse of the expected variance.
+        second: E[z z^T / |z|^4] in units that make it ``first`` where variances do not fluctuate.
+    """
+
+    first: Any
+    factor: Array
+    second: Any
+
+
+class Projection(NamedTuple):
+    """What a BatchNorm's variance does to the tangent as it depends on the parameters.
+
+    With z_hat = H z / s, dz_hat = (1/s) (1 - z_hat z_hat^T / n) H dz: the tangent T of H z / s
+    turns into T - (z_hat v^T + v z_hat^T) + w z_hat z_hat^T, v = T z_hat / n, w = z_hat^T v / n.
+    Averages over z_hat are taken where the next layer is known.
+
+    Attributes:
+        correlation: E[z_hat_a z_hat_b].
+        cross: E[z_hat_a v_b].
+        own: E[z_hat_b v_b], broadcastable to it.
+        weight: w, broadcastable to it.
+    """
+
+    correlation: Any
+    cross: Any
+    own: Any
+    weight: Any
+
+    def behind(self, variances: tuple[Array, Array], moments: Moments) -> tuple[Array, Array]:
+        """E[phi' phi' w z_hat_a z_hat_b] and E[phi' phi' z_hat_a v_b], entry by entry.
+
+        v_b is Gaussian together with the two z_hat: it is regressed on them, and the rest drops
+        out. The regression on z_hat_b comes first, which leaves nothing on the diagonal.
+
+        Args:
+            variances: The correlation's entries (a, a) and (b, b) for every entry.
+            moments: Of the function behind.
+        """
+        var_a, var_b = variances
+        slope = safe.divide(self.own, var_b)
+        ratio = safe.divide(self.correlation, var_b)
+        both = safe.sqrt(var_a * var_b) * moments.scale
+        left = var_a - ratio * self.correlation
+        resolved = left > 100 * jnp.finfo(left.dtype).eps * var_a
+        partial = jnp.where(resolved, self.cross - slope * self.correlation, 0.0)
+        partial = partial / jnp.where(resolved, left, 1.0)
+        cross = slope * both + partial * (var_a * moments.square - ratio * both)
+        return self.weight * both, cross
+
+
 def _static():
     return dataclasses.field(metadata=dict(static=True))
 
@@ -47,6 +108,8 @@ class EnsembleKernel:
         tangent: <grad z_a, grad z_b> per unit over all parameters so far; positions.
         scale: The correlation E[z_hat_a z_hat_b] where a BatchNorm's trainable scale was just
             passed, else 0: the scale's tangent is z_hat_a z_hat_b, random until averaged.
+        projection: What a BatchNorm just passed takes off the tangent as its variance depends on
+            the parameters, or None.
         mean: E[z], equal for all samples and positions, a scalar; None where it is exactly 0.
         inverse_samples: 1/n for the n samples that BatchNorm averages over; 0 is the limit.
         channels: Units per position (width).
@@ -57,6 +120,7 @@ class EnsembleKernel:
     cov: Pair
     tangent: Pair
     scale: Pair
+    projection: Projection | None
     mean: Array | None
     inverse_samples: Array
     channels: int = _static()
@@ -69,9 +133,27 @@ class EnsembleKernel:
         shape = self.cov.same.shape
         return shape[: len(shape) // 2] if self.all_positions else shape
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the arrays."""
+        return self.cov.same.dtype
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def behind(self, cov: Pair, tangent: Pair, **changes: Any) -> Self:
+        """The kernel behind a layer that z_hat does not survive; its mean is 0 unless given."""
+        rest = dict(scale=jax.tree.map(jnp.zeros_like, cov), projection=None, mean=None)
+        return self.replace(cov=cov, tangent=tangent, **(rest | changes))
+
+    def filled(self) -> Self:
+        """The same with numbers in place of what is known to be 0."""
+        zero = jax.tree.map(jnp.zeros_like, self.cov)
+        return self.replace(
+            mean=jnp.zeros((), self.dtype) if self.mean is None else self.mean,
+            projection=self.projection or Projection(zero, zero, zero, zero),
+        )
 
     @property
     def moment(self) -> Pair:
@@ -83,8 +165,17 @@ class EnsembleKernel:
 
     @property
     def settled_tangent(self) -> Pair:
-        """The tangent where nothing correlated with z_hat follows: the scale's part averaged."""
-        return jax.tree.map(jnp.add, self.tangent, self.scale)
+        """The tangent where nothing correlated with z_hat follows: its parts averaged."""
+        return jax.tree.map(jnp.add, self._projected_tangent, self.scale)
+
+    @property
+    def _projected_tangent(self) -> Pair:
+        if self.projection is None:
+            return self.tangent
+        correlation, cross, _, weight = self.projection
+        return jax.tree.map(
+            lambda t, c, x, w: t + w * c - 2 * x, self.tangent, correlation, cross, weight
+        )
 
     def same_positions(self, entry: Array) -> Array:
         """The part of an entry at equal positions, (height, width) or ()."""
@@ -93,6 +184,18 @@ class EnsembleKernel:
         height, width = self.positions
         square = entry.reshape(height * width, height * width)
         return jnp.diagonal(square).reshape(height, width)
+
+    def totals(self, matrix: Pair) -> tuple[Array, Array, Array]:
+        """Sums over the entries of one sample, of two, and of two at two positions."""
+        own = self.same_positions(matrix.other).sum()
+        return self.same_positions(matrix.same).sum(), own, matrix.other.sum() - own
+
+    def averages(self) -> tuple[Array, Array, Array]:
+        """Second moments of one sample, of two, and of two at two positions."""
+        own = self.same_positions(self.cov.same).size
+        rest = self.cov.same.size - own
+        same, other, unequal = self.totals(self.moment)
+        return same / own, other / own, unequal / rest if rest else other / own
 
     def either(self, own: Array) -> tuple[Array, Array]:
         """A value of each position as that of either member of a pair, broadcastable."""
@@ -128,6 +231,114 @@ class EnsembleKernel:
             removed = share * matrix.same.mean() + (1 - share) * matrix.other.mean()
         return jax.tree.map(lambda entry: entry - removed, matrix)
 
+    def batch_variance(self, matrix: Pair, over_positions: bool) -> Array:
+        """The diagonal of a matrix averaged over the batch, as a number of each position."""
+        own = self.same_positions(matrix.same)
+        return jnp.broadcast_to(own.mean(), own.shape) if over_positions else own
+
+    def shared(self, over_positions: bool) -> Array | float:
+        """1 where the two values of a pair share what BatchNorm has one of, else 0."""
+        if over_positions or not self.all_positions:
+            return 1.0
+        same = self.cov.same
+        return jnp.eye(self.positions[0] * self.positions[1], dtype=same.dtype).reshape(same.shape)
+
+    def spread(self, correlation: Pair, over_positions: bool) -> Spread:
+        """What it changes that a unit is normalized by its own variance, not by the expected one.
+
+        That of n independent values follows chi^2 with n - 1 degrees of freedom.
+        """
+        share = self.inverse_samples
+        if over_positions and self.positions:
+            share = share / (self.positions[0] * self.positions[1])
+        return Spread(correlation, (1 - share) / (1 - 3 * share), correlation)
+
+    def normalized(self, spread: Spread, over_positions: bool) -> Self:
+        """This kernel, behind a BatchNorm, with the projection that its variance's derivative is.
+
+        Departure: left out, of order 1/n, where pairs of distinct positions count.
+        """
+        mixed = bool(self.positions) and (over_positions or self.all_positions)
+        if self.statistics != "batch" or mixed:
+            return self
+        share = self.inverse_samples
+
+        def matmul(a: Pair, b: Pair) -> Pair:
+            both = a.other * b.other
+            crossed = a.same * b.other + a.other * b.same
+            return Pair(
+                share * a.same * b.same + (1 - share) * both,
+                share * crossed + (1 - 2 * share) * both,
+            )
+
+        cross = matmul(spread.second, self.tangent)
+        own, weight = (
+            Pair(entry, entry) for entry in (cross.same, matmul(spread.first, self.tangent).same)
+        )
+        return self.replace(projection=Projection(spread.second, cross, own, weight))
+
+    def activated(self, phi: Nonlinearity) -> Self:
+        """The kernel behind an elementwise function."""
+        variances = self.variances(self.cov)
+        scale_a, scale_b = self.variances(self.scale)
+        scale = safe.sqrt(scale_a * scale_b)
+        moments = [expectations(phi, *variances, entry, self.mean) for entry in self.cov]
+        tangent = [
+            entry * moment.derivative + scale * moment.scale
+            for entry, moment in zip(self.tangent, moments, strict=True)
+        ]
+        if self.projection is not None:
+            variances = self.variances(self.projection.correlation)
+            for index, moment in enumerate(moments):
+                entry = Projection(*(matrix[index] for matrix in self.projection))
+                both, cross = entry.behind(variances, moment)
+                tangent[index] += both - 2 * cross
+        return self.behind(Pair(*(moment.product for moment in moments)), Pair(*tangent))
+
+    def windowed(self, positions: tuple[int, ...], side: int, stride: int, padding: str) -> Self:
+        """The values under a moving window, taken together as one vector.
+
+        ``"wei2019"`` takes every position to be alike: zero padding is circular there.
+
+        Args:
+            positions: The map behind.
+            side: Side of the window.
+            stride: Its step.
+            padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
+        """
+        if self.statistics == PUBLISHED and padding == "SAME":
+            padding = "CIRCULAR"
+        axes = ((-4, -2), (-3, -1)) if self.all_positions else ((-2,), (-1,))
+
+        def average(entry: Array) -> Array:
+            for shifted_together in axes:
+                shifted = windows(entry, shifted_together, side, stride, padding)
+                entry = functools.reduce(jnp.add, shifted)
+            return entry / side**2
+
+        moment = jax.tree.map(average, self.moment)
+        tangent = jax.tree.map(average, self.settled_tangent)
+        return self.behind(moment, tangent, channels=side**2 * self.channels)
+
+    def flattened(self) -> Self:
+        """Behind a flatten head: the average over equal positions."""
+        count = self.positions[0] * self.positions[1]
+        return self._pooled(lambda entry: self.same_positions(entry).mean(), count)
+
+    def pooled(self) -> Self:
+        """Behind a mean over positions: the average over all pairs of them."""
+        return self._pooled(jnp.mean, 1)
+
+    def _pooled(self, average: Callable[[Array], Array], num_positions: int) -> Self:
+        return self.replace(
+            cov=jax.tree.map(average, self.cov),
+            tangent=jax.tree.map(average, self._projected_tangent),
+            projection=None,
+            scale=jax.tree.map(average, self.scale),
+            channels=num_positions * self.channels,
+            all_positions=False,
+        )
+
 
 def input_kernel(
     shape: tuple[int, ...],
@@ -159,6 +370,7 @@ def input_kernel(
         cov=Pair(same, zero),
         tangent=Pair(zero, zero),
         scale=Pair(zero, zero),
+        projection=None,
         mean=None,
         inverse_samples=jnp.asarray(inverse, dtype),
         channels=shape[-1],

@@ -2,15 +2,11 @@
 
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel import safe
-from meanfield_jax.kernel.gaussian import NONLINEARITIES, Nonlinearity, expectations
-from meanfield_jax.kernel.state import EnsembleKernel, Pair
-from meanfield_jax.layers.base import Layer, Shape, Signal, layer, static
+from meanfield_jax.kernel.gaussian import NONLINEARITIES, Nonlinearity
+from meanfield_jax.layers.base import Kernel, Layer, Shape, Signal, layer, static
 
 
 @layer
@@ -56,22 +52,8 @@ class Activation(Layer):
             raise problem(SpecError, "Activation.function", self.function, cause, remedy)
         return Signal(signal.shape, gaussian=False)
 
-    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, None]:
-        phi, variances = self.nonlinearity, kernel.variances(kernel.cov)
-        scale_a, scale_b = kernel.variances(kernel.scale)
-        scale = safe.sqrt(scale_a * scale_b)
-
-        moments = [expectations(phi, *variances, entry, kernel.mean) for entry in kernel.cov]
-        tangent = [
-            entry * moment.derivative + scale * moment.scale
-            for entry, moment in zip(kernel.tangent, moments, strict=True)
-        ]
-        return kernel.replace(
-            cov=Pair(*(moment.product for moment in moments)),
-            tangent=Pair(*tangent),
-            scale=jax.tree.map(jnp.zeros_like, kernel.scale),
-            mean=None,
-        ), None
+    def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
+        return kernel.activated(self.nonlinearity), None
 
     def build(self, shape: Shape, rngs) -> Callable[[Array], Array]:
         return self.nonlinearity.function

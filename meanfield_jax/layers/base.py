@@ -18,7 +18,11 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import EnsembleKernel, Pair
+
+Kernel = Any
+"""EnsembleKernel (state.py) or GramKernel (gram.py): the same methods on other matrices."""
+Matrix = Any
+"""A matrix over the samples as its kernel stores it, a Pair or an Array."""
 
 Shape = tuple[int, ...]
 Problem = tuple[str, Any, str, str]
@@ -46,10 +50,10 @@ class Injection:
     ``tangent``.
     """
 
-    weights: Pair | None = None
-    biases: Pair | None = None
-    offset: Pair | None = None
-    scale: Pair | None = None
+    weights: Matrix | None = None
+    biases: Matrix | None = None
+    offset: Matrix | None = None
+    scale: Matrix | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +61,8 @@ class Injection:
 class Tap:
     """Zeros added to a layer's output, to differentiate the theory with respect to it there."""
 
-    tangent: Pair
-    scale: Pair
+    tangent: Matrix
+    scale: Matrix | None
 
 
 @jax.tree_util.register_dataclass
@@ -70,14 +74,14 @@ class Record:
         before: Kernel entering.
         after: Kernel leaving, the layer's injection included.
         injection: What the layer injected.
-        back: Derivative of the network's tangent with respect to this layer's, the tangent's own
-            axis last; None in the pass itself.
+        back: Derivatives of the network's tangent (of one sample, of two samples, and of the
+            outlier) with respect to this layer's; None in the pass itself.
     """
 
-    before: EnsembleKernel
-    after: EnsembleKernel
+    before: Kernel
+    after: Kernel
     injection: Injection
-    back: Tap | None = None
+    back: tuple[Tap, Tap, Tap] | None = None
 
 
 Rows = dict[str, Array]
@@ -94,11 +98,11 @@ class Layer:
         """The number of trainable parameters on inputs of this shape."""
         return 0
 
-    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, Injection | None]:
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
         """The covariance and tangent rule: the kernel behind the layer and its own injection."""
         raise NotImplementedError
 
-    def propagate(self, kernel: EnsembleKernel, taps: Any) -> tuple[EnsembleKernel, Any]:
+    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
         """Applies the rule, adds injection and tap; returns the kernel and a tree of Records."""
         behind, injection = self.rule(kernel)
         if injection is None:
@@ -141,9 +145,11 @@ class Layer:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _total(matrix: Pair, *parts: Pair | None) -> Pair:
+def _total(*parts: Matrix | None) -> Matrix | None:
     present = [part for part in parts if part is not None]
-    return jax.tree.map(lambda *entries: functools.reduce(jnp.add, entries), matrix, *present)
+    if not present:
+        return None
+    return jax.tree.map(lambda *entries: functools.reduce(jnp.add, entries), *present)
 
 
 LAYERS: dict[str, type[Layer]] = {}

@@ -11,10 +11,12 @@ from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
-from meanfield_jax.kernel.state import PUBLISHED, EnsembleKernel, Pair
+from meanfield_jax.kernel.state import PUBLISHED
 from meanfield_jax.layers.base import (
     Injection,
+    Kernel,
     Layer,
+    Matrix,
     Problem,
     Shape,
     layer,
@@ -77,49 +79,41 @@ class BatchNorm(Layer):
     def num_parameters(self, shape: Shape) -> int:
         return 2 * math.prod(self.parameter_shape(shape)) if self.trainable else 0
 
-    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, Injection | None]:
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
         over_positions = self.axes == "channel"
         centred = kernel.center(kernel.cov, over_positions)
         gain = self._gain(kernel, centred)
         correlation = jax.tree.map(lambda entry: gain * entry, centred)
         tangent = kernel.settled_tangent
+        if kernel.statistics == PUBLISHED:
+            gain, spread = self._gain(kernel, kernel.cov), None
+        else:
+            spread = kernel.spread(correlation, over_positions)
+            correlation, gain = spread.first, gain * spread.factor
         if kernel.statistics == "batch":
             tangent = kernel.center(tangent, over_positions)
-        if kernel.statistics == PUBLISHED:
-            gain = self._gain(kernel, kernel.cov)
-        behind = kernel.replace(
+        behind = kernel.behind(
             cov=jax.tree.map(lambda entry: self.gamma**2 * entry, correlation),
             tangent=jax.tree.map(lambda entry: self.gamma**2 * gain * entry, tangent),
-            scale=jax.tree.map(jnp.zeros_like, correlation),
-            mean=self._mean(kernel),
+            # None for an offset that is known to be 0
+            mean=None if self.beta is None else jnp.asarray(self.beta, kernel.dtype),
         )
+        if spread is not None:
+            behind = behind.normalized(spread, over_positions)
         if not self.trainable:
             return behind, None
-        shared = self._shared(kernel)
+        shared = kernel.shared(over_positions)
         return behind, Injection(
             offset=jax.tree.map(lambda entry: shared * jnp.ones_like(entry), correlation),
             scale=jax.tree.map(lambda entry: shared * entry, correlation),
         )
 
-    def _mean(self, kernel: EnsembleKernel) -> Array | None:
-        """The offset in the kernel's dtype; None for one that is known to be 0."""
-        return None if self.beta is None else jnp.asarray(self.beta, kernel.cov.same.dtype)
-
-    def _gain(self, kernel: EnsembleKernel, spread: Pair) -> Array:
+    def _gain(self, kernel: Kernel, spread: Matrix) -> Array:
         """1 / (s_a s_b) for every pair, s^2 from the matrix of which it is the diagonal."""
-        var = kernel.same_positions(spread.same) + self.eps
-        if self.axes == "channel":
-            var = jnp.broadcast_to(var.mean(), var.shape)
+        var = kernel.batch_variance(spread, self.axes == "channel") + self.eps
         inverse = safe.divide(jnp.ones_like(var), safe.sqrt(var))
         a, b = kernel.either(inverse)
         return a * b
-
-    def _shared(self, kernel: EnsembleKernel) -> Array | float:
-        """1 where the two values of a pair share their scale and offset, else 0."""
-        if self.axes == "channel" or not kernel.all_positions:
-            return 1.0
-        size = math.prod(kernel.positions)
-        return jnp.eye(size, dtype=kernel.cov.same.dtype).reshape(kernel.cov.same.shape)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return BatchNormModule(self, self.parameter_shape(shape))

@@ -9,8 +9,8 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import EnsembleKernel
 from meanfield_jax.layers.base import (
+    Kernel,
     Layer,
     Record,
     Rows,
@@ -49,7 +49,7 @@ class Sequential(Layer):
         shapes = self._shapes(shape)
         return sum(la.num_parameters(s) for la, s in zip(self.layers, shapes, strict=True))
 
-    def propagate(self, kernel: EnsembleKernel, taps: Any) -> tuple[EnsembleKernel, Any]:
+    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
         records = []
         for index, inner in enumerate(self.layers):
             kernel, record = inner.propagate(kernel, None if taps is None else taps[index])
@@ -108,12 +108,11 @@ class Residual(Layer):
     def num_parameters(self, shape: Shape) -> int:
         return self.branch.num_parameters(shape)
 
-    def propagate(self, kernel: EnsembleKernel, taps: Any) -> tuple[EnsembleKernel, Any]:
+    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
         branch, records = self.branch.propagate(kernel, taps)
-        return kernel.replace(
+        return kernel.behind(
             cov=jax.tree.map(jnp.add, kernel.cov, branch.cov),
             tangent=jax.tree.map(jnp.add, kernel.settled_tangent, branch.settled_tangent),
-            scale=jax.tree.map(jnp.zeros_like, branch.scale),
             mean=_sum(kernel.mean, branch.mean),
         ), records
 
@@ -158,17 +157,17 @@ class Repeat(Layer):
     def num_parameters(self, shape: Shape) -> int:
         return self.times * self.block.num_parameters(shape)
 
-    def propagate(self, kernel: EnsembleKernel, taps: Any) -> tuple[EnsembleKernel, Any]:
+    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
         behind, _ = jax.eval_shape(lambda k: self.block.propagate(k, None), kernel)
-        if (kernel.mean is None) == (behind.mean is None):
+        if jax.tree.structure(kernel) == jax.tree.structure(behind):
             return jax.lax.scan(self.block.propagate, kernel, taps, length=self.times)
 
         def step(carry, tap):
             # a known zero and a number do not fit one carry: make both a number
             behind, record = self.block.propagate(carry, tap)
-            return _with_mean(behind), record
+            return behind.filled(), record
 
-        return jax.lax.scan(step, _with_mean(kernel), taps, length=self.times)
+        return jax.lax.scan(step, kernel.filled(), taps, length=self.times)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return RepeatModule(self.block, self.times, shape, rngs)
@@ -219,11 +218,6 @@ def located(path: str, inner: Layer, signal: Signal) -> Signal:
         return inner.output(signal)
     except SpecError as error:
         raise SpecError(f"{path}/{error}") from None
-
-
-def _with_mean(kernel: EnsembleKernel) -> EnsembleKernel:
-    zero = jnp.zeros((), kernel.cov.same.dtype)
-    return kernel.replace(mean=zero) if kernel.mean is None else kernel
 
 
 def _sum(first: Array | None, second: Array | None) -> Array | None:

@@ -1,18 +1,17 @@
 """Conv: a two-dimensional convolution with random weights and biases."""
 
-import functools
 import math
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import PUBLISHED, EnsembleKernel
+from meanfield_jax.kernel.windows import windows
 from meanfield_jax.layers.base import (
     Injection,
+    Kernel,
     Layer,
     Problem,
     Shape,
@@ -22,7 +21,7 @@ from meanfield_jax.layers.base import (
     static,
     variance_problems,
 )
-from meanfield_jax.layers.dense import linear_injection, linear_kernel, linear_options
+from meanfield_jax.layers.dense import linear_options, linear_rule
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
@@ -85,22 +84,10 @@ class Conv(Layer):
     def num_parameters(self, shape: Shape) -> int:
         return (self.kernel**2 * shape[-1] + 1) * self.width
 
-    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, Injection]:
-        padding = self.padding
-        if kernel.statistics == PUBLISHED and padding == "SAME":
-            padding = "CIRCULAR"
-        axes = ((-4, -2), (-3, -1)) if kernel.all_positions else ((-2,), (-1,))
-
-        def average(entry: Array) -> Array:
-            for shifted_together in axes:
-                shifted = windows(entry, shifted_together, self.kernel, self.stride, padding)
-                entry = functools.reduce(jnp.add, shifted)
-            return entry / self.kernel**2
-
-        moment = jax.tree.map(average, kernel.moment)
-        tangent = jax.tree.map(average, kernel.settled_tangent)
-        behind = linear_kernel(self, kernel, moment, tangent, self.width)
-        return behind, linear_injection(self.kernel**2 * kernel.channels, moment)
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection]:
+        *positions, _ = self.output(Signal((*kernel.positions, kernel.channels))).shape
+        patches = kernel.windowed(tuple(positions), self.kernel, self.stride, self.padding)
+        return linear_rule(self, patches, self.width)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Conv(
@@ -116,42 +103,6 @@ class Conv(Layer):
 
     def value_problems(self) -> Iterator[Problem]:
         yield from variance_problems(self, "weight_var", "bias_var")
-
-
-def windows(x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: str) -> list[Array]:
-    """The array under each place of a one-dimensional window, as strided slices.
-
-    Args:
-        x: Any array.
-        axes: Axes along which the window moves, all together.
-        kernel: Length of the window.
-        stride: Step of the window.
-        padding: One of :data:`PADDINGS`.
-
-    Returns:
-        ``kernel`` arrays, each with the output's size along ``axes``.
-    """
-    pads = [(0, 0)] * x.ndim
-    for axis in axes:
-        pads[axis] = _pad(x.shape[axis], kernel, stride, padding)
-    padded = jnp.pad(x, pads, mode="wrap" if padding == "CIRCULAR" else "constant")
-    slices = []
-    for offset in range(kernel):
-        part = padded
-        for axis in axes:
-            stop = offset + padded.shape[axis] - kernel + 1
-            part = lax.slice_in_dim(part, offset, stop, stride, axis)
-        slices.append(part)
-    return slices
-
-
-def _pad(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
-    if padding == "VALID":
-        return 0, 0
-    if padding == "CIRCULAR":
-        return (kernel - 1) // 2, kernel // 2
-    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
 
 
 def convolve(

@@ -11,9 +11,9 @@ from jax import Array, lax
 from jax.nn import initializers
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import EnsembleKernel, Pair
 from meanfield_jax.layers.base import (
     Injection,
+    Kernel,
     Layer,
     Problem,
     Shape,
@@ -56,10 +56,8 @@ class Dense(Layer):
     def num_parameters(self, shape: Shape) -> int:
         return (shape[0] + 1) * self.width
 
-    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, Injection]:
-        moment = kernel.moment
-        behind = linear_kernel(self, kernel, moment, kernel.settled_tangent, self.width)
-        return behind, linear_injection(kernel.channels, moment)
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection]:
+        return linear_rule(self, kernel, self.width)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(shape[0], self.width, rngs=rngs, **linear_options(self, shape[0]))
@@ -68,25 +66,19 @@ class Dense(Layer):
         yield from variance_problems(self, "weight_var", "bias_var")
 
 
-def linear_injection(fan_in: int, moment: Pair) -> Injection:
-    """What weights that see these second moments, and biases, add to the tangent."""
-    return Injection(
-        weights=jax.tree.map(lambda entry: fan_in * entry, moment),
+def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injection]:
+    """The rule of random weights and biases on the values (or windows of values) of ``kernel``."""
+    moment = kernel.moment
+    injection = Injection(
+        weights=jax.tree.map(lambda entry: kernel.channels * entry, moment),
         biases=jax.tree.map(jnp.ones_like, moment),
     )
-
-
-def linear_kernel(
-    layer: Any, kernel: EnsembleKernel, moment: Pair, tangent: Pair, width: int
-) -> EnsembleKernel:
-    """The kernel behind random weights that see these second moments and tangents."""
-    return kernel.replace(
+    behind = kernel.behind(
         cov=jax.tree.map(lambda entry: layer.bias_var + layer.weight_var * entry, moment),
-        tangent=jax.tree.map(lambda entry: layer.weight_var * entry, tangent),
-        scale=jax.tree.map(jnp.zeros_like, moment),
-        mean=None,
+        tangent=jax.tree.map(lambda entry: layer.weight_var * entry, kernel.settled_tangent),
         channels=width,
     )
+    return behind, injection
 
 
 def linear_options(layer: Any, fan_in: int) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """Flatten and GlobalMeanPool: from a map to a vector."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import EnsembleKernel, Pair
-from meanfield_jax.layers.base import Layer, Shape, Signal, layer
+from meanfield_jax.layers.base import Kernel, Layer, Shape, Signal, layer
 
 
 @layer
@@ -20,9 +18,8 @@ class Flatten(Layer):
     def output(self, signal: Signal) -> Signal:
         return Signal((_check_map("Flatten", signal)[0],), gaussian=False)
 
-    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, None]:
-        num_positions = kernel.positions[0] * kernel.positions[1]
-        return _pool(kernel, kernel.same_positions, num_positions * kernel.channels), None
+    def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
+        return kernel.flattened(), None
 
     def build(self, shape: Shape, rngs: nnx.Rngs):
         return flatten
@@ -39,8 +36,8 @@ class GlobalMeanPool(Layer):
         _check_map("GlobalMeanPool", signal)
         return Signal(signal.shape[-1:], signal.gaussian)
 
-    def rule(self, kernel: EnsembleKernel) -> tuple[EnsembleKernel, None]:
-        return _pool(kernel, lambda entry: entry, kernel.channels), None
+    def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
+        return kernel.pooled(), None
 
     def build(self, shape: Shape, rngs: nnx.Rngs):
         return global_mean_pool
@@ -54,19 +51,6 @@ def flatten(x: Array) -> Array:
 def global_mean_pool(x: Array) -> Array:
     """(samples, height, width, channels) -> (samples, channels)."""
     return jnp.mean(x, axis=(1, 2))
-
-
-def _pool(kernel: EnsembleKernel, select, channels: int) -> EnsembleKernel:
-    def average(matrix: Pair) -> Pair:
-        return jax.tree.map(lambda entry: select(entry).mean(), matrix)
-
-    return kernel.replace(
-        cov=average(kernel.cov),
-        tangent=average(kernel.tangent),
-        scale=average(kernel.scale),
-        channels=channels,
-        all_positions=False,
-    )
 
 
 def _check_map(name: str, signal: Signal) -> tuple[int]:

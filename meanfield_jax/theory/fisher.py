@@ -35,12 +35,15 @@ class Fisher:
     output, each C times. All trainable parameters count.
 
     Attributes:
-        tangent_same: T for one sample with itself, <grad f_k(x), grad f_k(x)>.
-        tangent_other: T for two samples.
+        tangent_same: T for one sample with itself, <grad f_k(x), grad f_k(x)>; on data the mean.
+        tangent_other: T for two samples; on data the mean.
         inverse_samples: 1/n; 0 in the limit.
         shares: The outlier by layer.
+        draw_spread: (layers,) how far the C outliers of one draw spread, see ``outlier_high``.
         num_outputs: C.
         num_parameters: P.
+        eigenvalues: On data: the n eigenvalues of T/n, descending; F has each of them C times.
+            None for i.i.d. inputs, whose T has two: ``outlier`` once and ``bulk`` n - 1 times.
 
     Source:
         Karakida, Akaho & Amari 2019 (arXiv:1806.01316), theorems 1 and 2.
@@ -54,6 +57,8 @@ class Fisher:
         "trace",
         "mean",
         "second_moment",
+        "outlier_low",
+        "outlier_high",
         "lambda_max",
     )
 
@@ -61,24 +66,53 @@ class Fisher:
     tangent_other: Array
     inverse_samples: Array
     shares: Shares
+    draw_spread: Array
     num_outputs: int = dataclasses.field(metadata=dict(static=True))
     num_parameters: int = dataclasses.field(metadata=dict(static=True))
+    eigenvalues: Array | None = None
 
     @property
     def outlier(self) -> Array:
-        """The large eigenvalue, of multiplicity C: T_same/n + (n-1)/n T_other."""
+        """The large eigenvalue, of multiplicity C, on average over draws.
+
+        For i.i.d. inputs T_same/n + (n-1)/n T_other.
+        """
+        if self.eigenvalues is not None:
+            return self.eigenvalues[..., 0]
         share = self.inverse_samples
         return share * self.tangent_same + (1 - share) * self.tangent_other
 
     @property
     def bulk(self) -> Array:
-        """The other C (n-1) eigenvalues: (T_same - T_other)/n."""
+        """The mean of the other n - 1 eigenvalues; for i.i.d. inputs (T_same - T_other)/n."""
+        if self.eigenvalues is not None:
+            return self.eigenvalues[..., 1:].mean(-1)
         return self.inverse_samples * (self.tangent_same - self.tangent_other)
 
     @property
+    def outlier_high(self) -> Array:
+        r"""The largest of the C outliers in one draw.
+
+        .. math:: \sum_l f_l (1 + \sqrt{C \sum_{m > l} 1/N_m})^2
+
+        f_l is the share of layer l, N_m the width entering the random layer m behind it: the
+        product of their weights acts on C outputs like a product of Wishart matrices.
+        """
+        return self._shares @ (1 + self.draw_spread) ** 2
+
+    @property
+    def outlier_low(self) -> Array:
+        """The smallest of the C outliers in one draw, with 1 - sqrt(...) in ``outlier_high``."""
+        return self._shares @ jnp.maximum(1 - self.draw_spread, 0) ** 2
+
+    @property
+    def _shares(self) -> Array:
+        return self.shares.weights + self.shares.biases + self.shares.norm
+
+    @property
     def lambda_max(self) -> Array:
-        """The larger one of outlier and bulk."""
-        return jnp.maximum(self.outlier, self.bulk)
+        """The largest eigenvalue of one draw: ``outlier_high``, or the bulk if that is larger."""
+        return jnp.maximum(self.outlier_high, self.bulk)
 
     @property
     def trace(self) -> Array:
@@ -93,6 +127,9 @@ class Fisher:
     @property
     def second_moment(self) -> Array:
         """Mean of the squares of all P eigenvalues."""
+        if self.eigenvalues is not None:
+            squares = jnp.sum(self.eigenvalues**2, -1)
+            return self.num_outputs * squares / self.num_parameters
         share = self.inverse_samples
         square = (1 - share) * self.tangent_other**2 + share * self.tangent_same**2
         return self.num_outputs * square / self.num_parameters

@@ -1,6 +1,9 @@
 """The one pass over a network, and everything read off it: ``analyze`` and its result."""
 
 import dataclasses
+import functools
+import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +13,17 @@ import xarray as xr
 from jax import Array
 from jax.core import Tracer
 
-from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import STATISTICS, EnsembleKernel, Pair, input_kernel
+from meanfield_jax.errors import DataError, SpecError, check_data, problem
+from meanfield_jax.kernel.gram import batch_kernel
+from meanfield_jax.kernel.state import STATISTICS, Pair, input_kernel
 from meanfield_jax.layers import BatchNorm, Conv, GlobalMeanPool
-from meanfield_jax.layers.base import Record, Rows, Tap
+from meanfield_jax.layers.base import Kernel, Matrix, Record, Rows, Tap
 from meanfield_jax.network import Network, walk
 from meanfield_jax.theory.fisher import Fisher, Shares
 from meanfield_jax.theory.learning_rate import eta_max
+
+MAX_ENTRIES = 2**28
+"""Most numbers of one matrix over a batch and its positions; about ten such live at a time."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +71,7 @@ class Theory:
 
     fisher: Fisher
     order_parameters: OrderParameters
-    kernel: EnsembleKernel
+    kernel: Kernel
     network: Network
 
     def eta_max(self, momentum: float | Array = 0.9) -> Array:
@@ -107,10 +114,11 @@ class Theory:
 def analyze(
     network: Network,
     *,
+    data: Array | None = None,
     statistics: str = "batch",
     num_samples: int | Array | None = None,
 ) -> Theory:
-    """Mean-field theory of a network on i.i.d. inputs with unit variance, in one pass.
+    """Mean-field theory of a network, in one pass, on i.i.d. inputs or on a batch of data.
 
     For a network f: inputs -> C outputs and n inputs it predicts the Fisher information matrix
     F = (1/n) sum_i sum_k grad f_k(x_i) grad f_k(x_i)^T of the squared loss (1/2n) sum ||f - y||^2:
@@ -121,20 +129,32 @@ def analyze(
 
     Args:
         network: The specification.
+        data: A batch, (n, *input_shape): theory of these very inputs in place of i.i.d. ones, with
+            the whole spectrum in ``theory.fisher.eigenvalues``. Costs O(n^2) memory and O(n^3)
+            time; sharded along n over a mesh with automatic axes, it is computed on all devices.
         statistics: What is differentiated through a BatchNorm: ``"batch"`` (a network in training,
             what decides stability), ``"frozen"`` (in evaluation), ``"wei2019"`` (as published).
-        num_samples: n, the batch; None for the limit n -> infinity, where the bulk vanishes.
+        num_samples: For i.i.d. inputs (of unit variance) n, the batch; None for the limit
+            n -> infinity, where the bulk vanishes.
 
     Returns:
         The theory; float64 under ``jax.enable_x64()``, else float32.
 
     Raises:
         SpecError: for numbers or options that make no sense.
+        DataError: for data that does not fit the network or the memory.
 
     Accuracy:
         On Gaussian inputs, FC 784-1000x3-10 with BatchNorm, n = 1000, train mode: mean of the C
         outliers within 0.2 % (tests/test_theory_meets_network.py). Corrections are O(1/width);
-        a vanilla network's draws scatter by about sqrt(depth C / width).
+        a vanilla network's draws scatter by about sqrt(depth C / width). On data, the outlier of
+        FC 784-1000x3-10 on 400 MNIST images within 0.4 % in training, 2.4 % in evaluation; of conv
+        30-60-90 on 128 CIFAR-10 images within 1 % in training. The wide limit leaves out that
+        eigenvalues repel each other by about n C / width: eigenvalues 2-6 come out up to 12 % low.
+        On small or very correlated batches ReLU-like functions behind a BatchNorm are exact to
+        O(1/PR^2), others to O(1/PR), PR the participation ratio of the batch's covariance.
+        Conv with BatchNorm over channels averages over positions by an even sample of them where
+        memory is short (strides), see ``Positions``.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -150,12 +170,38 @@ def analyze(
     if statistics not in STATISTICS:
         remedy = f"use one of {', '.join(STATISTICS)}"
         raise problem(SpecError, "statistics", statistics, "unknown", remedy)
-    _check_num_samples(network, num_samples)
-    values = (*jax.tree.leaves((network, num_samples)), jnp.zeros(()))
-    traced = any(isinstance(value, Tracer) for value in values)
-    pass_over = _analyze if traced or jax.default_backend() != "cpu" else _analyze_at_once
-    theory = pass_over(_drop_zero_offsets(network), statistics, num_samples)
+    known = _drop_zero_offsets(network)
+    if data is not None:
+        x = _checked_data(network, data, num_samples)
+        theory = _data_pass(known, statistics, x, _modulus(known, x, statistics))
+    else:
+        _check_num_samples(network, num_samples)
+        values = (*jax.tree.leaves((network, num_samples)), jnp.zeros(()))
+        traced = any(isinstance(value, Tracer) for value in values)
+        pass_over = _analyze if traced or jax.default_backend() != "cpu" else _analyze_at_once
+        theory = pass_over(known, statistics, num_samples)
     return dataclasses.replace(theory, network=network)
+
+
+def _checked_data(network: Network, data: Any, num_samples) -> Array:
+    """The batch in the dtype of the theory; errors name what does not fit."""
+    if num_samples is not None:
+        cause, remedy = "data has its own number of samples", "leave it out"
+        raise problem(SpecError, "num_samples", num_samples, cause, remedy)
+    x = check_data(data)
+    if x.shape[1:] != network.input_shape:
+        remedy = f"give (samples, {', '.join(map(str, network.input_shape))})"
+        raise problem(DataError, "data.shape", x.shape, "not the network's inputs", remedy)
+    least = _least_samples(network)
+    if len(x) < least:
+        cause = f"theory needs {least} samples or more for this network"
+        raise problem(DataError, "data.shape", x.shape, cause, "give more samples")
+    return x.astype(jnp.result_type(float, *jax.tree.leaves(network)))
+
+
+def _least_samples(network: Network) -> int:
+    """With BatchNorm 4: the inverse variance of fewer Gaussian values has no expectation."""
+    return 4 if any(isinstance(inner, BatchNorm) for _, inner in walk(network.body)) else 1
 
 
 def _drop_zero_offsets(network: Network) -> Network:
@@ -174,50 +220,119 @@ def _check_num_samples(network: Network, num_samples) -> None:
     if not np.all(np.asarray(num_samples) >= 1):
         remedy = "give a whole number >= 1, or None for the limit"
         raise problem(SpecError, "num_samples", num_samples, "not a number of samples", remedy)
-    batch_norm = any(isinstance(inner, BatchNorm) for _, inner in walk(network.body))
-    if batch_norm and not np.all(np.asarray(num_samples) >= 2):
-        cause = "a BatchNorm on one sample has no variance"
-        raise problem(SpecError, "num_samples", num_samples, cause, "give at least 2")
+    least = _least_samples(network)
+    if not np.all(np.asarray(num_samples) >= least):
+        cause = "a BatchNorm's inverse variance has no expectation on so few samples"
+        raise problem(SpecError, "num_samples", num_samples, cause, f"give at least {least}")
 
 
 def _whole_pass(network: Network, statistics: str, num_samples) -> Theory:
-    body = network.body
-    if len(network.output_shape) != 1:
-        remedy = "end with Flatten() or GlobalMeanPool() and Dense(outputs)"
-        raise problem(SpecError, "output shape", network.output_shape, "not a vector", remedy)
     dtype = jnp.result_type(float, *jax.tree.leaves(network))
     start = input_kernel(
         network.input_shape, num_samples, statistics, _positions_meet(network), dtype
     )
+    kernel, tangent, records, pull = _forward(network, start)
+    one_each = Pair(*jnp.eye(2, dtype=dtype))
+    (back,) = jax.vmap(pull, out_axes=-1)(one_each)
+    share = kernel.inverse_samples
+    same, other = (jax.tree.map(lambda leaf, i=i: leaf[..., i], back) for i in range(2))
+    outlier = jax.tree.map(lambda a, b: share * a + (1 - share) * b, same, other)
+    fisher = dict(
+        tangent_same=tangent.same,
+        tangent_other=tangent.other,
+        inverse_samples=kernel.inverse_samples,
+    )
+    return _theory(network, kernel, records, (same, other, outlier), fisher)
+
+
+@partial(jax.jit, static_argnames=("statistics", "modulus"))
+def _data_pass(network: Network, statistics: str, x: Array, modulus: int) -> Theory:
+    start = batch_kernel(x, statistics, modulus)
+    kernel, tangent, records, pull = _forward(network, start)
+    num_samples = x.shape[0]
+    eigenvalues, vectors = jnp.linalg.eigh(tangent / num_samples)
+    top = jax.lax.stop_gradient(vectors[:, -1])
+    same = jnp.eye(num_samples, dtype=x.dtype) / num_samples
+    other = (1 - jnp.eye(num_samples, dtype=x.dtype)) / max(num_samples * (num_samples - 1), 1)
+    backs = (pull(back)[0] for back in (same, other, jnp.outer(top, top) / num_samples))
+    fisher = dict(
+        tangent_same=jnp.sum(same * tangent),
+        tangent_other=jnp.sum(other * tangent),
+        inverse_samples=jnp.asarray(1 / num_samples, x.dtype),
+        eigenvalues=eigenvalues[::-1],
+    )
+    return _theory(network, kernel, records, tuple(backs), fisher)
+
+
+def _modulus(network: Network, x: Array, statistics: str) -> int:
+    """Which pairs of positions to keep: all that count if memory allows, else an even sample.
+
+    Raises:
+        DataError: not even the pairs of equal positions fit.
+    """
+    layers = [inner for _, inner in walk(network.body)]
+    strides = math.prod(inner.stride for inner in layers if isinstance(inner, Conv))
+    largest = strides * max(network.input_shape)
+
+    def entries(modulus: int) -> int:
+        def kernels(network, x):
+            _, records = network.body.propagate(batch_kernel(x, statistics, modulus), None)
+            return _map_records(lambda record: record.after.cov, records)
+
+        return max(
+            math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(kernels, network, x))
+        )
+
+    modulus = strides if _positions_meet(network, on_data=True) else largest
+    while (size := entries(modulus)) > MAX_ENTRIES and modulus < largest:
+        modulus *= 2
+    if size > MAX_ENTRIES:
+        cause = (
+            f"{x.shape[0]} samples take {size:.1e} numbers a layer, of at most {MAX_ENTRIES:.1e}"
+        )
+        remedy = f"pass at most {int(x.shape[0] * math.sqrt(MAX_ENTRIES / size))} samples"
+        raise problem(DataError, "data.shape", x.shape, cause, remedy)
+    return modulus
+
+
+def _forward(network: Network, start: Kernel):
+    """Kernel and tangent of the outputs, records, and the tangent's pullback to the taps."""
+    if len(network.output_shape) != 1:
+        remedy = "end with Flatten() or GlobalMeanPool() and Dense(outputs)"
+        raise problem(SpecError, "output shape", network.output_shape, "not a vector", remedy)
 
     def tangent_behind(taps):
-        kernel, records = body.propagate(start, taps)
+        kernel, records = network.body.propagate(start, taps)
         return kernel.settled_tangent, (kernel, records)
 
     taps = _zero_taps(jax.eval_shape(tangent_behind, None)[1][1])
     tangent, pull, (kernel, records) = jax.vjp(tangent_behind, taps, has_aux=True)
-    one_each = Pair(*jnp.eye(2, dtype=tangent.same.dtype))
-    (back,) = jax.vmap(pull, out_axes=-1)(one_each)
-    records = _map_records(lambda r, b: dataclasses.replace(r, back=b), records, back)
+    return kernel, tangent, records, pull
 
-    rows = body.rows(records, _read)
-    labels = body.labels(records, "")
+
+def _theory(network: Network, kernel: Kernel, records, backs, fisher: dict[str, Any]) -> Theory:
+    """The result, from the derivatives of (T_same, T_other, outlier) at every record."""
+    records = _map_records(
+        lambda record, *back: dataclasses.replace(record, back=back), records, *backs
+    )
+    rows = network.body.rows(records, _read)
+    labels = network.body.labels(records, "")
     linear = np.array([not isinstance(inner, BatchNorm) for _, inner in labels])
     paths = np.array([path for path, _ in labels])
     shares = Shares(rows["weights"], rows["biases"], rows["norm"], tuple(paths.tolist()))
+    behind = jnp.cumsum(rows["inverse_width"][::-1])[::-1] - rows["inverse_width"]
     order = OrderParameters(
         **{name: rows[name][linear] for name in rows if name.startswith("q")},
         layers=tuple(paths[linear].tolist()),
     )
-    fisher = Fisher(
-        tangent_same=tangent.same,
-        tangent_other=tangent.other,
-        inverse_samples=kernel.inverse_samples,
+    statistics = Fisher(
+        **fisher,
         shares=shares,
+        draw_spread=jnp.sqrt(network.output_shape[0] * jnp.maximum(behind, 0)),
         num_outputs=network.output_shape[0],
         num_parameters=network.num_parameters,
     )
-    return Theory(fisher, order, kernel, network)
+    return Theory(statistics, order, kernel, network)
 
 
 _analyze = jax.jit(_whole_pass, static_argnames="statistics")
@@ -231,17 +346,18 @@ _analyze_at_once = jax.jit(
 )
 
 
-def _positions_meet(network: Network) -> bool:
+def _positions_meet(network: Network, on_data: bool = False) -> bool:
     """Whether pairs of distinct positions count: a mean over positions of maps that vary.
 
-    Zero padding makes them vary. Leaving the pairs out then costs 5 % of lambda_max (32x32x3, 3x3
-    stride 2, 30-60-90 channels).
+    Images do, and zero padding makes i.i.d. maps vary. Leaving the pairs out then costs 5 % of
+    lambda_max (32x32x3, 3x3 stride 2, 30-60-90 channels).
     """
     layers = [inner for _, inner in walk(network.body)]
+    convs = [inner for inner in layers if isinstance(inner, Conv)]
     pooled = any(isinstance(inner, GlobalMeanPool) for inner in layers)
     averaged = any(isinstance(inner, BatchNorm) and inner.axes == "channel" for inner in layers)
-    padded = any(isinstance(inner, Conv) and inner.padding == "SAME" for inner in layers)
-    return pooled or (averaged and padded)
+    vary = any(inner.padding == "SAME" for inner in convs) or (on_data and bool(convs))
+    return pooled or (averaged and vary)
 
 
 def _map_records(function, records, *rest):
@@ -249,7 +365,7 @@ def _map_records(function, records, *rest):
 
 
 def _zero_taps(records):
-    def zeros(matrix: Pair) -> Pair:
+    def zeros(matrix):
         return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), matrix)
 
     return _map_records(lambda r: Tap(zeros(r.after.tangent), zeros(r.after.scale)), records)
@@ -259,45 +375,26 @@ def _read(record: Record) -> Rows:
     """One layer's order parameters and shares of the outlier, (1,) each."""
     assert record.back is not None
     before, after, injection = record.before, record.after, record.injection
-    share = after.inverse_samples
-    tangent, scale = (
-        jax.tree.map(lambda entry: share * entry[..., 0] + (1 - share) * entry[..., 1], back)
-        for back in (record.back.tangent, record.back.scale)
-    )
+    same, other, outlier = record.back
+    q_tilde, _, _ = after.totals(same.tangent)
+    _, q_tilde_xy, q_tilde_ab = after.totals(other.tangent)
     values = dict(
-        weights=_dot(tangent, injection.weights),
-        biases=_dot(tangent, injection.biases),
-        norm=_dot(tangent, injection.offset) + _dot(scale, injection.scale),
-        **_positions_mean("q", after),
-        **_positions_mean("q_hat", before),
-        **_positions_sum("q_tilde", after, record.back.tangent),
+        weights=_dot(outlier.tangent, injection.weights),
+        biases=_dot(outlier.tangent, injection.biases),
+        norm=_dot(outlier.tangent, injection.offset) + _dot(outlier.scale, injection.scale),
+        **dict(zip(("q", "q_xy", "q_ab"), after.averages(), strict=True)),
+        **dict(zip(("q_hat", "q_hat_xy", "q_hat_ab"), before.averages(), strict=True)),
+        q_tilde=q_tilde,
+        q_tilde_xy=q_tilde_xy,
+        q_tilde_ab=q_tilde_ab,
+        inverse_width=jnp.asarray(0.0 if injection.weights is None else 1 / before.channels),
     )
     return {name: value[None] for name, value in values.items()}
 
 
-def _dot(derivative: Pair, injection: Pair | None) -> Array:
+def _dot(derivative: Matrix | None, injection: Matrix | None) -> Array:
+    """Sum over the products of all entries; 0 where a layer has no such parameters."""
     if injection is None:
-        return jnp.zeros((), derivative.same.dtype)
-    return jnp.sum(derivative.same * injection.same) + jnp.sum(derivative.other * injection.other)
-
-
-def _positions_mean(name: str, kernel: EnsembleKernel) -> Rows:
-    same, other = kernel.moment
-    own = kernel.same_positions(other)
-    pairs = other.size - own.size
-    unequal = (other.sum() - own.sum()) / pairs if pairs else own.mean()
-    return {
-        name: kernel.same_positions(same).mean(),
-        f"{name}_xy": own.mean(),
-        f"{name}_ab": unequal,
-    }
-
-
-def _positions_sum(name: str, kernel: EnsembleKernel, back: Pair) -> Rows:
-    same, other = back.same[..., 0], back.other[..., 1]
-    own = kernel.same_positions(other).sum()
-    return {
-        name: kernel.same_positions(same).sum(),
-        f"{name}_xy": own,
-        f"{name}_ab": other.sum() - own,
-    }
+        return jnp.zeros(())
+    parts = jax.tree.map(lambda a, b: jnp.sum(a * b), derivative, injection)
+    return functools.reduce(jnp.add, jax.tree.leaves(parts))

@@ -1,0 +1,111 @@
+"""Which pairs of positions of a map meet, and where each of them is stored."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """The pairs (p, q) of positions of a map that are kept: those equal modulo ``modulus``.
+
+    1 keeps all pairs, a modulus of at least the map's size the equal ones only. A convolution of
+    stride s takes pairs equal modulo s M to pairs equal modulo M, so what a network's output needs
+    is closed under its layers. Positions are numbered row by row.
+
+    Attributes:
+        shape: (height, width).
+        modulus: Pairs kept differ by multiples of it in both directions.
+    """
+
+    shape: tuple[int, ...]
+    modulus: int
+
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return math.prod(self.shape)
+
+    @functools.cached_property
+    def classes(self) -> list[np.ndarray]:
+        """The positions of each class; those of one class meet."""
+        height, width = self.shape
+        numbers = np.arange(self.size).reshape(self.shape)
+        step = self.modulus
+        corners = np.ndindex(min(step, height), min(step, width))
+        return [numbers[row::step, column::step].ravel() for row, column in corners]
+
+    @functools.cached_property
+    def first(self) -> np.ndarray:
+        """(pairs,) the first position of each pair."""
+        return np.concatenate([np.repeat(members, len(members)) for members in self.classes])
+
+    @functools.cached_property
+    def second(self) -> np.ndarray:
+        """(pairs,) the second position of each pair."""
+        return np.concatenate([np.tile(members, len(members)) for members in self.classes])
+
+    @functools.cached_property
+    def places(self) -> list[np.ndarray]:
+        """The pairs of each class as a square of places in the list."""
+        ends = np.cumsum([len(members) ** 2 for members in self.classes])
+        return [
+            np.arange(end - len(members) ** 2, end).reshape(len(members), len(members))
+            for members, end in zip(self.classes, ends, strict=True)
+        ]
+
+    @functools.cached_property
+    def groups(self) -> list[np.ndarray]:
+        """``places`` of the classes of each size together, (classes, members, members) each."""
+        sizes = sorted({len(square) for square in self.places})
+        return [np.stack([sq for sq in self.places if len(sq) == size]) for size in sizes]
+
+    @functools.cached_property
+    def equal(self) -> np.ndarray:
+        """(positions,) the place of each pair (p, p)."""
+        places = np.flatnonzero(self.first == self.second)
+        return places[np.argsort(self.first[places])]
+
+    @functools.cached_property
+    def swapped(self) -> np.ndarray:
+        """(pairs,) the place of (q, p) for each (p, q)."""
+        return np.concatenate([square.T.ravel() for square in self.places])
+
+    @functools.cached_property
+    def partners(self) -> np.ndarray:
+        """(pairs,) with how many positions the first one of each pair is kept."""
+        return np.concatenate([np.full(at.size, len(at)) for at in self.places])
+
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """(pairs,) how much each stands for in the mean over all pairs; 1 in sum.
+
+        The pairs (p, p) stand for themselves, the others share the rest.
+        """
+        own = np.where(self.partners > 1, 1 / self.size, 1.0)
+        others = (1 - own) / np.maximum(self.partners - 1, 1)
+        return np.where(self.first == self.second, own, others) / self.size
+
+    def find(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Places of the pairs of position arrays (y, x) stacked first; len(first) where none is."""
+        table = self._table
+        return table[_number(rows, self.shape), _number(columns, self.shape)]
+
+    @functools.cached_property
+    def _table(self) -> np.ndarray:
+        # one row and column more, for positions outside the map
+        table = np.full((self.size + 1,) * 2, len(self.first), np.int32)
+        table[self.first, self.second] = np.arange(len(self.first), dtype=np.int32)
+        return table
+
+    def behind(self, shape: tuple[int, ...], stride: int) -> "Positions":
+        """The pairs behind a convolution."""
+        return Positions(shape, max(1, self.modulus // stride))
+
+
+def _number(position: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    y, x = position
+    inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
+    return np.where(inside, y * shape[1] + x, math.prod(shape))

@@ -1,0 +1,43 @@
+"""Moving windows over arrays of positions."""
+
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def windows(x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: str) -> list[Array]:
+    """The array under each place of a one-dimensional window, as strided slices.
+
+    Args:
+        x: Any array.
+        axes: Axes along which the window moves, all together.
+        kernel: Length of the window.
+        stride: Step of the window.
+        padding: One of ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``.
+
+    Returns:
+        ``kernel`` arrays, each with the output's size along ``axes``.
+    """
+    pads = [(0, 0)] * x.ndim
+    for axis in axes:
+        pads[axis] = pad_width(x.shape[axis], kernel, stride, padding)
+    padded = jnp.pad(x, pads, mode="wrap" if padding == "CIRCULAR" else "constant")
+    slices = []
+    for offset in range(kernel):
+        part = padded
+        for axis in axes:
+            stop = offset + padded.shape[axis] - kernel + 1
+            part = lax.slice_in_dim(part, offset, stop, stride, axis)
+        slices.append(part)
+    return slices
+
+
+def pad_width(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
+    """What is added before and behind an axis of this size."""
+    if padding == "VALID":
+        return 0, 0
+    if padding == "CIRCULAR":
+        return (kernel - 1) // 2, kernel // 2
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2

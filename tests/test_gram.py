@@ -1,0 +1,387 @@
+"""The theory of a real batch: identities, independent references, finite batches, networks."""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerance import assert_close, standard_error
+
+import meanfield_jax as mf
+from meanfield_jax.kernel.gaussian import (
+    NONLINEARITIES,
+    Moments,
+    batch_expectations,
+    expectations,
+    variance_expectations,
+)
+from meanfield_jax.kernel.gram import batch_kernel
+from meanfield_jax.kernel.positions import Positions
+from meanfield_jax.kernel.sphere import on_sphere
+from meanfield_jax.kernel.state import input_kernel
+from meanfield_jax.theory import propagate
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+REFERENCE = np.load(Path(__file__).parent / "data" / "neural_tangents.npz")
+"""Neural Tangents 0.6.6 (jax 0.4.38, float64): kernels ``nngp`` and ``ntk`` of six MNIST digits and
+three CIFAR-10 images, weight_var 2, bias_var .5, hidden widths 1000 and channels 30-60-90."""
+
+
+def correlated(num_samples: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """Samples that share a few directions, as images do."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=(num_samples, 3)) @ rng.normal(size=(3, int(np.prod(shape))))
+    return (shared + rng.normal(size=shared.shape)).reshape(num_samples, *shape) / 2
+
+
+def orthogonal(num_samples: int) -> np.ndarray:
+    """A batch with exactly the second moments of i.i.d. inputs of unit variance."""
+    return np.sqrt(num_samples) * np.eye(num_samples)
+
+
+# ---- identities and references
+
+BLOCK = mf.Residual(
+    mf.Sequential((mf.Activation("relu"), mf.Dense(1000), mf.Activation("relu"), mf.Dense(1000)))
+)
+PUBLISHED = {
+    "relu": mf.mlp([1000] * 3, inputs=784, outputs=10),
+    "erf": mf.mlp([1000] * 3, inputs=784, outputs=10, activation="erf"),
+    "leaky": mf.mlp([1000] * 3, inputs=784, outputs=10, activation="leaky_relu"),
+    "residual_relu": mf.Network(
+        (784,), (mf.Dense(1000), BLOCK, BLOCK, mf.Activation("relu"), mf.Dense(10))
+    ),
+    "cnn_flatten": mf.cnn([30, 60, 90], padding="CIRCULAR"),
+    "cnn_mean": mf.cnn([30, 60, 90], padding="CIRCULAR", head="mean"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_kernels_are_those_of_neural_tangents(name):
+    if name.startswith("cnn"):
+        # its circular windows start a pixel later in each of the three strided layers: 1 + 2 + 4
+        x = np.roll(REFERENCE["images"].astype(float), -7, (1, 2))
+    else:
+        x = (REFERENCE["mnist"] / 255.0 - 0.1307) / 0.3081
+    kernel = mf.analyze(PUBLISHED[name], data=x).kernel
+    # the reference's inputs were single precision
+    for matrix, field in ((kernel.cov, "nngp"), (kernel.tangent, "ntk")):
+        assert_close(matrix, REFERENCE[f"{name}_{field}"], "rounding", dtype=np.float32)
+
+
+@pytest.mark.parametrize("statistics", ["batch", "frozen", "wei2019"])
+@pytest.mark.parametrize("activation", ["relu", "erf"])
+def test_a_batch_of_orthogonal_inputs_is_the_ensemble(statistics, activation):
+    n = 12
+    norm = mf.BatchNorm(1.4)
+    network = mf.mlp([300, 400], inputs=n, outputs=3, activation=activation, norm=norm)
+    real = mf.analyze(network, data=orthogonal(n), statistics=statistics)
+    ideal = mf.analyze(network, num_samples=n, statistics=statistics)
+    kind = "quadrature_edge"
+    for name in ("cov", "tangent"):
+        matrix, pair = (getattr(theory.kernel, name) for theory in (real, ideal))
+        expected = np.where(np.eye(n, dtype=bool), pair.same, pair.other)
+        assert_close(matrix, expected, kind, float(pair.same))
+    for symbol in ("q", "q_xy", "q_hat", "q_hat_xy", "q_tilde", "q_tilde_xy"):
+        a, b = (getattr(theory.order_parameters, symbol) for theory in (real, ideal))
+        assert_close(a, b, kind, float(np.abs(b).max()))
+    for name in ("trace", "second_moment"):
+        assert_close(getattr(real.fisher, name), getattr(ideal.fisher, name), kind)
+    if activation == "relu":  # else the bulk is above the outlier
+        for name in ("outlier", "bulk", "outlier_high", "outlier_low"):
+            assert_close(getattr(real.fisher, name), getattr(ideal.fisher, name), kind)
+        for name in ("weights", "biases", "norm"):
+            a, b = (getattr(theory.fisher.shares, name) for theory in (real, ideal))
+            assert_close(a, b, kind, float(ideal.fisher.outlier))
+
+
+def test_shares_sum_up_to_the_outlier_and_the_spectrum_to_the_trace():
+    network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=mf.BatchNorm())
+    fisher = mf.analyze(network, data=correlated(10, 8, 8, 2)).fisher
+    shares = fisher.shares.weights + fisher.shares.biases + fisher.shares.norm
+    assert_close(shares.sum(), fisher.outlier, "rounding")
+    assert_close(3 * fisher.eigenvalues.sum(), fisher.trace, "rounding")
+    assert fisher.eigenvalues.shape == (10,)
+
+
+@pytest.mark.parametrize("norm", [None, mf.BatchNorm(axes="position")])
+def test_pairs_of_positions_that_do_not_count_change_nothing(norm):
+    network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=norm)
+    x = jnp.asarray(correlated(6, 8, 8, 2))
+    known = propagate._drop_zero_offsets(network)
+    few, all_pairs = (propagate._data_pass(known, "batch", x, modulus) for modulus in (64, 4))
+    assert_close(few.kernel.tangent, all_pairs.kernel.tangent, "rounding")
+
+
+def test_positions_meet_in_classes_that_convolutions_keep():
+    before = Positions((6, 5), 4)
+    assert {tuple(pair) for pair in zip(before.first, before.second, strict=True)} == {
+        (p, q)
+        for p in range(30)
+        for q in range(30)
+        if (p // 5 - q // 5) % 4 == 0 and (p % 5 - q % 5) % 4 == 0
+    }
+    np.testing.assert_array_equal(before.first[before.equal], np.arange(30))
+    np.testing.assert_array_equal(before.first[before.swapped], before.second)
+    assert_close(before.weights.sum(), 1.0, "rounding")
+    assert before.behind((3, 3), 2) == Positions((3, 3), 2)
+
+
+# ---- batches of few samples
+
+RATES = {4: 3.0841, 6: 2.0038, 8: 1.7882, 16: 1.5900, 64: 1.4931}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def growth(kernel, activation: str):
+    """By how much one [BatchNorm, activation, Dense] multiplies the tangent, in the long run."""
+    kernel = kernel.replace(tangent=kernel.cov)
+    block = (mf.BatchNorm(eps=0.0, trainable=False), mf.Activation(activation), mf.Dense(9, 1.0, 0))
+    sizes = []
+    for _ in range(3):
+        for layer in block:
+            kernel, _ = layer.rule(kernel)
+        same, other = kernel.tangent if isinstance(kernel.tangent, tuple) else kernel.tangent[0, :2]
+        sizes.append(same - other)
+    return sizes[-1] / sizes[-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_samples", "real"), [*((n, False) for n in RATES), (4, True), (16, True)]
+)
+def test_gradients_grow_as_published_for_any_batch(num_samples, real):
+    # Yang et al. 2019 (arXiv:1902.08129): ReLU as in the table, identity (B - 2)/(B - 3)
+    if real:
+        kernel = batch_kernel(jnp.asarray(orthogonal(num_samples)), "batch", 1)
+    else:
+        kernel = input_kernel((9,), num_samples, "batch", False, jnp.dtype("float64"))
+    assert abs(float(growth(kernel, "relu")) - RATES[num_samples]) < 6e-5
+    exact = (num_samples - 2) / (num_samples - 3)
+    assert abs(float(growth(kernel, "identity")) - exact) < 1e-6
+
+
+@pytest.mark.parametrize("decay", [0.3, 1.0, 2.0])
+def test_averages_over_the_sphere(decay):
+    values = np.arange(1, 41.0) ** -decay
+    frame, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))
+    result = on_sphere(jnp.asarray(frame * values @ frame.T))
+    shares = values / values.sum()
+    log_s = np.linspace(-25, 40, 5001)
+    s = np.exp(log_s)[:, None]
+    density = np.exp(log_s - np.log1p(2 * s * shares).sum(1) / 2) * (log_s[1] - log_s[0])
+    shrunk = values / (1 + 2 * s * shares)
+    factor = density.sum()
+    assert abs(float(result.factor.item()) / factor - 1) < 1e-4
+    for matrix, expected in (
+        (result.first, density @ shrunk),
+        (result.second, (s[:, 0] * density) @ shrunk / factor),
+    ):
+        actual = np.diag(frame.T @ np.asarray(matrix) @ frame)
+        assert np.abs(actual - expected).max() < 5e-3 * values.max()
+
+
+# ---- activations without a closed form
+
+
+@pytest.mark.parametrize("name", ["tanh", "gelu", "silu", "relu"])
+@pytest.mark.parametrize("mean", [None, 0.4])
+def test_series_of_a_batch_equals_quadrature(name, mean):
+    phi = NONLINEARITIES[name]
+    phi = phi if mean is not None else type(phi)(phi.function, phi.kinks)
+    variance = jnp.array([0.5, 1.0, 4.0])
+    c = jnp.array([[1.0, 0.9, -0.5], [0.9, 1.0, 0.0], [-0.5, 0.0, 1.0]])
+    cov = c * jnp.sqrt(variance[:, None] * variance[None, :])
+    arguments = (
+        variance[:, None],
+        variance[None, :],
+        cov,
+        None if mean is None else jnp.array(mean),
+    )
+    series, exact = batch_expectations(phi, *arguments), expectations(phi, *arguments)
+    bound = 1e-6 if name != "relu" else 1e-4
+    off = ~np.eye(3, dtype=bool)
+    for field in Moments._fields:
+        a, b = (np.asarray(getattr(moments, field))[off] for moments in (series, exact))
+        assert np.abs(a - b).max() < bound * np.abs(getattr(exact, field)).max()
+    own = variance_expectations(phi, variance, arguments[-1])
+    for field in Moments._fields:
+        value = np.diag(getattr(exact, field))
+        assert_close(getattr(own, field), value, "quadrature_edge", np.abs(value).max())
+
+
+# ---- networks
+
+
+def tangents(network: mf.Network, x: np.ndarray, statistics: str, draws: int) -> np.ndarray:
+    """The tangent kernel of random networks, averaged over the outputs, (draws, n, n)."""
+    outputs, n = network.output_shape[0], len(x)
+
+    @jax.jit
+    def dense(op):
+        product = op.linearize()
+        units = jnp.eye(n * outputs, dtype=op.dtype).reshape(-1, n, outputs)
+        matrix = jax.vmap(product)(units).reshape(n, outputs, n, outputs)
+        return n * jnp.einsum("ikjk->ij", matrix) / outputs
+
+    results = []
+    for draw in range(draws):
+        model = mf.build(network, rngs=nnx.Rngs(draw))
+        if statistics == "frozen":
+            mf.calibrate(model, jnp.asarray(x, jnp.float32))
+        op = mf.fisher_operator(model, jnp.asarray(x, jnp.float32), statistics=statistics)
+        results.append(np.asarray(dense(op), float))
+    return np.array(results)
+
+
+def fc(width: int, activation: str = "relu", norm: mf.Layer | None = None) -> mf.Network:
+    return mf.mlp([width] * 2, inputs=20, outputs=4, activation=activation, norm=norm)
+
+
+def conv(width: int, head: str, norm: mf.Layer | None = None) -> mf.Network:
+    return mf.cnn([width] * 2, inputs=(8, 8, 2), outputs=4, head=head, norm=norm)
+
+
+def residual(width: int) -> mf.Network:
+    branch = mf.Sequential((mf.BatchNorm(), mf.Activation("relu"), mf.Dense(width)))
+    layers = (mf.Dense(width), mf.Residual(branch), mf.BatchNorm(), mf.Activation("relu"))
+    return mf.Network((20,), (*layers, mf.Dense(4)))
+
+
+CASES = {
+    "vanilla": (lambda width: fc(width), "batch"),
+    "tanh": (lambda width: fc(width, "tanh"), "batch"),
+    "relu-batch": (lambda width: fc(width, norm=mf.BatchNorm(1.3)), "batch"),
+    "relu-frozen": (lambda width: fc(width, norm=mf.BatchNorm(1.3)), "frozen"),
+    "leaky-batch": (lambda width: fc(width, "leaky_relu", mf.BatchNorm(trainable=False)), "batch"),
+    "identity-batch": (lambda width: fc(width, "identity", mf.BatchNorm()), "batch"),
+    "residual-batch": (residual, "batch"),
+    "conv": (lambda width: conv(width, "flatten"), "batch"),
+    "conv-pooled": (lambda width: conv(width, "mean"), "batch"),
+    "conv-batch": (lambda width: conv(width, "flatten", mf.BatchNorm()), "batch"),
+    "conv-frozen": (lambda width: conv(width, "flatten", mf.BatchNorm()), "frozen"),
+    "conv-pooled-batch": (lambda width: conv(width, "mean", mf.BatchNorm()), "batch"),
+    "conv-position-batch": (
+        lambda width: conv(width, "flatten", mf.BatchNorm(axes="position")),
+        "batch",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_tangent_kernel_of_networks(name):
+    make, statistics = CASES[name]
+    width, draws, n = (64, 24, 16) if name.startswith("conv") else (256, 24, 16)
+    network = make(width)
+    x = correlated(n, *network.input_shape)
+    measured = tangents(network, x, statistics, draws)
+    theory = mf.analyze(network, data=x, statistics=statistics)
+    predicted = np.asarray(theory.kernel.tangent)
+    top = np.linalg.eigh(predicted)[1][:, -3:]
+    for vector in [*top.T, None]:
+
+        def read(matrix, vector=vector):
+            trace = np.trace(matrix, axis1=-2, axis2=-1)
+            return trace if vector is None else vector @ matrix @ vector
+
+        values = np.array([read(matrix) for matrix in measured])
+        assert_close(
+            values.mean(),
+            read(predicted),
+            "monte_carlo",
+            standard_error=standard_error(values),
+            width=width,
+        )
+
+
+@pytest.mark.slow
+def test_the_error_falls_as_the_width_doubles():
+    x = correlated(16, 20)
+    errors = []
+    for width in (8, 16, 32, 64):
+        network = fc(width, norm=mf.BatchNorm())
+        measured = tangents(network, x, "batch", 200).mean(0)
+        predicted = np.asarray(mf.analyze(network, data=x).kernel.tangent)
+        errors.append(np.linalg.norm(measured - predicted) / np.linalg.norm(predicted))
+    assert np.all(np.diff(errors) < 0)
+
+
+# ---- use
+
+NETWORK = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm())
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words"),
+    [
+        (np.ones((6, 4)), {}, ("data.shape=(6, 4)", "not the network's inputs", "(samples, 5)")),
+        (np.ones((3, 5)), {}, ("data.shape=(3, 5)", "4 samples or more")),
+        (np.ones((6, 5)), dict(num_samples=6), ("num_samples=6", "leave it out")),
+        (np.full((6, 5), np.nan), {}, ("NaN or infinite",)),
+        (np.ones((6, 5), np.float16), {}, ("float16", "astype")),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(data, options, words):
+    with pytest.raises((mf.SpecError, mf.DataError)) as caught:
+        mf.analyze(NETWORK, data=data, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_more_than_memory_is_refused_before_it_is_taken(monkeypatch):
+    monkeypatch.setattr(propagate, "MAX_ENTRIES", 1000)
+    with pytest.raises(mf.DataError, match="at most 31 samples"):
+        mf.analyze(NETWORK, data=np.ones((50, 5)))
+
+
+@pytest.mark.slow
+def test_where_memory_is_short_positions_are_sampled(monkeypatch):
+    network = mf.cnn([5, 6], inputs=(16, 16, 2), outputs=3, norm=mf.BatchNorm())
+    x = correlated(10, 16, 16, 2)
+    known = propagate._drop_zero_offsets(network)
+    exact, *sampled = (
+        float(propagate._data_pass(known, "batch", jnp.asarray(x), modulus).fisher.outlier)
+        for modulus in (4, 8, 16)
+    )
+    monkeypatch.setattr(propagate, "MAX_ENTRIES", 2**16)
+    assert_close(mf.analyze(network, data=x).fisher.outlier, sampled[0], "rounding")
+    errors = [abs(value / exact - 1) for value in sampled]
+    # noise is the worst case: its windows are alike only where they overlap
+    assert 0 < errors[0] < 0.12 < errors[1]
+
+
+def test_the_spectrum_is_differentiable():
+    x = correlated(12, 5)
+
+    def outlier(gamma):
+        network = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm(gamma))
+        return mf.analyze(network, data=x).fisher.outlier
+
+    slope = (outlier(1.0 + 1e-4) - outlier(1.0 - 1e-4)) / 2e-4
+    assert abs(float(jax.grad(outlier)(1.0) / slope) - 1) < 1e-6
+
+
+SHARDED = """
+import jax, numpy as np, meanfield_jax as mf
+from jax.sharding import NamedSharding, PartitionSpec
+x = np.random.default_rng(0).normal(size=(16, 5)).astype("float32")
+network = mf.mlp([30] * 2, inputs=5, outputs=2, norm=mf.BatchNorm())
+mesh = jax.make_mesh((4,), ("samples",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("samples")))
+whole, parts = (mf.analyze(network, data=data).fisher.eigenvalues for data in (x, rows))
+assert len(rows.sharding.device_set) == 4
+np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-4 * whole[0])
+"""
+
+
+@pytest.mark.slow
+def test_a_batch_sharded_over_devices_gives_the_same(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    subprocess.run([sys.executable, "-c", SHARDED], check=True)
