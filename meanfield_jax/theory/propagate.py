@@ -160,7 +160,7 @@ def analyze(
         >>> import jax, meanfield_jax as mf
         >>> net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=mf.BatchNorm(gamma=0.5))
         >>> round(float(mf.analyze(net).eta_max(momentum=0.9)), 4)
-        0.0913
+        0.091
 
     Source:
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606); Karakida, Akaho & Amari 2019
