@@ -1,5 +1,5 @@
-"""``python -m meanfield_jax``: the command line."""
+"""``python -m meanfield_jax`` is the command line."""
 
-from meanfield_jax.cli import main
+from meanfield_jax.cli import entry
 
-raise SystemExit(main())
+entry()

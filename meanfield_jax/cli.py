@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +270,19 @@ class Spectrum:
         print("wrote", *written, file=sys.stderr)
 
 
+def entry() -> NoReturn:
+    """The program: leaves with the status of :func:`main`.
+
+    After an interruption XLA may still compute in the background, and tearing Python down under it
+    crashes: the process then ends at once.
+    """
+    status = main()
+    if status == 130:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 class ComputationError(RuntimeError):
     """A computation ended without a usable result."""
 
@@ -411,4 +424,4 @@ def _spectrum_table(dataset: xr.Dataset) -> Table:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    entry()
