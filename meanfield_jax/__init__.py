@@ -7,7 +7,7 @@ the toolkit measures whether the two agree. The names below follow that way::
     theory    analyze -> Theory (order_parameters, fisher, eta_max)
     network   build, functional, calibrate
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
-    compare   validate, plot_validation, plot_spectrum; data.load for inputs
+    compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
 """
 
 from meanfield_jax import data
@@ -16,6 +16,7 @@ from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate, functional
 from meanfield_jax.errors import DataError, SpecError
+from meanfield_jax.experiments.boundary import measured_boundary
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.layers import (
     Activation,
@@ -63,6 +64,7 @@ __all__ = [
     "eta_max",
     "fisher_operator",
     "functional",
+    "measured_boundary",
     "mlp",
     "plot_spectrum",
     "plot_validation",

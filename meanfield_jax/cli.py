@@ -34,6 +34,7 @@ from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.experiments.validate import (
     has_batch_norm,
+    spectrum_table,
     validate,
     with_gamma,
     without_batch_norm,
@@ -165,6 +166,8 @@ class Validate:
     """Scales of BatchNorm."""
     draws: int = 3
     """Networks drawn at random for each."""
+    num_eigenvalues: int | None = None
+    """Compare so many of the kernel's eigenvalues, too, with theory of these very inputs."""
     momentum: float = 0.9
     """Momentum of gradient descent."""
     output: Path = Path("meanfield-jax-validate")
@@ -182,6 +185,7 @@ class Validate:
             x,
             gammas=self.gammas if has_batch_norm(network) else (),
             draws=self.draws,
+            num_eigenvalues=self.num_eigenvalues,
             momentum=self.momentum,
             seed=self.inputs.seed,
             progress=True,
@@ -195,6 +199,8 @@ class Validate:
             print(json.dumps(_plain(dataset), indent=2))
         else:
             Console().print(validation_table(dataset))
+            if self.num_eigenvalues is not None:
+                Console().print(spectrum_table(dataset))
         print("wrote", *written, file=sys.stderr)
         if not np.isfinite(dataset.measured).all():
             raise ComputationError("a measurement failed; see the NaN in the results")
@@ -229,7 +235,7 @@ class Spectrum:
         x = self.inputs.load(network)
         with Console(stderr=True).status("Predicting the spectrum"):
             fisher = analyze_network(network, statistics=self.statistics, data=x).fisher
-            predicted = np.repeat(np.asarray(fisher.eigenvalues), fisher.num_outputs)
+            predicted = np.repeat(np.asarray(fisher.eigenvalues), fisher.multiplicity)
         model = build(network, rngs=nnx.Rngs(self.inputs.seed))
         if self.statistics == "frozen" and has_batch_norm(network):
             calibrate(model, x)

@@ -1,5 +1,6 @@
 """The errors that a user's input can cause: what, its value, why, and what to do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,3 +35,9 @@ def check_data(x: Any) -> Array:
         remedy = "remove or replace these values"
         raise problem(DataError, "x", f"{count} values", "NaN or infinite", remedy)
     return x
+
+
+def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises SpecError unless value is one of the choices."""
+    if value not in choices:
+        raise problem(SpecError, argument, value, "unknown", f"use one of {', '.join(choices)}")

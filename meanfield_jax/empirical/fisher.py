@@ -31,9 +31,9 @@ from meanfield_jax.empirical.model import (
     in_mode,
     path_name,
 )
-from meanfield_jax.errors import SpecError, check_data, problem
+from meanfield_jax.errors import SpecError, check_choice, check_data, problem
+from meanfield_jax.theory.fisher import LIKELIHOODS
 
-LIKELIHOODS = ("gaussian", "categorical")
 HIGHEST = jax.lax.Precision.HIGHEST
 Product = Callable[[Array], Array]
 
@@ -77,9 +77,7 @@ class FisherOperator:
     def __post_init__(self):
         if not isinstance(self.apply, (Functional, Partial)) and callable(self.apply):
             object.__setattr__(self, "apply", Partial(self.apply))
-        if self.likelihood not in LIKELIHOODS:
-            remedy = f"use one of {', '.join(LIKELIHOODS)}"
-            raise problem(SpecError, "likelihood", self.likelihood, "unknown", remedy)
+        check_choice("likelihood", self.likelihood, LIKELIHOODS)
         if isinstance(self.x, (np.ndarray, jax.Array)) and not isinstance(self.x, Tracer):
             object.__setattr__(self, "x", check_data(self.x))
             self._check_batch_size()

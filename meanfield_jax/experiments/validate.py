@@ -1,7 +1,7 @@
-"""Theory held against the real network: predicted and measured outliers of the Fisher matrix."""
+"""Theory held against the real network: predicted and measured spectra of the Fisher matrix."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from meanfield_jax.empirical.fisher import fisher_operator
+from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.errors import SpecError, check_data, problem
@@ -29,6 +29,7 @@ MODES = ("batch", "frozen")
 """What can be measured: a network in training and in evaluation mode."""
 
 CURVE_POINTS = 60
+PROBES = 30
 VANILLA = "vanilla"
 
 
@@ -38,6 +39,7 @@ def validate(
     *,
     gammas: Sequence[float] = (),
     draws: int = 4,
+    num_eigenvalues: int | None = None,
     momentum: float = 0.9,
     tol: float = 1e-3,
     seed: int = 0,
@@ -47,10 +49,12 @@ def validate(
 
     Args:
         network: The specification.
-        x: Inputs, (n, *input_shape); the theory takes them to be i.i.d. with unit variance.
+        x: Inputs, (n, *input_shape); ``predicted`` takes them to be i.i.d. with unit variance.
         gammas: Scales to put into every BatchNorm, beside the network without its BatchNorms.
             Empty: the network as it is.
         draws: Networks drawn at random for each.
+        num_eigenvalues: How many of the kernel's eigenvalues to compare, given the inputs
+            themselves; F has each of them C times. None: the outliers alone.
         momentum: Momentum of ``eta_max``.
         tol: Relative accuracy of the measured eigenvalues.
         seed: Seed of the first draw.
@@ -62,7 +66,10 @@ def validate(
         ``predicted``, ``measured`` (eigenvalues; NaN where Lanczos failed), ``measured_mean`` and
         ``standard_error`` of the outliers' mean over draws, ``largest`` (median over draws),
         ``eta_max``, ``eta_max_measured`` and ``ratio`` = predicted / measured of the mode that a
-        statistics speaks of; with gammas also ``curve`` over ``curve_gamma``.
+        statistics speaks of; with gammas also ``curve`` over ``curve_gamma``. With
+        ``num_eigenvalues``, over ``eigenvalue``: ``spectrum_predicted`` (theory of these very
+        inputs), ``spectrum_measured`` (by draw, means of C), its ``spectrum_error``,
+        ``spectrum_ratio``, and ``trace_predicted``, ``trace_measured``, ``trace_ratio``.
 
     Raises:
         SpecError, DataError: for inputs that make no sense.
@@ -77,7 +84,7 @@ def validate(
     x = check_data(x)
     if draws < 1:
         raise problem(SpecError, "draws", draws, "not a number of draws", "give at least 1")
-    variants = _variants(network, gammas)
+    variants = variants_of(network, gammas)
     num_samples = x.shape[0]
     with jax.enable_x64():
         predicted = np.array(
@@ -88,8 +95,10 @@ def validate(
         )
         curve = _curve(network, gammas, num_samples)
 
-    num_outputs = network.output_shape[0]
-    measured = np.full((len(variants), len(MODES), draws, num_outputs), np.nan)
+    k = num_eigenvalues or 1
+    shape = (len(variants), len(MODES), draws)
+    measured = np.full((*shape, k * network.output_shape[0]), np.nan)
+    traces = np.full(shape, np.nan)
     jobs = [
         (row, draw, variant)
         for row, variant in enumerate(variants.values())
@@ -99,37 +108,89 @@ def validate(
     for row, draw, variant in track(
         jobs, "Measuring", console=console, disable=not progress, transient=True
     ):
-        measured[row, :, draw] = measure(variant, x, seed=seed + draw, tol=tol)
-    return _dataset(list(variants), predicted, measured, curve, momentum, num_samples, network)
+        measured[row, :, draw] = measure(variant, x, k=k, seed=seed + draw, tol=tol)
+        if num_eigenvalues is not None:
+            traces[row, :, draw] = _in_both_modes(variant, x, seed + draw, _trace)
+    outliers = measured[..., : network.output_shape[0]]
+    labels = list(variants)
+    dataset = _dataset(labels, predicted, outliers, curve, momentum, num_samples, network)
+    if num_eigenvalues is None:
+        return dataset
+    return dataset.assign(_spectra(variants.values(), x, measured, traces, num_eigenvalues))
 
 
-def measure(network: Network, x: Array, *, seed: int = 0, tol: float = 1e-3) -> np.ndarray:
-    """The C largest eigenvalues of one random draw's Fisher matrix, in both modes.
+def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataArray]:
+    """The k largest eigenvalues, by theory of these inputs and measured as means of C."""
+    fishers = [
+        [analyze(variant, data=x, statistics=mode).fisher for mode in MODES] for variant in variants
+    ]
+    predicted = np.array([[fisher.eigenvalues[:k] for fisher in row] for row in fishers])
+    trace = np.array([[float(fisher.trace) for fisher in row] for row in fishers])
+    means = measured.reshape(*measured.shape[:-1], k, -1).mean(-1)
+    coords = dict(eigenvalue=np.arange(1, k + 1))
+    dims = ("network", "mode", "eigenvalue")
+    values = dict(
+        spectrum_predicted=xr.DataArray(predicted, coords, dims),
+        spectrum_measured=xr.DataArray(means, coords, ("network", "mode", "draw", "eigenvalue")),
+        spectrum_error=xr.DataArray(_standard_error(means, 2), coords, dims),
+        trace_predicted=xr.DataArray(trace, dims=dims[:2]),
+        trace_measured=xr.DataArray(traces, dims=("network", "mode", "draw")),
+    )
+    for name in ("spectrum", "trace"):
+        mean = values[f"{name}_measured"].mean("draw")
+        values[f"{name}_ratio"] = values[f"{name}_predicted"] / mean
+    return values
+
+
+def _standard_error(values: np.ndarray, axis: int) -> np.ndarray:
+    """Of the mean along the draws' axis; NaN for one draw."""
+    draws = values.shape[axis]
+    if draws == 1:
+        return np.full(np.delete(values.shape, axis), np.nan)
+    return values.std(axis, ddof=1) / np.sqrt(draws)
+
+
+def measure(
+    network: Network, x: Array, *, k: int = 1, seed: int = 0, tol: float = 1e-3
+) -> np.ndarray:
+    """The k C largest eigenvalues of one random draw's Fisher matrix, in both modes.
 
     Args:
-        network: The specification.
+        network: The specification, with C outputs.
         x: Inputs, (n, *input_shape).
+        k: How many of the kernel's eigenvalues; F has each of them about C times.
         seed: Seed of the draw.
         tol: Relative accuracy.
 
     Returns:
-        (2, C): training mode, evaluation mode (running statistics those of ``x``), descending; NaN
+        (2, k C): training mode, evaluation mode (running statistics those of ``x``), descending; NaN
         where Lanczos failed. Without BatchNorm the two are the same.
     """
-    model = build(network, rngs=nnx.Rngs(seed))
-    num_outputs = network.output_shape[0]
 
-    def outliers(statistics: str) -> np.ndarray:
-        op = fisher_operator(model, x, statistics=statistics)
-        k = min(num_outputs, int(np.prod(op.shape)))
-        result = top_eigenvalues(op, k, tol=tol, key=jax.random.key(seed))
+    def top(op: FisherOperator) -> np.ndarray:
+        count = min(k * network.output_shape[0], int(np.prod(op.shape)))
+        result = top_eigenvalues(op, count, tol=tol, key=jax.random.key(seed))
         return np.where(result.status == 0, result.eigenvalues, np.nan)
 
-    batch = outliers("batch")
+    return _in_both_modes(network, x, seed, top)
+
+
+def _in_both_modes(network: Network, x: Array, seed: int, statistic: Callable) -> np.ndarray:
+    """A statistic of the Fisher operator of one draw, in training and in evaluation mode."""
+    model = build(network, rngs=nnx.Rngs(seed))
+    batch = statistic(fisher_operator(model, x, statistics="batch"))
     if not has_batch_norm(network):
         return np.stack([batch, batch])
     calibrate(model, x)
-    return np.stack([batch, outliers("frozen")])
+    return np.stack([batch, statistic(fisher_operator(model, x, statistics="frozen"))])
+
+
+@jax.jit
+def _trace(op: FisherOperator) -> Array:
+    """Hutchinson's estimate from random signs, to about 1 %."""
+    product = op.linearize()
+    signs = jax.random.rademacher(jax.random.key(0), (PROBES, *op.shape), op.x.dtype)
+    return jax.lax.map(lambda u: jnp.vdot(u, product(u)), signs).mean()
 
 
 def has_batch_norm(network: Network) -> bool:
@@ -167,7 +228,8 @@ def _rebuilt(inner: Any, change) -> Any:
     return change(inner)
 
 
-def _variants(network: Network, gammas: Iterable[float]) -> dict[str, Network]:
+def variants_of(network: Network, gammas: Iterable[float]) -> dict[str, Network]:
+    """The network as it is, or without BatchNorm and with each scale, by label."""
     gammas = list(gammas)
     if not gammas:
         return {"network": network}
@@ -203,10 +265,6 @@ def _curve(network: Network, gammas: Sequence[float], num_samples: int) -> xr.Da
 
 def _dataset(labels, predicted, measured, curve, momentum, num_samples, network) -> xr.Dataset:
     means = measured.mean(-1)
-    draws = means.shape[-1]
-    spread = (
-        means.std(-1, ddof=1) / np.sqrt(draws) if draws > 1 else np.full_like(means[..., 0], np.nan)
-    )
     mean = means.mean(-1)
     spoken_of = [MODES.index("batch" if name == "batch" else "frozen") for name in STATISTICS]
     largest = np.median(measured.max(-1), axis=-1)
@@ -216,7 +274,7 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
         ratio=(("network", "statistics"), predicted / mean[:, spoken_of]),
         measured=(("network", "mode", "draw", "outlier"), measured),
         measured_mean=(("network", "mode"), mean),
-        standard_error=(("network", "mode"), spread),
+        standard_error=(("network", "mode"), _standard_error(means, 2)),
         largest=(("network", "mode"), largest),
         eta_max_measured=(("network", "mode"), eta_max(jnp.asarray(largest), momentum)),
     )
@@ -230,6 +288,37 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
     attributes = dict(num_samples=num_samples, momentum=momentum, spec=network.to_json(indent=None))
     dataset = xr.Dataset(data, coords, attributes)
     return dataset if curve is None else dataset.assign(curve=curve)
+
+
+def spectrum_table(dataset: xr.Dataset) -> Table:
+    """The spectra of :func:`validate` as a table: predicted / measured, theory of these inputs."""
+    result = Table(title=f"F on these inputs, n = {dataset.num_samples}", box=SIMPLE_HEAD)
+    for name in ("network", "mode"):
+        result.add_column(name, no_wrap=True)
+    for name in ("eigenvalue", "predicted", "measured", "+-", "ratio"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for label, mode in modes_measured(dataset):
+        at = dataset.sel(network=label, mode=mode)
+        mean = at.spectrum_measured.mean("draw")
+        for rank in dataset.eigenvalue.values:
+            one = at.sel(eigenvalue=rank)
+            numbers = (one.spectrum_predicted, mean.sel(eigenvalue=rank), one.spectrum_error)
+            shown = (f"{float(value):.4g}" for value in numbers)
+            result.add_row(label, mode, str(rank), *shown, f"{float(one.spectrum_ratio):.3f}")
+        trace = (f"{float(value):.4g}" for value in (at.trace_predicted, at.trace_measured.mean()))
+        result.add_row(label, mode, "trace", *trace, "", f"{float(at.trace_ratio):.3f}")
+    return result
+
+
+def modes_measured(dataset: xr.Dataset) -> list[tuple[str, str]]:
+    """Label and mode of every row; one mode where the network has no BatchNorm."""
+    return [
+        (str(label), mode)
+        for label in dataset.network.values
+        for mode in MODES
+        if mode == MODES[0]
+        or not np.array_equal(*dataset.measured.sel(network=label).values, equal_nan=True)
+    ]
 
 
 def table(dataset: xr.Dataset) -> Table:
@@ -246,22 +335,21 @@ def table(dataset: xr.Dataset) -> Table:
     columns = ("predicted", "measured", "+-", "ratio", "paper", "ratio", "top", "eta_max")
     for name in columns:
         result.add_column(name, justify="right", no_wrap=True)
-    for label in dataset.network.values:
-        coupled = not np.array_equal(*dataset.measured.sel(network=label).values, equal_nan=True)
-        for mode, shown in (
-            (("batch", "train"), ("frozen", "eval")) if coupled else (("batch", ""),)
-        ):
-            at = dataset.sel(network=label, mode=mode)
-            own, published = at.sel(statistics=mode), at.sel(statistics=PUBLISHED)
-            numbers = (
-                f"{float(own.predicted):.5g}",
-                f"{float(at.measured_mean):.5g}",
-                f"{float(at.standard_error):.2g}",
-                f"{float(own.predicted / at.measured_mean):.2f}",
-                f"{float(published.predicted):.4g}",
-                f"{float(published.predicted / at.measured_mean):.2f}",
-                f"{float(at.largest):.4g}",
-                f"{float(own.eta_max):.2g}",
-            )
-            result.add_row(str(label).removeprefix("gamma="), shown, *numbers)
+    shown = dict(zip(MODES, ("train", "eval"), strict=True))
+    rows = modes_measured(dataset)
+    for label, mode in rows:
+        at = dataset.sel(network=label, mode=mode)
+        own, published = at.sel(statistics=mode), at.sel(statistics=PUBLISHED)
+        numbers = (
+            f"{float(own.predicted):.5g}",
+            f"{float(at.measured_mean):.5g}",
+            f"{float(at.standard_error):.2g}",
+            f"{float(own.predicted / at.measured_mean):.2f}",
+            f"{float(published.predicted):.4g}",
+            f"{float(published.predicted / at.measured_mean):.2f}",
+            f"{float(at.largest):.4g}",
+            f"{float(own.eta_max):.2g}",
+        )
+        name = shown[mode] if (label, MODES[1]) in rows else ""
+        result.add_row(label.removeprefix("gamma="), name, *numbers)
     return result

@@ -74,14 +74,13 @@ class Record:
         before: Kernel entering.
         after: Kernel leaving, the layer's injection included.
         injection: What the layer injected.
-        back: Derivatives of the network's tangent (of one sample, of two samples, and of the
-            outlier) with respect to this layer's; None in the pass itself.
+        back: Derivatives of the network's tangent with respect to this layer's; None in the pass.
     """
 
     before: Kernel
     after: Kernel
     injection: Injection
-    back: tuple[Tap, Tap, Tap] | None = None
+    back: Tap | None = None
 
 
 Rows = dict[str, Array]

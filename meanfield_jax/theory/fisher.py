@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+LIKELIHOODS = ("gaussian", "categorical")
+"""Whose Fisher matrix: of the squared loss, or of softmax outputs and the cross-entropy."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Fisher:
     """The spectrum of F = (1/n) sum_i sum_k grad f_k(x_i) grad f_k(x_i)^T, by its statistics.
 
     In the wide limit the eigenvalues of F are those of T/n, T the n x n tangent kernel of one
-    output, each C times. All trainable parameters count.
+    output, each C times. All trainable parameters count. With a categorical likelihood
+    F = (1/n) sum_i J_i^T S_i J_i, S_i = diag(p_i) - p_i p_i^T of the class probabilities p_i.
 
     Attributes:
         tangent_same: T for one sample with itself, <grad f_k(x), grad f_k(x)>; on data the mean.
@@ -40,10 +44,16 @@ class Fisher:
         inverse_samples: 1/n; 0 in the limit.
         shares: The outlier by layer.
         draw_spread: (layers,) how far the C outliers of one draw spread, see ``outlier_high``.
-        num_outputs: C.
+        information: (C,) the eigenvalues of the mean S_i, ascending; ones for a Gaussian likelihood.
         num_parameters: P.
-        eigenvalues: On data: the n eigenvalues of T/n, descending; F has each of them C times.
-            None for i.i.d. inputs, whose T has two: ``outlier`` once and ``bulk`` n - 1 times.
+        eigenvalues: On data, descending: the n eigenvalues of T/n, each of which F has C times, or
+            with a categorical likelihood all n C of F. None for i.i.d. inputs, whose T has two:
+            one large and n - 1 of (T_same - T_other)/n.
+        multiplicity: How many times F has each of ``eigenvalues``.
+
+    Accuracy:
+        Where the S_i differ, to first order: an eigenvalue of T/n with eigenvector u is multiplied
+        by the eigenvalues of sum_i u_i^2 S_i. The trace is exact.
 
     Source:
         Karakida, Akaho & Amari 2019 (arXiv:1806.01316), theorems 1 and 2.
@@ -67,27 +77,30 @@ class Fisher:
     inverse_samples: Array
     shares: Shares
     draw_spread: Array
-    num_outputs: int = dataclasses.field(metadata=dict(static=True))
+    information: Array
     num_parameters: int = dataclasses.field(metadata=dict(static=True))
+    multiplicity: int = dataclasses.field(metadata=dict(static=True))
     eigenvalues: Array | None = None
 
     @property
     def outlier(self) -> Array:
-        """The large eigenvalue, of multiplicity C, on average over draws.
+        """The large eigenvalue, on average over draws; of multiplicity C (flat classes: C - 1).
 
-        For i.i.d. inputs T_same/n + (n-1)/n T_other.
+        For i.i.d. inputs T_same/n + (n-1)/n T_other, times the largest of ``information``.
         """
         if self.eigenvalues is not None:
             return self.eigenvalues[..., 0]
         share = self.inverse_samples
-        return share * self.tangent_same + (1 - share) * self.tangent_other
+        large = share * self.tangent_same + (1 - share) * self.tangent_other
+        return large * self.information[..., -1]
 
     @property
     def bulk(self) -> Array:
-        """The mean of the other n - 1 eigenvalues; for i.i.d. inputs (T_same - T_other)/n."""
+        """The mean of all but the C largest; for i.i.d. inputs (T_same - T_other)/n."""
         if self.eigenvalues is not None:
-            return self.eigenvalues[..., 1:].mean(-1)
-        return self.inverse_samples * (self.tangent_same - self.tangent_other)
+            return self.eigenvalues[..., self.information.shape[-1] // self.multiplicity :].mean(-1)
+        small = self.inverse_samples * (self.tangent_same - self.tangent_other)
+        return small * self.information.mean(-1)
 
     @property
     def outlier_high(self) -> Array:
@@ -117,7 +130,7 @@ class Fisher:
     @property
     def trace(self) -> Array:
         """Sum of all eigenvalues, C T_same; an upper bound of lambda_max."""
-        return self.num_outputs * self.tangent_same
+        return self.information.sum(-1) * self.tangent_same
 
     @property
     def mean(self) -> Array:
@@ -127,9 +140,15 @@ class Fisher:
     @property
     def second_moment(self) -> Array:
         """Mean of the squares of all P eigenvalues."""
-        if self.eigenvalues is not None:
-            squares = jnp.sum(self.eigenvalues**2, -1)
-            return self.num_outputs * squares / self.num_parameters
         share = self.inverse_samples
         square = (1 - share) * self.tangent_other**2 + share * self.tangent_same**2
-        return self.num_outputs * square / self.num_parameters
+        total = jnp.sum(self.information**2, -1) * square
+        if self.eigenvalues is not None:
+            total = self.multiplicity * jnp.sum(self.eigenvalues**2, -1)
+        return total / self.num_parameters
+
+
+def class_information(probabilities: Array) -> Array:
+    """diag(p) - p p^T for class probabilities p, (..., C): (..., C, C)."""
+    outer = probabilities[..., :, None] * probabilities[..., None, :]
+    return probabilities[..., None] * jnp.eye(probabilities.shape[-1], dtype=outer.dtype) - outer

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,13 +12,13 @@ import xarray as xr
 from jax import Array
 from jax.core import Tracer
 
-from meanfield_jax.errors import DataError, SpecError, check_data, problem
+from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
 from meanfield_jax.kernel.gram import batch_kernel
 from meanfield_jax.kernel.state import STATISTICS, Pair, input_kernel
 from meanfield_jax.layers import BatchNorm, Conv, GlobalMeanPool
 from meanfield_jax.layers.base import Kernel, Matrix, Record, Rows, Tap
 from meanfield_jax.network import Network, walk
-from meanfield_jax.theory.fisher import Fisher, Shares
+from meanfield_jax.theory.fisher import LIKELIHOODS, Fisher, Shares, class_information
 from meanfield_jax.theory.learning_rate import eta_max
 
 MAX_ENTRIES = 2**28
@@ -117,6 +116,8 @@ def analyze(
     data: Array | None = None,
     statistics: str = "batch",
     num_samples: int | Array | None = None,
+    likelihood: str = "gaussian",
+    probabilities: Array | None = None,
 ) -> Theory:
     """Mean-field theory of a network, in one pass, on i.i.d. inputs or on a batch of data.
 
@@ -136,6 +137,10 @@ def analyze(
             what decides stability), ``"frozen"`` (in evaluation), ``"wei2019"`` (as published).
         num_samples: For i.i.d. inputs (of unit variance) n, the batch; None for the limit
             n -> infinity, where the bulk vanishes.
+        likelihood: ``"gaussian"``, as above, or ``"categorical"``, F of softmax outputs p and the
+            cross-entropy: (1/n) sum_i J_i^T (diag p_i - p_i p_i^T) J_i.
+        probabilities: The p of a categorical likelihood, (n, C): those of a draw,
+            ``jax.nn.softmax(model(x))``. None: flat, 1/C.
 
     Returns:
         The theory; float64 under ``jax.enable_x64()``, else float32.
@@ -167,19 +172,16 @@ def analyze(
         (arXiv:1806.01316) for the spectrum's statistics.
     """
     network.validate()
-    if statistics not in STATISTICS:
-        remedy = f"use one of {', '.join(STATISTICS)}"
-        raise problem(SpecError, "statistics", statistics, "unknown", remedy)
+    check_choice("statistics", statistics, STATISTICS)
     known = _drop_zero_offsets(network)
     if data is not None:
         x = _checked_data(network, data, num_samples)
-        theory = _data_pass(known, statistics, x, _modulus(known, x, statistics))
+        classes = _class_information(network, likelihood, probabilities, len(x))
+        theory = _on_data(known, statistics, x, classes, _modulus(known, x, statistics))
     else:
         _check_num_samples(network, num_samples)
-        values = (*jax.tree.leaves((network, num_samples)), jnp.zeros(()))
-        traced = any(isinstance(value, Tracer) for value in values)
-        pass_over = _analyze if traced or jax.default_backend() != "cpu" else _analyze_at_once
-        theory = pass_over(known, statistics, num_samples)
+        classes = _class_information(network, likelihood, probabilities, None)
+        theory = _iid(known, statistics, num_samples, classes)
     return dataclasses.replace(theory, network=network)
 
 
@@ -197,6 +199,31 @@ def _checked_data(network: Network, data: Any, num_samples) -> Array:
         cause = f"theory needs {least} samples or more for this network"
         raise problem(DataError, "data.shape", x.shape, cause, "give more samples")
     return x.astype(jnp.result_type(float, *jax.tree.leaves(network)))
+
+
+def _class_information(
+    network: Network, likelihood: str, probabilities: Array | None, num_samples: int | None
+) -> Array | None:
+    """diag p - p p^T of every sample, (n or 1, C, C); None for a Gaussian likelihood."""
+    check_choice("likelihood", likelihood, LIKELIHOODS)
+    if likelihood == "gaussian":
+        if probabilities is not None:
+            cause, remedy = "a Gaussian likelihood has none", "use likelihood='categorical'"
+            raise problem(SpecError, "probabilities", "(given)", cause, remedy)
+        return None
+    (num_outputs,) = network.output_shape
+    dtype = jnp.result_type(float, *jax.tree.leaves(network))
+    if probabilities is None:
+        return class_information(jnp.full((1, num_outputs), 1 / num_outputs, dtype))
+    p = jnp.asarray(probabilities, dtype)
+    if p.ndim != 2 or p.shape[1] != num_outputs or num_samples not in (None, p.shape[0]):
+        remedy = f"give ({num_samples or 'samples'}, {num_outputs}), rows of softmax outputs"
+        raise problem(SpecError, "probabilities.shape", p.shape, "does not fit", remedy)
+    rows = p.sum(1)
+    if not isinstance(p, Tracer) and not (np.all(p >= 0) and np.allclose(rows, 1, atol=1e-3)):
+        remedy = "give softmax outputs, not logits"
+        raise problem(SpecError, "probabilities", "(array)", "rows do not sum to 1", remedy)
+    return class_information(p)
 
 
 def _least_samples(network: Network) -> int:
@@ -226,42 +253,63 @@ def _check_num_samples(network: Network, num_samples) -> None:
         raise problem(SpecError, "num_samples", num_samples, cause, f"give at least {least}")
 
 
-def _whole_pass(network: Network, statistics: str, num_samples) -> Theory:
+def _iid_pass(network: Network, statistics: str, num_samples, classes: Array | None) -> Theory:
     dtype = jnp.result_type(float, *jax.tree.leaves(network))
     start = input_kernel(
         network.input_shape, num_samples, statistics, _positions_meet(network), dtype
     )
-    kernel, tangent, records, pull = _forward(network, start)
-    one_each = Pair(*jnp.eye(2, dtype=dtype))
-    (back,) = jax.vmap(pull, out_axes=-1)(one_each)
+    kernel, tangent, records, backward = _forward(network, start)
     share = kernel.inverse_samples
-    same, other = (jax.tree.map(lambda leaf, i=i: leaf[..., i], back) for i in range(2))
-    outlier = jax.tree.map(lambda a, b: share * a + (1 - share) * b, same, other)
+    one, zero = jnp.ones_like(share), jnp.zeros_like(share)
+    same_other_outlier = Pair(jnp.stack([one, zero, share]), jnp.stack([zero, one, 1 - share]))
     fisher = dict(
         tangent_same=tangent.same,
         tangent_other=tangent.other,
         inverse_samples=kernel.inverse_samples,
+        **_information(network, classes, kernel.dtype),
     )
-    return _theory(network, kernel, records, (same, other, outlier), fisher)
+    return _theory(network, kernel, records, jax.vmap(backward)(same_other_outlier), fisher)
 
 
-@partial(jax.jit, static_argnames=("statistics", "modulus"))
-def _data_pass(network: Network, statistics: str, x: Array, modulus: int) -> Theory:
+def _information(network: Network, classes: Array | None, dtype) -> dict[str, Any]:
+    """Eigenvalues of the mean information of an output vector, and their multiplicity in F."""
+    (num_outputs,) = network.output_shape
+    if classes is None:
+        return dict(information=jnp.ones(num_outputs, dtype), multiplicity=num_outputs)
+    return dict(information=jnp.linalg.eigvalsh(classes.mean(0)), multiplicity=1)
+
+
+def _data_pass(
+    network: Network, statistics: str, x: Array, classes: Array | None, modulus: int
+) -> Theory:
     start = batch_kernel(x, statistics, modulus)
-    kernel, tangent, records, pull = _forward(network, start)
+    kernel, tangent, records, backward = _forward(network, start)
     num_samples = x.shape[0]
     eigenvalues, vectors = jnp.linalg.eigh(tangent / num_samples)
     top = jax.lax.stop_gradient(vectors[:, -1])
     same = jnp.eye(num_samples, dtype=x.dtype) / num_samples
     other = (1 - jnp.eye(num_samples, dtype=x.dtype)) / max(num_samples * (num_samples - 1), 1)
-    backs = (pull(back)[0] for back in (same, other, jnp.outer(top, top) / num_samples))
+    outlier = jnp.outer(top, top) / num_samples
+    # one after the other: each takes the memory of dozens of matrices
+    backs = jax.lax.map(backward, jnp.stack([same, other, outlier]))
     fisher = dict(
         tangent_same=jnp.sum(same * tangent),
         tangent_other=jnp.sum(other * tangent),
         inverse_samples=jnp.asarray(1 / num_samples, x.dtype),
-        eigenvalues=eigenvalues[::-1],
+        eigenvalues=_of_outputs(eigenvalues, vectors, classes)[::-1],
+        **_information(network, classes, kernel.dtype),
     )
-    return _theory(network, kernel, records, tuple(backs), fisher)
+    return _theory(network, kernel, records, backs, fisher)
+
+
+def _of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Array:
+    """The eigenvalues of F from those of one output's T/n; ascending."""
+    if classes is None:
+        return eigenvalues
+    flat = classes.reshape(len(classes), -1)
+    weights = vectors**2 if len(classes) > 1 else jnp.ones_like(vectors[:1])
+    met = jnp.matmul(weights.T, flat, precision="highest").reshape(-1, *classes.shape[1:])
+    return jnp.sort((eigenvalues[:, None] * jnp.linalg.eigvalsh(met)).ravel())
 
 
 def _modulus(network: Network, x: Array, statistics: str) -> int:
@@ -296,7 +344,10 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
 
 
 def _forward(network: Network, start: Kernel):
-    """Kernel and tangent of the outputs, records, and the tangent's pullback to the taps."""
+    """Kernel and tangent of the outputs, records, and what the layers do to the tangent.
+
+    The last is a function of a matrix M, to rows of the derivatives of sum(M * tangent).
+    """
     if len(network.output_shape) != 1:
         remedy = "end with Flatten() or GlobalMeanPool() and Dense(outputs)"
         raise problem(SpecError, "output shape", network.output_shape, "not a vector", remedy)
@@ -307,20 +358,31 @@ def _forward(network: Network, start: Kernel):
 
     taps = _zero_taps(jax.eval_shape(tangent_behind, None)[1][1])
     tangent, pull, (kernel, records) = jax.vjp(tangent_behind, taps, has_aux=True)
-    return kernel, tangent, records, pull
+
+    def backward(matrix: Matrix) -> Rows:
+        back = _map_records(
+            lambda record, tap: dataclasses.replace(record, back=tap), records, pull(matrix)[0]
+        )
+        return network.body.rows(back, _read_back)
+
+    return kernel, tangent, records, backward
 
 
-def _theory(network: Network, kernel: Kernel, records, backs, fisher: dict[str, Any]) -> Theory:
-    """The result, from the derivatives of (T_same, T_other, outlier) at every record."""
-    records = _map_records(
-        lambda record, *back: dataclasses.replace(record, back=back), records, *backs
-    )
+def _theory(
+    network: Network, kernel: Kernel, records, backs: Rows, fisher: dict[str, Any]
+) -> Theory:
+    """The result; ``backs``: of (T_same, T_other, outlier) the derivatives at every record."""
     rows = network.body.rows(records, _read)
+    rows["q_tilde"] = backs["same"][0]
+    rows["q_tilde_xy"], rows["q_tilde_ab"] = backs["other"][1], backs["unequal"][1]
     labels = network.body.labels(records, "")
     linear = np.array([not isinstance(inner, BatchNorm) for _, inner in labels])
     paths = np.array([path for path, _ in labels])
-    shares = Shares(rows["weights"], rows["biases"], rows["norm"], tuple(paths.tolist()))
     behind = jnp.cumsum(rows["inverse_width"][::-1])[::-1] - rows["inverse_width"]
+    information = fisher["information"]
+    num_met = information.sum() ** 2 / jnp.sum(information**2)
+    kinds = (information[-1] * backs[kind][2] for kind in ("weights", "biases", "norm"))
+    shares = Shares(*kinds, tuple(paths.tolist()))
     order = OrderParameters(
         **{name: rows[name][linear] for name in rows if name.startswith("q")},
         layers=tuple(paths[linear].tolist()),
@@ -328,22 +390,31 @@ def _theory(network: Network, kernel: Kernel, records, backs, fisher: dict[str, 
     statistics = Fisher(
         **fisher,
         shares=shares,
-        draw_spread=jnp.sqrt(network.output_shape[0] * jnp.maximum(behind, 0)),
-        num_outputs=network.output_shape[0],
+        draw_spread=jnp.sqrt(num_met * jnp.maximum(behind, 0)),
         num_parameters=network.num_parameters,
     )
     return Theory(statistics, order, kernel, network)
 
 
-_analyze = jax.jit(_whole_pass, static_argnames="statistics")
+def _compiled(function, static: tuple[str, ...]):
+    """The function under jit, on CPU without fusion.
 
-_analyze_at_once = jax.jit(
-    _whole_pass,
-    static_argnames="statistics",
-    # On CPU, XLA fuses every number with all layers before it: 15 layers compile in 30 s instead of
-    # 1 s. One network alone gains nothing from fusion.
-    compiler_options={"xla_disable_hlo_passes": "fusion"},
-)
+    XLA fuses every number there with all layers before it: 15 layers compile in 30 s instead of
+    1 s, and a batch takes three times as long. Many networks under one vmap gain from fusion.
+    """
+    plain = jax.jit(function, static_argnames=static)
+    options = {"xla_disable_hlo_passes": "fusion"}
+    unfused = jax.jit(function, static_argnames=static, compiler_options=options)
+
+    def call(*args):
+        traced = any(isinstance(value, Tracer) for value in (*jax.tree.leaves(args), jnp.zeros(())))
+        return (plain if traced or jax.default_backend() != "cpu" else unfused)(*args)
+
+    return call
+
+
+_iid = _compiled(_iid_pass, ("statistics",))
+_on_data = _compiled(_data_pass, ("statistics", "modulus"))
 
 
 def _positions_meet(network: Network, on_data: bool = False) -> bool:
@@ -372,22 +443,26 @@ def _zero_taps(records):
 
 
 def _read(record: Record) -> Rows:
-    """One layer's order parameters and shares of the outlier, (1,) each."""
-    assert record.back is not None
-    before, after, injection = record.before, record.after, record.injection
-    same, other, outlier = record.back
-    q_tilde, _, _ = after.totals(same.tangent)
-    _, q_tilde_xy, q_tilde_ab = after.totals(other.tangent)
+    """One layer's order parameters, (1,) each."""
+    before, after = record.before, record.after
+    linear = record.injection.weights is not None
     values = dict(
-        weights=_dot(outlier.tangent, injection.weights),
-        biases=_dot(outlier.tangent, injection.biases),
-        norm=_dot(outlier.tangent, injection.offset) + _dot(outlier.scale, injection.scale),
         **dict(zip(("q", "q_xy", "q_ab"), after.averages(), strict=True)),
         **dict(zip(("q_hat", "q_hat_xy", "q_hat_ab"), before.averages(), strict=True)),
-        q_tilde=q_tilde,
-        q_tilde_xy=q_tilde_xy,
-        q_tilde_ab=q_tilde_ab,
-        inverse_width=jnp.asarray(0.0 if injection.weights is None else 1 / before.channels),
+        inverse_width=jnp.asarray(1 / before.channels if linear else 0.0),
+    )
+    return {name: value[None] for name, value in values.items()}
+
+
+def _read_back(record: Record) -> Rows:
+    """The derivative at one layer: its sums, and its products with what the layer adds."""
+    assert record.back is not None
+    back, injection = record.back, record.injection
+    values = dict(
+        **dict(zip(("same", "other", "unequal"), record.after.totals(back.tangent), strict=True)),
+        weights=_dot(back.tangent, injection.weights),
+        biases=_dot(back.tangent, injection.biases),
+        norm=_dot(back.tangent, injection.offset) + _dot(back.scale, injection.scale),
     )
     return {name: value[None] for name, value in values.items()}
 
