@@ -43,7 +43,7 @@ def cases(data_dir: str | None) -> list[tuple[str, mf.Network, jax.Array, jax.Ar
 def markdown(rows: list[dict]) -> str:
     """The table of the README."""
     lines = [
-        "| images, network | gamma | predicted | measured, by draw | median / predicted | within 10 % |",
+        "| images, network | gamma | predicted | measured, by draw | median ratio | within 10 % |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

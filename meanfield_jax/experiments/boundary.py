@@ -18,7 +18,6 @@ from meanfield_jax.empirical.model import Functional, Params, build, functional
 from meanfield_jax.errors import DataError, SpecError, check_data, problem
 from meanfield_jax.experiments.validate import variants_of
 from meanfield_jax.network import Network
-from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import analyze
 
 BLOW_UP = 1e3
@@ -103,12 +102,8 @@ def measured_boundary(
         predicted=("network", predicted),
         ratio=("network", np.median(boundary, -1) / predicted),
     )
-    attributes = dict(
-        num_samples=len(x),
-        momentum=momentum,
-        num_steps=num_steps,
-        spec=network.to_json(indent=None),
-    )
+    spec = network.to_json(indent=None)
+    attributes = dict(num_samples=len(x), momentum=momentum, num_steps=num_steps, spec=spec)
     return xr.Dataset(data, dict(network=list(variants)), attributes)
 
 
@@ -157,7 +152,8 @@ def _stays_bounded(
         params, momenta, count, _ = state
         value, gradient = jax.value_and_grad(loss)(params)
         updates, momenta = optimizer.update(gradient, momenta)
-        return optax.apply_updates(params, updates), momenta, count + 1, value
+        params = jax.tree.map(jnp.add, params, updates)
+        return params, momenta, count + 1, value
 
     start = (params, optimizer.init(params), 0, jnp.zeros(()))
     after, _, _, last = jax.lax.while_loop(goes_on, step, start)

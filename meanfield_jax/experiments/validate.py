@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from meanfield_jax.network import Network, walk
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import analyze
 
-MODES = ("batch", "frozen")
+Mode = Literal["batch", "frozen"]
+MODES: tuple[Mode, ...] = ("batch", "frozen")
 """What can be measured: a network in training and in evaluation mode."""
 
 CURVE_POINTS = 60
@@ -124,7 +125,9 @@ def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataA
     fishers = [
         [analyze(variant, data=x, statistics=mode).fisher for mode in MODES] for variant in variants
     ]
-    predicted = np.array([[fisher.eigenvalues[:k] for fisher in row] for row in fishers])
+    predicted = np.array(
+        [[np.asarray(fisher.eigenvalues)[:k] for fisher in row] for row in fishers]
+    )
     trace = np.array([[float(fisher.trace) for fisher in row] for row in fishers])
     means = measured.reshape(*measured.shape[:-1], k, -1).mean(-1)
     coords = dict(eigenvalue=np.arange(1, k + 1))
@@ -163,8 +166,8 @@ def measure(
         tol: Relative accuracy.
 
     Returns:
-        (2, k C): training mode, evaluation mode (running statistics those of ``x``), descending; NaN
-        where Lanczos failed. Without BatchNorm the two are the same.
+        (2, k C), descending: training mode, evaluation mode (running statistics those of ``x``);
+        NaN where Lanczos failed. Without BatchNorm the two are the same.
     """
 
     def top(op: FisherOperator) -> np.ndarray:
@@ -310,7 +313,7 @@ def spectrum_table(dataset: xr.Dataset) -> Table:
     return result
 
 
-def modes_measured(dataset: xr.Dataset) -> list[tuple[str, str]]:
+def modes_measured(dataset: xr.Dataset) -> list[tuple[str, Mode]]:
     """Label and mode of every row; one mode where the network has no BatchNorm."""
     return [
         (str(label), mode)

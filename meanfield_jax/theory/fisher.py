@@ -44,7 +44,7 @@ class Fisher:
         inverse_samples: 1/n; 0 in the limit.
         shares: The outlier by layer.
         draw_spread: (layers,) how far the C outliers of one draw spread, see ``outlier_high``.
-        information: (C,) the eigenvalues of the mean S_i, ascending; ones for a Gaussian likelihood.
+        information: (C,) eigenvalues of the mean S_i, ascending; ones for a Gaussian likelihood.
         num_parameters: P.
         eigenvalues: On data, descending: the n eigenvalues of T/n, each of which F has C times, or
             with a categorical likelihood all n C of F. None for i.i.d. inputs, whose T has two:

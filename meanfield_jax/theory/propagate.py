@@ -204,7 +204,7 @@ def _checked_data(network: Network, data: Any, num_samples) -> Array:
 def _class_information(
     network: Network, likelihood: str, probabilities: Array | None, num_samples: int | None
 ) -> Array | None:
-    """diag p - p p^T of every sample, (n or 1, C, C); None for a Gaussian likelihood."""
+    """The S = diag p - p p^T of every sample, (n or 1, C, C); None for a Gaussian likelihood."""
     check_choice("likelihood", likelihood, LIKELIHOODS)
     if likelihood == "gaussian":
         if probabilities is not None:
