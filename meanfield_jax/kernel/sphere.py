@@ -39,7 +39,7 @@ def on_sphere(covariance: Array) -> Spread:
         (tested). Needs four eigenvalues: with fewer, 1 / |z|^2 has no expectation.
     """
     size = covariance.shape[-1]
-    values, vectors = _dominant(covariance, min(RANK, size))
+    values, vectors = _dominant(covariance)
     trace = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None]
     shares = values / trace
     sum_rest = jnp.maximum(1 - shares.sum(-1), 0)
@@ -70,17 +70,26 @@ def on_sphere(covariance: Array) -> Spread:
     return Spread(changed(jnp.sum(density * shrinkage, -2)), factor[..., None], changed(second))
 
 
-def _dominant(matrix: Array, rank: int) -> tuple[Array, Array]:
+def _dominant(matrix: Array) -> tuple[Array, Array]:
     """The largest eigenvalues and their eigenvectors, by subspace iteration."""
+    function = _dominant_of_one
+    for _ in matrix.shape[:-2]:
+        function = jax.vmap(function)
+    return function(matrix)
+
+
+# one matrix after the other: two batched QR at a time wait for each other for ever on a CPU with
+# two cores (jaxlib 0.10.1)
+@jax.custom_batching.sequential_vmap
+def _dominant_of_one(matrix: Array) -> tuple[Array, Array]:
     size = matrix.shape[-1]
-    start = jax.random.normal(jax.random.key(0), (size, rank), matrix.dtype)
-    start = jnp.broadcast_to(start, (*matrix.shape[:-1], rank))
+    start = jax.random.normal(jax.random.key(0), (size, min(RANK, size)), matrix.dtype)
 
     def improve(_, frame):
         return jnp.linalg.qr(product(matrix, frame))[0]
 
     frame = lax.fori_loop(0, ITERATIONS, improve, jnp.linalg.qr(start)[0])
-    values, turn = jnp.linalg.eigh(product(_turned(frame), product(matrix, frame)))
+    values, turn = jnp.linalg.eigh(product(frame.T, product(matrix, frame)))
     return jnp.maximum(values, 0), product(frame, turn)
 
 
