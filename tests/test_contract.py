@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tolerance import assert_close, standard_error
+from tolerance import assert_close, standard_error, tolerance
 
 import meanfield_jax as mf
 from meanfield_jax.layers import LAYERS
@@ -210,6 +210,39 @@ def test_the_tangent_is_that_of_the_flax_network(name):
             standard_error=standard_error(draws),
             width=effective,
         )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def tangents_on(name: str, keys, x, width: int):
+    """The tangent kernels of random networks on a batch, averaged over outputs, (draws, n, n)."""
+    network = example(name, width)
+
+    def draw(key):
+        apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key)))
+        leaves = jax.tree.leaves(jax.jacrev(apply)(params, x))
+        jacobian = jnp.concatenate([leaf.reshape(len(x), 2, -1) for leaf in leaves], -1)
+        return jnp.einsum("ikp,jkp->ij", jacobian, jacobian) / 2
+
+    return jax.lax.map(draw, keys, batch_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYER_NAMES)
+def test_on_a_batch_the_error_falls_as_the_width_doubles_twice(name):
+    errors, noises = [], []
+    for width in (8, 32):
+        # the same second moments at every width
+        shared = jax.random.normal(jax.random.key(0), (16, 4))
+        x = jnp.tile(shared, math.prod(example(name, width).input_shape) // 4)
+        x = x.reshape(16, *example(name, width).input_shape)
+        draws = tangents_on(name, jax.random.split(jax.random.key(1), 512), x, width)
+        predicted = mf.analyze(example(name, width), data=x).kernel.tangent
+        size = np.linalg.norm(predicted)
+        errors.append(np.linalg.norm(draws.mean(0) - predicted) / size)
+        noises.append(np.linalg.norm(standard_error(draws)) / size)
+    assert errors[0] < 1
+    rounding = tolerance("rounding", dtype=np.float32)
+    assert errors[1] < max(errors[0] / 2, 4 * noises[1], rounding)
 
 
 # ---- combinators are what they stand for

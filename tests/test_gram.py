@@ -301,18 +301,6 @@ def test_tangent_kernel_of_networks(name):
         )
 
 
-@pytest.mark.slow
-def test_the_error_falls_as_the_width_doubles():
-    x = correlated(16, 20)
-    errors = []
-    for width in (8, 16, 32, 64):
-        network = fc(width, norm=mf.BatchNorm())
-        measured = tangents(network, x, "batch", 200).mean(0)
-        predicted = np.asarray(mf.analyze(network, data=x).kernel.tangent)
-        errors.append(np.linalg.norm(measured - predicted) / np.linalg.norm(predicted))
-    assert np.all(np.diff(errors) < 0)
-
-
 # ---- use
 
 NETWORK = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm())
@@ -385,3 +373,65 @@ np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-4 * whole[0])
 def test_a_batch_sharded_over_devices_gives_the_same(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     subprocess.run([sys.executable, "-c", SHARDED], check=True)
+
+
+# ---- categorical likelihood
+
+
+def exact_categorical(theory: mf.Theory, p: np.ndarray) -> np.ndarray:
+    """Eigenvalues of the whole (n C) x (n C) matrix, descending."""
+    tangent = np.asarray(theory.kernel.tangent)
+    num_samples, num_outputs = p.shape
+    root = np.sqrt(p)
+    # B B^T = diag p - p p^T
+    factor = root[:, :, None] * (np.eye(num_outputs) - root[:, :, None] * root[:, None, :])
+    matrix = np.einsum("ilk,ij,jlm->ikjm", factor, tangent, factor)
+    size = num_samples * num_outputs
+    return np.linalg.eigvalsh(matrix.reshape(size, size) / num_samples)[::-1]
+
+
+def test_flat_classes_divide_the_spectrum_by_their_number():
+    x = correlated(12, 5)
+    plain = mf.analyze(NETWORK, data=x).fisher
+    theory = mf.analyze(NETWORK, data=x, likelihood="categorical")
+    expected = np.zeros(24)
+    expected[:12] = np.asarray(plain.eigenvalues) / 2
+    assert_close(theory.fisher.eigenvalues, expected, "rounding", expected[0])
+    assert_close(
+        exact_categorical(theory, np.full((12, 2), 0.5)), expected, "rounding", expected[0]
+    )
+    assert_close(theory.fisher.trace, plain.trace / 4, "rounding")
+
+
+def test_classes_of_a_draw(monkeypatch):
+    x = correlated(40, 20)
+    network = fc(100, norm=mf.BatchNorm())
+    model = mf.build(network, rngs=nnx.Rngs(0))
+    p = np.asarray(jax.nn.softmax(model(jnp.asarray(x, jnp.float32))), float)
+    p /= p.sum(1, keepdims=True)
+    theory = mf.analyze(network, data=x, likelihood="categorical", probabilities=p)
+    exact = exact_categorical(theory, p)
+    assert_close(theory.fisher.eigenvalues, exact, "rounding", exact[0])
+
+    # what is left out of a large matrix lowers the top and keeps the trace
+    monkeypatch.setattr(propagate, "COUPLED", 40)
+    jax.clear_caches()
+    few = mf.analyze(network, data=x, likelihood="categorical", probabilities=p).fisher
+    jax.clear_caches()
+    assert_close(few.eigenvalues.sum(), exact.sum(), "rounding")
+    assert 0.9 * exact[0] < few.eigenvalues[0] < exact[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(likelihood="poisson"), ("likelihood='poisson'", "gaussian, categorical")),
+        (dict(probabilities=np.ones((6, 2)) / 2), ("Gaussian", "likelihood='categorical'")),
+        (dict(likelihood="categorical", probabilities=np.ones((6, 2))), ("sum to 1", "softmax")),
+        (dict(likelihood="categorical", probabilities=np.ones((5, 2)) / 2), ("(6, 2)",)),
+    ],
+)
+def test_class_probabilities_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(mf.SpecError) as error:
+        mf.analyze(NETWORK, data=np.ones((6, 5)), **options)
+    assert all(word in str(error.value) for word in words)

@@ -52,8 +52,9 @@ class Fisher:
         multiplicity: How many times F has each of ``eigenvalues``.
 
     Accuracy:
-        Where the S_i differ, to first order: an eigenvalue of T/n with eigenvector u is multiplied
-        by the eigenvalues of sum_i u_i^2 S_i. The trace is exact.
+        Where the S_i differ, ``eigenvalues`` couples the largest 1000 / C eigenvectors of T; each
+        of the others, u, is multiplied by the eigenvalues of sum_i u_i^2 S_i (first order). The
+        trace is exact.
 
     Source:
         Karakida, Akaho & Amari 2019 (arXiv:1806.01316), theorems 1 and 2.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from meanfield_jax.layers.base import Kernel, Matrix, Record, Rows, Tap
 from meanfield_jax.network import Network, walk
 from meanfield_jax.theory.fisher import LIKELIHOODS, Fisher, Shares, class_information
 from meanfield_jax.theory.learning_rate import eta_max
+
+COUPLED = 1000
+"""Size of the matrix in which a categorical likelihood couples kernel eigenvectors and classes."""
 
 MAX_ENTRIES = 2**28
 """Most numbers of one matrix over a batch and its positions; about ten such live at a time."""
@@ -306,10 +310,16 @@ def _of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Ar
     """The eigenvalues of F from those of one output's T/n; ascending."""
     if classes is None:
         return eigenvalues
-    flat = classes.reshape(len(classes), -1)
-    weights = vectors**2 if len(classes) > 1 else jnp.ones_like(vectors[:1])
-    met = jnp.matmul(weights.T, flat, precision="highest").reshape(-1, *classes.shape[1:])
-    return jnp.sort((eigenvalues[:, None] * jnp.linalg.eigvalsh(met)).ravel())
+    einsum = partial(jnp.einsum, precision="highest")
+    num_samples, num_outputs = len(vectors), classes.shape[-1]
+    classes = jnp.broadcast_to(classes, (num_samples, num_outputs, num_outputs))
+    coupled = min(num_samples, max(COUPLED // num_outputs, 1))
+    scaled = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    top, rest = scaled[:, num_samples - coupled :], scaled[:, : num_samples - coupled]
+    matrix = einsum("ia,ib,ikl->akbl", top, top, classes)
+    large = jnp.linalg.eigvalsh(matrix.reshape(coupled * num_outputs, -1))
+    small = jnp.linalg.eigvalsh(einsum("ia,ikl->akl", rest**2, classes))
+    return jnp.sort(jnp.concatenate([large, small.ravel()]))
 
 
 def _modulus(network: Network, x: Array, statistics: str) -> int:
