@@ -14,7 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-NAMES = ("fisher_lambda_max", "spectral_density", "theory_grid")
+NAMES = ("fisher_lambda_max", "spectral_density", "theory_grid", "theory_on_data")
 HEADER = """# Results
 
 Written by `summary.py` from the JSON files in this folder. A ratio is a peer's time over
@@ -96,10 +96,25 @@ def grid_tables(record: dict[str, Any]) -> list[Rows]:
     return [Rows("eta_max and its gradient, FC with BatchNorm, gamma x weight_var", columns, rows)]
 
 
+def batch_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of theory_on_data.py; here a ratio is a row's time over the first row's."""
+    columns = ("", "warm, over the first row", "cold, over the first row", "peak MB")
+    rows = [
+        [
+            peer["name"],
+            *_ratios(peer, index, "warm_ratio", "cold_ratio"),
+            number(peer["megabytes"], ".0f"),
+        ]
+        for index, peer in enumerate(record["peers"])
+    ]
+    return [Rows("FC 784-1000x4-10, spectrum, shares and order parameters", columns, rows)]
+
+
 TABLES = dict(
     fisher_lambda_max=("lambda_max of the Fisher matrix to 1e-4", lambda_max_tables),
     spectral_density=("Spectral density", density_tables),
     theory_grid=("Theory on a grid of 100,000 networks", grid_tables),
+    theory_on_data=("Theory of a batch", batch_tables),
 )
 
 

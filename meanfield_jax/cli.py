@@ -154,6 +154,11 @@ class Analyze:
         console.print(repr(network), highlight=False)
         console.print(_order_table(dataset))
         console.print(_fisher_table(theory, dataset))
+        if not dataset.outlier_limited.item():
+            console.print(
+                "The bulk, not the outliers, limits this network: at finite width lambda_max may "
+                "be twice as high, and eta_max half. Widen it, or make it less deep."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,7 +416,8 @@ def _order_table(dataset: xr.Dataset) -> Table:
 def _fisher_table(theory: Theory, dataset: xr.Dataset) -> Table:
     table = Table(title=f"Fisher matrix, statistics={dataset.statistics!r}", show_header=False)
     for name in theory.fisher.STATISTICS:
-        table.add_row(name, f"{float(dataset[name]):.6g}")
+        value = dataset[name].item()
+        table.add_row(name, str(value) if isinstance(value, bool) else f"{value:.6g}")
     table.add_row(f"eta_max (momentum {dataset.momentum:g})", f"{float(dataset.eta_max):.6g}")
     return table
 

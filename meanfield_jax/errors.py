@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 
@@ -30,8 +31,8 @@ def check_data(x: Any) -> Array:
     if x.dtype not in (jnp.float32, jnp.float64):
         remedy = "convert it with x.astype('float32')"
         raise problem(DataError, "x.dtype", str(x.dtype), "not float32 or float64", remedy)
-    if not isinstance(x, Tracer) and not bool(jnp.isfinite(x).all()):
-        count = int((~jnp.isfinite(x)).sum())
+    # NumPy, which computes at once even where everything else is being traced
+    if not isinstance(x, Tracer) and (count := int((~np.isfinite(np.asarray(x))).sum())):
         remedy = "remove or replace these values"
         raise problem(DataError, "x", f"{count} values", "NaN or infinite", remedy)
     return x

@@ -329,6 +329,13 @@ def test_more_than_memory_is_refused_before_it_is_taken(monkeypatch):
         mf.analyze(NETWORK, data=np.ones((50, 5)))
 
 
+def test_more_than_the_machine_has_is_refused(monkeypatch):
+    monkeypatch.setattr(propagate, "_memory", lambda: 75 * 8 * 10.0**2)
+    with pytest.raises(mf.DataError, match="at most 10 samples"):
+        mf.analyze(NETWORK, data=correlated(12, 5))
+    mf.analyze(NETWORK, data=correlated(10, 5))
+
+
 @pytest.mark.slow
 def test_where_memory_is_short_positions_are_sampled(monkeypatch):
     network = mf.cnn([5, 6], inputs=(16, 16, 2), outputs=3, norm=mf.BatchNorm())
@@ -343,6 +350,15 @@ def test_where_memory_is_short_positions_are_sampled(monkeypatch):
     errors = [abs(value / exact - 1) for value in sampled]
     # noise is the worst case: its windows are alike only where they overlap
     assert 0 < errors[0] < 0.12 < errors[1]
+
+
+def test_a_batch_from_outside_is_checked_inside_jit():
+    x = correlated(12, 5)
+    outside = mf.analyze(NETWORK, data=x).fisher.outlier
+    inside = jax.jit(lambda: mf.analyze(NETWORK, data=x).fisher.outlier)()
+    assert_close(inside, outside, "edge")
+    with pytest.raises(mf.DataError, match="NaN"):
+        jax.jit(lambda: mf.analyze(NETWORK, data=np.full((6, 5), np.nan)).fisher.outlier)()
 
 
 def test_the_spectrum_is_differentiable():

@@ -9,6 +9,7 @@ import numpy as np
 import published
 import pytest
 import xarray as xr
+from flax import nnx
 from tolerance import assert_close
 
 import meanfield_jax as mf
@@ -271,3 +272,33 @@ def test_to_xarray_survives_a_file(name, tmp_path):
     assert_close(data.q_xy, theory.order_parameters.q_xy, "rounding")
     shares = data.share_weights.sum() + data.share_biases.sum() + data.share_norm.sum()
     assert_close(shares, data.outlier, "rounding")
+
+
+# ---- the domain
+
+
+def test_the_bulk_by_layer_sums_up_to_the_bulk(x64):
+    fisher = mf.analyze(of_gamma(1.3), num_samples=50).fisher
+    assert_close(fisher.bulk_shares.sum(), fisher.bulk, "rounding")
+    one = mf.analyze(mf.mlp([50], inputs=5, outputs=2), num_samples=1).fisher
+    assert float(one.bulk_high) == 0
+
+
+@pytest.mark.parametrize(("depth", "width", "limited"), [(2, 1000, True), (12, 100, False)])
+def test_deep_narrow_networks_are_said_to_be_outside_the_domain(depth, width, limited):
+    network = mf.mlp([width] * depth, inputs=100, outputs=10, norm=mf.BatchNorm())
+    fisher = mf.analyze(network, num_samples=100).fisher
+    assert bool(fisher.outlier_limited) == limited
+    assert fisher.lambda_max >= max(fisher.outlier_high, fisher.bulk_high) * (1 - 1e-6)
+
+
+@pytest.mark.slow
+def test_the_edge_of_the_bulk_is_a_lower_estimate():
+    """Depth 8, width 100: the bulk's mean is five times too low, its edge twice."""
+    network = mf.mlp([100] * 8, inputs=100, outputs=10, norm=mf.BatchNorm())
+    x = jax.random.normal(jax.random.key(0), (50, 100))
+    fisher = mf.analyze(network, num_samples=50).fisher
+    for seed in range(2):
+        op = mf.fisher_operator(mf.build(network, rngs=nnx.Rngs(seed)), x)
+        top = float(mf.top_eigenvalues(op, 1, tol=1e-2).eigenvalues[0])
+        assert fisher.bulk_high < top < 3 * fisher.bulk_high

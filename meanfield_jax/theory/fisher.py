@@ -1,6 +1,7 @@
 """Statistics of the Fisher information matrix, from the tangent kernel of the outputs."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -43,6 +44,7 @@ class Fisher:
         tangent_other: T for two samples; on data the mean.
         inverse_samples: 1/n; 0 in the limit.
         shares: The outlier by layer.
+        bulk_shares: ``bulk`` by layer, (layers,).
         draw_spread: (layers,) how far the C outliers of one draw spread, see ``outlier_high``.
         information: (C,) eigenvalues of the mean S_i, ascending; ones for a Gaussian likelihood.
         num_parameters: P.
@@ -70,13 +72,16 @@ class Fisher:
         "second_moment",
         "outlier_low",
         "outlier_high",
+        "bulk_high",
         "lambda_max",
+        "outlier_limited",
     )
 
     tangent_same: Array
     tangent_other: Array
     inverse_samples: Array
     shares: Shares
+    bulk_shares: Array
     draw_spread: Array
     information: Array
     num_parameters: int = dataclasses.field(metadata=dict(static=True))
@@ -120,13 +125,42 @@ class Fisher:
         return self._shares @ jnp.maximum(1 - self.draw_spread, 0) ** 2
 
     @property
+    def bulk_high(self) -> Array:
+        r"""A lower estimate of the bulk's edge in one draw.
+
+        .. math:: \sum_l b_l (1 + \sqrt{2 C \sum_{m > l} 1/N_m})^2
+
+        b_l are ``bulk_shares``. It is ``outlier_high`` for one sample's C outputs, seen through the
+        half of the units that a rectifier lets pass (hence the 2).
+
+        Accuracy:
+            Samples repel each other, too, which is left out: measured edges of ReLU networks with
+            BatchNorm that the bulk limits (depth 8 and 12, width 100 to 400, n = 50 and 100, C = 1
+            and 10) are 1.3 to 2.2 times as high, mostly 1.3 to 1.7.
+        """
+        return self.bulk_shares @ (1 + math.sqrt(2) * self.draw_spread) ** 2
+
+    @property
+    def outlier_limited(self) -> Array:
+        """Whether ``lambda_max`` can be trusted: ``outlier_high`` above twice ``bulk_high``.
+
+        Where it is true, measured over predicted was at most 1.09 (the networks of ``bulk_high``,
+        and depth 2 and 4). Where it is false, finite width lifts the bulk to the outliers or beyond
+        them, and ``lambda_max`` may be too low by half: deep, narrow networks, small batches.
+        """
+        return self.outlier_high > 2 * self.bulk_high
+
+    @property
     def _shares(self) -> Array:
         return self.shares.weights + self.shares.biases + self.shares.norm
 
     @property
     def lambda_max(self) -> Array:
-        """The largest eigenvalue of one draw: ``outlier_high``, or the bulk if that is larger."""
-        return jnp.maximum(self.outlier_high, self.bulk)
+        """The largest eigenvalue of one draw: the larger of ``outlier_high`` and ``bulk_high``.
+
+        See ``outlier_limited`` for its domain.
+        """
+        return jnp.maximum(self.outlier_high, self.bulk_high)
 
     @property
     def trace(self) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,10 @@ COUPLED = 1000
 """Size of the matrix in which a categorical likelihood couples kernel eigenvectors and classes."""
 
 MAX_ENTRIES = 2**28
-"""Most numbers of one matrix over a batch and its positions; about ten such live at a time."""
+"""Most numbers of one matrix over a batch and the pairs of its positions."""
+
+LIVE = {1: 75, 3: 35}
+"""How many of the largest matrix live at a time, measured: for vectors, for images."""
 
 
 @jax.tree_util.register_dataclass
@@ -135,8 +139,9 @@ def analyze(
     Args:
         network: The specification.
         data: A batch, (n, *input_shape): theory of these very inputs in place of i.i.d. ones, with
-            the whole spectrum in ``theory.fisher.eigenvalues``. Costs O(n^2) memory and O(n^3)
-            time; sharded along n over a mesh with automatic axes, it is computed on all devices.
+            the whole spectrum in ``theory.fisher.eigenvalues``. Costs O(n^2) memory (n = 4000
+            vectors: 5.1 GB) and O(n^3) time; sharded along n over a mesh with automatic axes
+            (``jax.sharding.AxisType.Auto``), it is computed on all devices.
         statistics: What is differentiated through a BatchNorm: ``"batch"`` (a network in training,
             what decides stability), ``"frozen"`` (in evaluation), ``"wei2019"`` (as published).
         num_samples: For i.i.d. inputs (of unit variance) n, the batch; None for the limit
@@ -155,11 +160,12 @@ def analyze(
 
     Accuracy:
         On Gaussian inputs, FC 784-1000x3-10 with BatchNorm, n = 1000, train mode: mean of the C
-        outliers within 0.2 % (tests/test_theory_meets_network.py). Corrections are O(1/width);
-        a vanilla network's draws scatter by about sqrt(depth C / width). On data, the outlier of
-        FC 784-1000x3-10 on 400 MNIST images within 0.4 % in training, 2.4 % in evaluation; of conv
-        30-60-90 on 128 CIFAR-10 images within 1 % in training. The wide limit leaves out that
-        eigenvalues repel each other by about n C / width: eigenvalues 2-6 come out up to 12 % low.
+        outliers within 0.3 % (benchmarks/accuracy.py). Corrections are O(1/width); a vanilla
+        network's draws scatter by about sqrt(depth C / width). On data (FC 784-1000x3-10 on 400
+        MNIST images, conv 30-60-90 on 128 of CIFAR-10, benchmarks/real_data.py): outliers within
+        1 % in training and 4 % in evaluation, the trace within 2 %. The wide limit leaves out that
+        eigenvalues repel each other by about n C / width: eigenvalues 2-6 come out 4-12 % low (FC)
+        and up to 31 % (narrow conv), and see ``Fisher.outlier_limited`` for deep networks.
         On small or very correlated batches ReLU-like functions behind a BatchNorm are exact to
         O(1/PR^2), others to O(1/PR), PR the participation ratio of the batch's covariance.
         Conv with BatchNorm over channels averages over positions by an even sample of them where
@@ -223,10 +229,11 @@ def _class_information(
     if p.ndim != 2 or p.shape[1] != num_outputs or num_samples not in (None, p.shape[0]):
         remedy = f"give ({num_samples or 'samples'}, {num_outputs}), rows of softmax outputs"
         raise problem(SpecError, "probabilities.shape", p.shape, "does not fit", remedy)
-    rows = p.sum(1)
-    if not isinstance(p, Tracer) and not (np.all(p >= 0) and np.allclose(rows, 1, atol=1e-3)):
-        remedy = "give softmax outputs, not logits"
-        raise problem(SpecError, "probabilities", "(array)", "rows do not sum to 1", remedy)
+    if not isinstance(p, Tracer):
+        known = np.asarray(p)
+        if not (np.all(known >= 0) and np.allclose(known.sum(1), 1, atol=1e-3)):
+            remedy = "give softmax outputs, not logits"
+            raise problem(SpecError, "probabilities", "(array)", "rows do not sum to 1", remedy)
     return class_information(p)
 
 
@@ -326,7 +333,7 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
     """Which pairs of positions to keep: all that count if memory allows, else an even sample.
 
     Raises:
-        DataError: not even the pairs of equal positions fit.
+        DataError: not even the pairs of equal positions fit, or the machine's memory is too small.
     """
     layers = [inner for _, inner in walk(network.body)]
     strides = math.prod(inner.stride for inner in layers if isinstance(inner, Conv))
@@ -350,7 +357,19 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
         )
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(MAX_ENTRIES / size))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
+    needed, memory = LIVE[len(network.input_shape)] * size * x.dtype.itemsize, _memory()
+    if jax.default_backend() == "cpu" and needed > memory:
+        cause = f"it takes {needed / 2**30:.1f} GiB, of {memory / 2**30:.1f} on this machine"
+        remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
+        raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
+
+
+def _memory() -> float:
+    """Bytes of this machine; infinite where the system does not say."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _forward(network: Network, start: Kernel):
@@ -393,6 +412,10 @@ def _theory(
     num_met = information.sum() ** 2 / jnp.sum(information**2)
     kinds = (information[-1] * backs[kind][2] for kind in ("weights", "biases", "norm"))
     shares = Shares(*kinds, tuple(paths.tolist()))
+    # of (T_same - outlier) / (n - 1)
+    share = fisher["inverse_samples"]
+    small = information.mean() * share / jnp.where(share < 1, 1 - share, 1)
+    total = backs["weights"] + backs["biases"] + backs["norm"]
     order = OrderParameters(
         **{name: rows[name][linear] for name in rows if name.startswith("q")},
         layers=tuple(paths[linear].tolist()),
@@ -400,6 +423,7 @@ def _theory(
     statistics = Fisher(
         **fisher,
         shares=shares,
+        bulk_shares=small * (total[0] - total[2]),
         draw_spread=jnp.sqrt(num_met * jnp.maximum(behind, 0)),
         num_parameters=network.num_parameters,
     )
