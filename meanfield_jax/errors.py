@@ -24,7 +24,7 @@ def problem(error: type[ValueError], argument: str, value: object, cause: str, r
 
 def check_data(x: Any) -> Array:
     """The inputs as a floating-point array; raises DataError for what cannot be used."""
-    x = jnp.asarray(x)
+    given, x = x, jnp.asarray(x)
     if x.ndim < 2 or x.shape[0] == 0:
         remedy = "give (samples, features) or (samples, height, width, channels)"
         raise problem(DataError, "x.shape", x.shape, "not a batch", remedy)
@@ -32,7 +32,8 @@ def check_data(x: Any) -> Array:
         remedy = "convert it with x.astype('float32')"
         raise problem(DataError, "x.dtype", str(x.dtype), "not float32 or float64", remedy)
     # NumPy, which computes at once even where everything else is being traced
-    if not isinstance(x, Tracer) and (count := int((~np.isfinite(np.asarray(x))).sum())):
+    known = not isinstance(given, Tracer)
+    if known and (count := int((~np.isfinite(np.asarray(given))).sum())):
         remedy = "remove or replace these values"
         raise problem(DataError, "x", f"{count} values", "NaN or infinite", remedy)
     return x

@@ -225,13 +225,13 @@ def _class_information(
     dtype = jnp.result_type(float, *jax.tree.leaves(network))
     if probabilities is None:
         return class_information(jnp.full((1, num_outputs), 1 / num_outputs, dtype))
-    p = jnp.asarray(probabilities, dtype)
+    p, known = jnp.asarray(probabilities, dtype), not isinstance(probabilities, Tracer)
     if p.ndim != 2 or p.shape[1] != num_outputs or num_samples not in (None, p.shape[0]):
         remedy = f"give ({num_samples or 'samples'}, {num_outputs}), rows of softmax outputs"
         raise problem(SpecError, "probabilities.shape", p.shape, "does not fit", remedy)
-    if not isinstance(p, Tracer):
-        known = np.asarray(p)
-        if not (np.all(known >= 0) and np.allclose(known.sum(1), 1, atol=1e-3)):
+    if known:
+        given = np.asarray(probabilities)
+        if not (np.all(given >= 0) and np.allclose(given.sum(1), 1, atol=1e-3)):
             remedy = "give softmax outputs, not logits"
             raise problem(SpecError, "probabilities", "(array)", "rows do not sum to 1", remedy)
     return class_information(p)
