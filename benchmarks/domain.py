@@ -1,8 +1,8 @@
 """Where theory's lambda_max holds: FC networks with BatchNorm, by depth, width, n and outputs.
 
-Gaussian inputs, training mode, three draws each. Claim: where ``fisher.outlier_limited`` is True, every
-draw's largest eigenvalue is within 5 % of ``fisher.lambda_max``. Where it is False the excess is
-reported. Exits with 1 when the claim is false. About five minutes on two cores.
+Gaussian inputs, training mode, three draws each. Claim: where ``fisher.outlier_limited`` is True,
+every draw's largest eigenvalue is within 5 % of ``fisher.lambda_max``. Where it is False the excess
+is reported. Exits with 1 when the claim is false. About five minutes on two cores.
 """
 
 import itertools

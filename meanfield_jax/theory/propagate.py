@@ -410,8 +410,8 @@ def _theory(
     behind = jnp.cumsum(rows["inverse_width"][::-1])[::-1] - rows["inverse_width"]
     information = fisher["information"]
     num_met = information.sum() ** 2 / jnp.sum(information**2)
-    kinds = (information[-1] * backs[kind][2] for kind in ("weights", "biases", "norm"))
-    shares = Shares(*kinds, tuple(paths.tolist()))
+    kinds = {name: information[-1] * backs[name][2] for name in ("weights", "biases", "norm")}
+    shares = Shares(**kinds, layers=tuple(paths.tolist()))
     # of (T_same - outlier) / (n - 1)
     share = fisher["inverse_samples"]
     small = information.mean() * share / jnp.where(share < 1, 1 - share, 1)
