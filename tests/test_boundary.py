@@ -87,3 +87,9 @@ def test_spectra_are_compared_given_the_inputs():
     signs = float(found.trace_predicted) * np.sqrt(2 / 30)
     predicted = float(found.trace_predicted)
     assert_close(mean, predicted, "monte_carlo", 0, standard_error=np.hypot(error, signs))
+
+
+@pytest.mark.parametrize("number", [0, 21])
+def test_more_eigenvalues_than_there_are_is_refused(number):
+    with pytest.raises(mf.SpecError, match=f"num_eigenvalues={number}: the kernel has 20"):
+        mf.validate(LINEAR, samples(20, 5, 2)[0], num_eigenvalues=number)

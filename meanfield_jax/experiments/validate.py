@@ -87,6 +87,9 @@ def validate(
         raise problem(SpecError, "draws", draws, "not a number of draws", "give at least 1")
     variants = variants_of(network, gammas)
     num_samples = x.shape[0]
+    if num_eigenvalues is not None and not 1 <= num_eigenvalues <= num_samples:
+        cause, remedy = f"the kernel has {num_samples}", f"give 1 to {num_samples}"
+        raise problem(SpecError, "num_eigenvalues", num_eigenvalues, cause, remedy)
     with jax.enable_x64():
         predicted = np.array(
             [

@@ -271,15 +271,18 @@ def _iid_pass(network: Network, statistics: str, num_samples, classes: Array | N
     )
     kernel, tangent, records, backward = _forward(network, start)
     share = kernel.inverse_samples
-    one, zero = jnp.ones_like(share), jnp.zeros_like(share)
-    same_other_outlier = Pair(jnp.stack([one, zero, share]), jnp.stack([zero, one, 1 - share]))
+    same_and_other = jax.vmap(backward)(Pair(*jnp.eye(2, dtype=dtype)))
+    backs = {
+        name: jnp.stack([same, other, share * same + (1 - share) * other])
+        for name, (same, other) in same_and_other.items()
+    }
     fisher = dict(
         tangent_same=tangent.same,
         tangent_other=tangent.other,
         inverse_samples=kernel.inverse_samples,
         **_information(network, classes, kernel.dtype),
     )
-    return _theory(network, kernel, records, jax.vmap(backward)(same_other_outlier), fisher)
+    return _theory(network, kernel, records, backs, fisher)
 
 
 def _information(network: Network, classes: Array | None, dtype) -> dict[str, Any]:
