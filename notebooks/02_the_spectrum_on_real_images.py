@@ -63,7 +63,7 @@ plt.show()
 # %% [markdown]
 # ## Held against a real network
 #
-# One random draw. Each predicted eigenvalue stands for ten measured ones.
+# Three random draws. Each predicted eigenvalue stands for ten measured ones, whose mean is shown.
 
 
 # %%
@@ -92,9 +92,9 @@ for name, network, statistics in (
 pd.DataFrame(table, index=range(1, 7)).T.round(2)
 
 # %% [markdown]
-# The ten outliers agree within a few per cent. The next ones come out low: at finite width the
-# eigenvalues of one draw repel each other, the more the closer $nC$ comes to the width. The trace,
-# which no repulsion changes, stays right, and so does the shape of the density:
+# The ten outliers agree within a few per cent. The next ones come out low, by up to a tenth: at
+# finite width the eigenvalues of one draw repel each other, the more the larger $nC$ is against the
+# width. The trace, which no repulsion changes, stays right, and so does the shape of the density:
 
 # %%
 model = mf.build(net, rngs=nnx.Rngs(0))
