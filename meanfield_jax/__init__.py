@@ -8,6 +8,7 @@ the toolkit measures whether the two agree. The names below follow that way::
     network   build, functional, calibrate
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
+    use       train: many runs at once, over scales, learning rates and seeds
 """
 
 from meanfield_jax import data
@@ -17,6 +18,7 @@ from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenval
 from meanfield_jax.empirical.model import build, calibrate, functional
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
+from meanfield_jax.experiments.train import Training, train
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.layers import (
     Activation,
@@ -56,6 +58,7 @@ __all__ = [
     "Status",
     "Theory",
     "TopEigenvalues",
+    "Training",
     "analyze",
     "build",
     "calibrate",
@@ -70,5 +73,6 @@ __all__ = [
     "plot_validation",
     "spectral_density",
     "top_eigenvalues",
+    "train",
     "validate",
 ]

@@ -206,9 +206,14 @@ def has_batch_norm(network: Network) -> bool:
 
 def with_gamma(network: Network, gamma: float | Array) -> Network:
     """The network with this scale in every BatchNorm."""
+    return with_norms(network, gamma=gamma)
+
+
+def with_norms(network: Network, **changes: Any) -> Network:
+    """The network with these fields changed in every BatchNorm."""
 
     def change(inner: Layer) -> Layer:
-        return dataclasses.replace(inner, gamma=gamma) if isinstance(inner, BatchNorm) else inner
+        return dataclasses.replace(inner, **changes) if isinstance(inner, BatchNorm) else inner
 
     return Network(network.input_shape, _rebuilt(network.body, change).layers)
 

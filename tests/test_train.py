@@ -1,0 +1,106 @@
+"""Training runs: against a plain loop, side by side, and what is said of those that fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tolerance import assert_close
+
+import meanfield_jax as mf
+
+NETWORK = mf.mlp([40], inputs=64, outputs=10, norm=mf.BatchNorm())
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return mf.data.load("digits", num_samples=400, flatten=True)
+
+
+def test_one_step_at_a_time_by_hand(digits):
+    """The same draw and order, with optax and a Python loop."""
+    x, labels = jnp.asarray(digits[0]), jnp.asarray(digits[1])
+    found = mf.train(NETWORK, digits, learning_rate=0.02, gamma=0.5, epochs=2, seed=3)
+    key_draw, key_order = jax.random.split(jax.random.key(3))
+    network = mf.mlp([40], inputs=64, outputs=10, norm=mf.BatchNorm(0.5))
+    apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key_draw)))
+    optimizer = optax.sgd(0.02, 0.9)
+    memory = optimizer.init(params)
+
+    @jax.jit
+    def step(params, memory, rows):
+        def loss(params):
+            return jnp.sum((apply(params, x[rows]) - jax.nn.one_hot(labels[rows], 10)) ** 2) / 200
+
+        value, slope = jax.value_and_grad(loss)(params)
+        updates, memory = optimizer.update(slope, memory)
+        return optax.apply_updates(params, updates), memory, value
+
+    for epoch, key in enumerate(jax.random.split(key_order, 2)):
+        values = []
+        for rows in jax.random.permutation(key, 400).reshape(4, 100):
+            params, memory, value = step(params, memory, rows)
+            values.append(float(value))
+        # eight steps, each of which may amplify rounding
+        assert_close(found.loss[epoch], np.mean(values), "edge", dtype=np.float32)
+
+
+def test_runs_do_not_touch_each_other(digits):
+    """A run that diverges beside it changes nothing; seeds and scales differ."""
+    rates, gammas = np.array([0.01, 1e3]), np.array([[0.5], [1.0]])
+    both = mf.train(NETWORK, digits, learning_rate=rates, gamma=gammas, epochs=3)
+    assert both.loss.shape == (2, 2, 3)
+    assert both.diverged.tolist() == [[False, True]] * 2
+    assert np.isnan(both.loss[:, 1, -1]).all()
+    assert np.all(both.diverged_at[:, 1] >= 1)
+    alone = mf.train(NETWORK, digits, learning_rate=0.01, gamma=1.0, epochs=3)
+    assert_close(both.loss[1, 0], alone.loss, "edge", dtype=np.float32)
+    seeds = mf.train(NETWORK, digits, learning_rate=0.01, seed=np.arange(2), epochs=1)
+    assert seeds.loss[0, 0] != seeds.loss[1, 0]
+
+
+def test_it_learns_and_is_evaluated_by_running_statistics(digits):
+    test = mf.data.load("digits", split="test", flatten=True)
+    options = dict(test=test, batch_size=20, epochs=8)
+    squared = mf.train(NETWORK, digits, learning_rate=0.02, gamma=0.5, **options)
+    cross = mf.train(
+        NETWORK, digits, learning_rate=3e-3, optimizer=optax.adam, loss="cross_entropy", **options
+    )
+    for run in (squared, cross):
+        assert run.loss[-1] < 0.5 * run.loss[0]
+        assert run.test_accuracy[-1] > 0.7
+    dataset = squared.to_xarray()
+    assert dataset.test_loss.dims == ("epoch",)
+    assert int(dataset.diverged_at) == -1
+
+
+def test_scales_that_do_not_learn_stay(digits):
+    """With frozen scales and offsets the first step is the same, the second is not."""
+    learns, stays = (
+        mf.train(NETWORK, digits, learning_rate=0.02, epochs=2, batch_size=400, train_gamma=train)
+        for train in (True, False)
+    )
+    assert_close(learns.loss[0], stays.loss[0], "rounding", dtype=np.float32)
+    assert abs(learns.loss[1] / stays.loss[1] - 1) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(loss="hinge"), ("loss='hinge'", "squared, cross_entropy")),
+        (dict(epochs=0), ("epochs=0", "at least 1")),
+        (dict(batch_size=401), ("batch_size=401", "400 samples")),
+        (
+            dict(test=(np.ones((3, 5), np.float32), np.zeros(3, int))),
+            ("test[0].shape=(3, 5)", "64"),
+        ),
+        (dict(data=(np.ones((3, 64), np.float32), np.zeros(4, int))), ("data[1].shape=(4,)",)),
+        (dict(network=mf.mlp([4], inputs=64, outputs=10), gamma=1.0), ("gamma=1.0", "BatchNorm")),
+    ],
+)
+def test_what_makes_no_sense_is_refused(digits, options, words):
+    arguments = dict(network=NETWORK, data=digits) | options
+    with pytest.raises((mf.SpecError, mf.DataError)) as error:
+        mf.train(arguments.pop("network"), arguments.pop("data"), **arguments)
+    assert all(word in str(error.value) for word in words)
