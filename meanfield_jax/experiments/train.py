@@ -213,11 +213,12 @@ def _run(network, cell: _Cell, data: Pair, test, epochs, batch_size, loss, optim
         order = jax.random.permutation(key, len(data[0]))
         rows = order[: num_steps * batch_size].reshape(num_steps, batch_size)
         carry, values = jax.lax.scan(step, carry, rows)
-        return carry, (values.mean(), evaluate(*carry[:2], carry[-1]))
+        return carry, (values.mean(), evaluate(carry))
 
-    def evaluate(params, state, diverged_at: Array):
+    def evaluate(carry):
         if test is None:
             return None
+        params, state, *_, diverged_at = carry
         model = nnx.merge(graphdef, params, state, copy=True)
         model.eval()
         outputs = model(test[0])
