@@ -352,6 +352,17 @@ def test_where_memory_is_short_positions_are_sampled(monkeypatch):
     assert 0 < errors[0] < 0.12 < errors[1]
 
 
+def test_several_strong_directions_are_outside_the_domain():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(60, 20))
+    network = mf.mlp([1000], inputs=20, outputs=2, norm=mf.BatchNorm(), weight_var=2.0, bias_var=0)
+    assert mf.analyze(network, data=noise).fisher.outlier_limited
+    # a linear network keeps the direction that its inputs vary in
+    linear = mf.mlp([1000], inputs=20, outputs=2, activation="identity", norm=mf.BatchNorm())
+    twice = noise * np.where(np.arange(20) < 2, 10, 0.1)
+    assert not mf.analyze(linear, data=twice).fisher.outlier_limited
+
+
 def test_a_batch_from_outside_is_checked_inside_jit():
     x = correlated(12, 5)
     outside = mf.analyze(NETWORK, data=x).fisher.outlier

@@ -104,7 +104,7 @@ class Fisher:
     def bulk(self) -> Array:
         """The mean of all but the C largest; for i.i.d. inputs (T_same - T_other)/n."""
         if self.eigenvalues is not None:
-            return self.eigenvalues[..., self.information.shape[-1] // self.multiplicity :].mean(-1)
+            return self.eigenvalues[..., self._num_outliers :].mean(-1)
         small = self.inverse_samples * (self.tangent_same - self.tangent_other)
         return small * self.information.mean(-1)
 
@@ -141,16 +141,26 @@ class Fisher:
 
     @property
     def outlier_limited(self) -> Array:
-        """Whether ``lambda_max`` can be trusted: ``outlier_high`` above twice ``bulk_high``.
+        """Whether ``lambda_max`` can be trusted: ``outlier_high`` above twice what comes next.
 
-        Deep, narrow networks and small batches are outside: finite width lifts their bulk to the
-        outliers or beyond them.
+        That is ``bulk_high``, or on data the kernel's second eigenvalue if it is larger. Deep,
+        narrow networks and small batches are outside: finite width lifts their bulk to the outliers
+        or beyond them. So are data with several strong directions, whose eigenvalues repel.
 
         Accuracy:
             48 ReLU networks with BatchNorm (benchmarks/domain.py): where it is true, every draw's
             lambda_max was within 3 % of the predicted one; where it is false, .99 to 2.2 times it.
+            False for FC 3072-500x3-10 on 400 CIFAR-10 images, measured 1.16 times the predicted.
         """
-        return self.outlier_high > 2 * self.bulk_high
+        rest = self.bulk_high
+        if self.eigenvalues is not None:
+            rest = jnp.maximum(rest, self.eigenvalues[..., self._num_outliers])
+        return self.outlier_high > 2 * rest
+
+    @property
+    def _num_outliers(self) -> int:
+        """How many of ``eigenvalues`` are the C outliers."""
+        return self.information.shape[-1] // self.multiplicity
 
     @property
     def _shares(self) -> Array:
