@@ -57,8 +57,8 @@ def measured_boundary(
         tol: Relative accuracy of the boundary.
         residual: Share of y - f(x) that is left to learn: y is moved towards the first outputs.
             Small: the loss is quadratic as far as training goes, and theory speaks of just that.
-            1: with a BatchNorm whose scale learns the loss is thrown up above eta_max, the
-            curvature falls, and training goes on: real blow-up comes 1.3 to 1.7 times later.
+            1: above eta_max the loss is thrown up, the curvature falls, and training goes on: real
+            blow-up comes 1.25 to 3 times later (benchmarks/training_boundary.py).
         seed: Seed of the first draw.
         progress: Whether to show a progress bar on stderr.
 
