@@ -22,6 +22,7 @@ ROWS, COLUMNS = 400, 250
 STRIDES = (10, 5)
 WIDTHS, INPUTS, BIAS_VAR, MOMENTUM = (1000, 1000, 1000), 784, 0.5, 0.9
 STEP = 1e-4
+DRAW = "meanfield_jax, float64, lambda_max of one draw"
 LOOP, ARRAYS = "NumPy, a loop over the grid", "NumPy, on whole arrays"
 
 
@@ -36,8 +37,8 @@ def part(array: Any) -> np.ndarray:
     return np.asarray(array).reshape(ROWS, COLUMNS)[:: STRIDES[0], :: STRIDES[1]].ravel()
 
 
-def meanfield(double: bool) -> Callable[[], dict[str, Any]]:
-    """The package: one compiled call."""
+def meanfield(double: bool, one_draw: bool = False) -> Callable[[], dict[str, Any]]:
+    """The package: one compiled call; of the mean over draws, as NumPy's, or of one draw."""
     import jax
     import jax.numpy as jnp
 
@@ -56,7 +57,8 @@ def meanfield(double: bool) -> Callable[[], dict[str, Any]]:
             weight_var=weight_var,
             bias_var=BIAS_VAR,
         )
-        return mf.analyze(net, statistics="wei2019").eta_max(momentum=MOMENTUM)
+        theory = mf.analyze(net, statistics="wei2019")
+        return theory.eta_max(MOMENTUM) if one_draw else mf.eta_max(theory.fisher.outlier, MOMENTUM)
 
     compiled = jax.jit(jax.vmap(jax.value_and_grad(eta_max, argnums=(0, 1))))
 
@@ -146,6 +148,7 @@ def main() -> int:
     peers = [
         Peer("meanfield_jax, float64", "theory_grid:meanfield", dict(double=True)),
         Peer("meanfield_jax, float32", "theory_grid:meanfield", dict(double=False)),
+        Peer(DRAW, "theory_grid:meanfield", dict(double=True, one_draw=True)),
         Peer(LOOP, "theory_grid:numpy_loop"),
         Peer(ARRAYS, "theory_grid:numpy_arrays"),
     ]
