@@ -7,19 +7,16 @@ recursion ("wei2019") is reported beside them with its deviation and has nothing
 """
 
 import argparse
-import json
-import platform
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import write_rows
 
 import meanfield_jax as mf
 from meanfield_jax.experiments.validate import measure
 
-RESULTS = Path(__file__).parent / "results"
 DRAWS = 4
 
 
@@ -129,12 +126,7 @@ def main() -> int:
     for case in cases(options.data_dir):
         rows += result(case)
         print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    environment = dict(
-        machine=platform.machine(), python=platform.python_version(), jax=jax.__version__
-    )
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(dict(environment=environment, draws=DRAWS, rows=rows), indent=2)
-    (RESULTS / "accuracy.json").write_text(text + "\n")
+    write_rows("accuracy", rows, draws=DRAWS)
     print(markdown(rows))
     return 0 if all(row["holds"] is not False for row in rows) else 1
 

@@ -10,6 +10,7 @@ This module and the scripts import nothing heavy: a worker imports its peer's li
 import dataclasses
 import importlib
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import platform
@@ -289,6 +290,13 @@ class Claim:
     def record(self) -> dict[str, Any]:
         """For the JSON file."""
         return dict(dataclasses.asdict(self), holds=self.holds)
+
+
+def write_rows(name: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Writes results/NAME.json: where it ran, the facts, the rows."""
+    RESULTS.mkdir(exist_ok=True)
+    record = dict(environment=environment(), **facts, rows=rows)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -6,17 +6,14 @@ is reported. Exits with 1 when the claim is false. About five minutes on two cor
 """
 
 import itertools
-import json
-import platform
-from pathlib import Path
 
 import jax
 import numpy as np
+from common import write_rows
 from flax import nnx
 
 import meanfield_jax as mf
 
-RESULTS = Path(__file__).parent / "results"
 GRID = itertools.product((2, 4, 8, 12), (100, 200, 400), (50, 100), (1, 10))
 DRAWS, BOUND = 3, 0.05
 
@@ -53,9 +50,7 @@ def main() -> int:
         np.array([row["excess"] for row in rows if row["outlier_limited"] == limited])
         for limited in (True, False)
     )
-    environment = dict(python=platform.python_version(), jax=jax.__version__)
-    text = json.dumps(dict(environment=environment, rows=rows), indent=1)
-    (RESULTS / "domain.json").write_text(text + "\n")
+    write_rows("domain", rows)
     print(f"outlier-limited: {len(inside)} networks, {inside.min():.3f} to {inside.max():.3f}")
     medians = np.median(outside, -1)
     print(f"others: {len(outside)} networks, medians {medians.min():.2f} to {medians.max():.2f}")

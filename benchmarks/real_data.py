@@ -7,19 +7,16 @@ About half an hour on two cores.
 """
 
 import argparse
-import json
-import platform
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import write_rows
 
 import meanfield_jax as mf
 
-RESULTS = Path(__file__).parent / "results"
 DRAWS = 4
 NUM_EIGENVALUES = 6
 GOALS = dict(top=0.03, next=0.08, trace=0.05)
@@ -101,12 +98,7 @@ def main() -> int:
         new = rows_of(*case)
         rows += new
         print(markdown(new).partition("|\n")[2].partition("|\n")[2], file=sys.stderr, flush=True)
-    environment = dict(
-        machine=platform.machine(), python=platform.python_version(), jax=jax.__version__
-    )
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(dict(environment=environment, draws=DRAWS, goals=GOALS, rows=rows), indent=2)
-    (RESULTS / "real_data.json").write_text(text + "\n")
+    write_rows("real_data", rows, draws=DRAWS, goals=GOALS)
     print(markdown(rows))
     return 0 if all(all(row["holds"].values()) for row in rows) else 1
 

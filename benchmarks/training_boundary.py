@@ -9,18 +9,15 @@ within 10 % of the prediction; exits with 1 where one misses. About 40 minutes o
 
 import argparse
 import itertools
-import json
-import platform
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from common import write_rows
 
 import meanfield_jax as mf
 from meanfield_jax.experiments.validate import with_gamma
 
-RESULTS = Path(__file__).parent / "results"
 GAMMAS = (0.5, 1.0, 2.0)
 RESIDUALS = (1e-3, 1.0)
 GOAL = 0.1
@@ -83,12 +80,7 @@ def main() -> int:
                 )
             )
             print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    environment = dict(
-        machine=platform.machine(), python=platform.python_version(), jax=jax.__version__
-    )
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(dict(environment=environment, rows=rows), indent=2)
-    (RESULTS / "training_boundary.json").write_text(text + "\n")
+    write_rows("training_boundary", rows)
     print(markdown(rows))
     return 0 if all(row["holds"] for row in rows) else 1
 

@@ -340,7 +340,8 @@ def _one_line(message: str) -> str:
     """A boxed message with hints as one line: boxes, colours and all but the cause left out."""
     words = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{3,}", " ", message)
     cause = re.split(r"Perhaps you meant|For full helptext", words)[0]
-    return f"{' '.join(cause.split())}; see --help"
+    # the box's title may say what the text says again
+    return re.sub(r"^(.{4,}?) \1", r"\1", " ".join(cause.split())) + "; see --help"
 
 
 def _fail(message: str, status: int) -> int:

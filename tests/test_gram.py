@@ -24,7 +24,7 @@ from meanfield_jax.kernel.gram import batch_kernel
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.kernel.sphere import on_sphere
 from meanfield_jax.kernel.state import input_kernel
-from meanfield_jax.theory import propagate
+from meanfield_jax.theory import likelihood, propagate
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -441,7 +441,7 @@ def test_classes_of_a_draw(monkeypatch):
     assert_close(theory.fisher.eigenvalues, exact, "rounding", exact[0])
 
     # what is left out of a large matrix lowers the top and keeps the trace
-    monkeypatch.setattr(propagate, "COUPLED", 40)
+    monkeypatch.setattr(likelihood, "COUPLED", 40)
     jax.clear_caches()
     few = mf.analyze(network, data=x, likelihood="categorical", probabilities=p).fisher
     jax.clear_caches()

@@ -32,7 +32,7 @@ from meanfield_jax.empirical.model import (
     path_name,
 )
 from meanfield_jax.errors import SpecError, check_choice, check_data, problem
-from meanfield_jax.theory.fisher import LIKELIHOODS
+from meanfield_jax.theory.likelihood import LIKELIHOODS
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Product = Callable[[Array], Array]

@@ -16,12 +16,11 @@ from rich.progress import track
 
 from meanfield_jax.empirical.model import Functional, Params, build, functional
 from meanfield_jax.errors import DataError, SpecError, check_data, problem
+from meanfield_jax.experiments.train import BLOW_UP
 from meanfield_jax.experiments.validate import variants_of
 from meanfield_jax.network import Network
 from meanfield_jax.theory.propagate import analyze
 
-BLOW_UP = 1e3
-"""Training has diverged when its loss is that many times the first one, or not finite."""
 WIDEST = 64.0
 """How far from the prediction a boundary is looked for, as a factor."""
 

@@ -26,7 +26,7 @@ BLOW_UP = 1e3
 RUNNING = 0.9
 """Momentum of a BatchNorm's running statistics: short runs have few steps to settle them."""
 
-Pair = tuple[Array, Array]
+Samples = tuple[Array, Array]
 Optimizer = Callable[[Any], optax.GradientTransformation]
 
 
@@ -77,9 +77,9 @@ class Training:
 
 def train(
     network: Network,
-    data: Pair,
+    data: Samples,
     *,
-    test: Pair | None = None,
+    test: Samples | None = None,
     gamma: float | Array | None = None,
     learning_rate: float | Array = 0.1,
     momentum: float | Array = 0.9,
@@ -150,7 +150,7 @@ def train(
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), result)
 
 
-def _checked(network: Network, data: Pair, name: str) -> Pair:
+def _checked(network: Network, data: Samples, name: str) -> Samples:
     """Inputs, and targets (n, C)."""
     x = check_data(data[0])
     y = jnp.asarray(data[1])
@@ -173,7 +173,9 @@ def _train(network, cells, data, test, epochs, batch_size, loss, optimizer) -> T
     )(cells)
 
 
-def _run(network, cell: _Cell, data: Pair, test, epochs, batch_size, loss, optimizer) -> Training:
+def _run(
+    network, cell: _Cell, data: Samples, test, epochs, batch_size, loss, optimizer
+) -> Training:
     """One run."""
     key_draw, key_order = jax.random.split(jax.random.key(cell.seed))
     network = network if cell.gamma is None else with_norms(network, gamma=cell.gamma)

@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-LIKELIHOODS = ("gaussian", "categorical")
-"""Whose Fisher matrix: of the squared loss, or of softmax outputs and the cross-entropy."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +190,3 @@ class Fisher:
         if self.eigenvalues is not None:
             total = self.multiplicity * jnp.sum(self.eigenvalues**2, -1)
         return total / self.num_parameters
-
-
-def class_information(probabilities: Array) -> Array:
-    """diag(p) - p p^T for class probabilities p, (..., C): (..., C, C)."""
-    outer = probabilities[..., :, None] * probabilities[..., None, :]
-    return probabilities[..., None] * jnp.eye(probabilities.shape[-1], dtype=outer.dtype) - outer

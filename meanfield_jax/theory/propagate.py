@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,11 +19,9 @@ from meanfield_jax.kernel.state import STATISTICS, Pair, input_kernel
 from meanfield_jax.layers import BatchNorm, Conv, GlobalMeanPool
 from meanfield_jax.layers.base import Kernel, Matrix, Record, Rows, Tap
 from meanfield_jax.network import Network, walk
-from meanfield_jax.theory.fisher import LIKELIHOODS, Fisher, Shares, class_information
+from meanfield_jax.theory.fisher import Fisher, Shares
 from meanfield_jax.theory.learning_rate import eta_max
-
-COUPLED = 1000
-"""Size of the matrix in which a categorical likelihood couples kernel eigenvectors and classes."""
+from meanfield_jax.theory.likelihood import class_information, mean_information, of_outputs
 
 MAX_ENTRIES = 2**28
 """Most numbers of one matrix over a batch and the pairs of its positions."""
@@ -186,11 +183,11 @@ def analyze(
     known = _drop_zero_offsets(network)
     if data is not None:
         x = _checked_data(network, data, num_samples)
-        classes = _class_information(network, likelihood, probabilities, len(x))
+        classes = class_information(network, likelihood, probabilities, len(x))
         theory = _on_data(known, statistics, x, classes, _modulus(known, x, statistics))
     else:
         _check_num_samples(network, num_samples)
-        classes = _class_information(network, likelihood, probabilities, None)
+        classes = class_information(network, likelihood, probabilities, None)
         theory = _iid(known, statistics, num_samples, classes)
     return dataclasses.replace(theory, network=network)
 
@@ -209,32 +206,6 @@ def _checked_data(network: Network, data: Any, num_samples) -> Array:
         cause = f"theory needs {least} samples or more for this network"
         raise problem(DataError, "data.shape", x.shape, cause, "give more samples")
     return x.astype(jnp.result_type(float, *jax.tree.leaves(network)))
-
-
-def _class_information(
-    network: Network, likelihood: str, probabilities: Array | None, num_samples: int | None
-) -> Array | None:
-    """The S = diag p - p p^T of every sample, (n or 1, C, C); None for a Gaussian likelihood."""
-    check_choice("likelihood", likelihood, LIKELIHOODS)
-    if likelihood == "gaussian":
-        if probabilities is not None:
-            cause, remedy = "a Gaussian likelihood has none", "use likelihood='categorical'"
-            raise problem(SpecError, "probabilities", "(given)", cause, remedy)
-        return None
-    (num_outputs,) = network.output_shape
-    dtype = jnp.result_type(float, *jax.tree.leaves(network))
-    if probabilities is None:
-        return class_information(jnp.full((1, num_outputs), 1 / num_outputs, dtype))
-    p, known = jnp.asarray(probabilities, dtype), not isinstance(probabilities, Tracer)
-    if p.ndim != 2 or p.shape[1] != num_outputs or num_samples not in (None, p.shape[0]):
-        remedy = f"give ({num_samples or 'samples'}, {num_outputs}), rows of softmax outputs"
-        raise problem(SpecError, "probabilities.shape", p.shape, "does not fit", remedy)
-    if known:
-        given = np.asarray(probabilities)
-        if not (np.all(given >= 0) and np.allclose(given.sum(1), 1, atol=1e-3)):
-            remedy = "give softmax outputs, not logits"
-            raise problem(SpecError, "probabilities", "(array)", "rows do not sum to 1", remedy)
-    return class_information(p)
 
 
 def _least_samples(network: Network) -> int:
@@ -280,17 +251,9 @@ def _iid_pass(network: Network, statistics: str, num_samples, classes: Array | N
         tangent_same=tangent.same,
         tangent_other=tangent.other,
         inverse_samples=kernel.inverse_samples,
-        **_information(network, classes, kernel.dtype),
+        **mean_information(network, classes, kernel.dtype),
     )
     return _theory(network, kernel, records, backs, fisher)
-
-
-def _information(network: Network, classes: Array | None, dtype) -> dict[str, Any]:
-    """Eigenvalues of the mean information of an output vector, and their multiplicity in F."""
-    (num_outputs,) = network.output_shape
-    if classes is None:
-        return dict(information=jnp.ones(num_outputs, dtype), multiplicity=num_outputs)
-    return dict(information=jnp.linalg.eigvalsh(classes.mean(0)), multiplicity=1)
 
 
 def _data_pass(
@@ -310,26 +273,10 @@ def _data_pass(
         tangent_same=jnp.sum(same * tangent),
         tangent_other=jnp.sum(other * tangent),
         inverse_samples=jnp.asarray(1 / num_samples, x.dtype),
-        eigenvalues=_of_outputs(eigenvalues, vectors, classes)[::-1],
-        **_information(network, classes, kernel.dtype),
+        eigenvalues=of_outputs(eigenvalues, vectors, classes)[::-1],
+        **mean_information(network, classes, kernel.dtype),
     )
     return _theory(network, kernel, records, backs, fisher)
-
-
-def _of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Array:
-    """The eigenvalues of F from those of one output's T/n; ascending."""
-    if classes is None:
-        return eigenvalues
-    einsum = partial(jnp.einsum, precision="highest")
-    num_samples, num_outputs = len(vectors), classes.shape[-1]
-    classes = jnp.broadcast_to(classes, (num_samples, num_outputs, num_outputs))
-    coupled = min(num_samples, max(COUPLED // num_outputs, 1))
-    scaled = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
-    top, rest = scaled[:, num_samples - coupled :], scaled[:, : num_samples - coupled]
-    matrix = einsum("ia,ib,ikl->akbl", top, top, classes)
-    large = jnp.linalg.eigvalsh(matrix.reshape(coupled * num_outputs, -1))
-    small = jnp.linalg.eigvalsh(einsum("ia,ikl->akl", rest**2, classes))
-    return jnp.sort(jnp.concatenate([large, small.ravel()]))
 
 
 def _modulus(network: Network, x: Array, statistics: str) -> int:

@@ -1,0 +1,74 @@
+"""Whose Fisher matrix: of the squared loss, or of softmax outputs and the cross-entropy."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from meanfield_jax.errors import SpecError, check_choice, problem
+from meanfield_jax.network import Network
+
+LIKELIHOODS = ("gaussian", "categorical")
+
+COUPLED = 1000
+"""Size of the matrix in which a categorical likelihood couples kernel eigenvectors and classes."""
+
+
+def class_information(
+    network: Network, likelihood: str, probabilities: Array | None, num_samples: int | None
+) -> Array | None:
+    """The S = diag p - p p^T of every sample, (n or 1, C, C); None for a Gaussian likelihood."""
+    check_choice("likelihood", likelihood, LIKELIHOODS)
+    if likelihood == "gaussian":
+        if probabilities is not None:
+            cause, remedy = "a Gaussian likelihood has none", "use likelihood='categorical'"
+            raise problem(SpecError, "probabilities", "(given)", cause, remedy)
+        return None
+    (num_outputs,) = network.output_shape
+    dtype = jnp.result_type(float, *jax.tree.leaves(network))
+    if probabilities is None:
+        return _covariance(jnp.full((1, num_outputs), 1 / num_outputs, dtype))
+    p, known = jnp.asarray(probabilities, dtype), not isinstance(probabilities, Tracer)
+    if p.ndim != 2 or p.shape[1] != num_outputs or num_samples not in (None, p.shape[0]):
+        remedy = f"give ({num_samples or 'samples'}, {num_outputs}), rows of softmax outputs"
+        raise problem(SpecError, "probabilities.shape", p.shape, "does not fit", remedy)
+    if known:
+        given = np.asarray(probabilities)
+        if not (np.all(given >= 0) and np.allclose(given.sum(1), 1, atol=1e-3)):
+            remedy = "give softmax outputs, not logits"
+            raise problem(SpecError, "probabilities", "(array)", "rows do not sum to 1", remedy)
+    return _covariance(p)
+
+
+def mean_information(network: Network, classes: Array | None, dtype) -> dict[str, Any]:
+    """Eigenvalues of the mean information of an output vector, and their multiplicity in F."""
+    (num_outputs,) = network.output_shape
+    if classes is None:
+        return dict(information=jnp.ones(num_outputs, dtype), multiplicity=num_outputs)
+    return dict(information=jnp.linalg.eigvalsh(classes.mean(0)), multiplicity=1)
+
+
+def of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Array:
+    """The eigenvalues of F from those of one output's T/n; ascending."""
+    if classes is None:
+        return eigenvalues
+    einsum = partial(jnp.einsum, precision="highest")
+    num_samples, num_outputs = len(vectors), classes.shape[-1]
+    classes = jnp.broadcast_to(classes, (num_samples, num_outputs, num_outputs))
+    coupled = min(num_samples, max(COUPLED // num_outputs, 1))
+    scaled = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    top, rest = scaled[:, num_samples - coupled :], scaled[:, : num_samples - coupled]
+    matrix = einsum("ia,ib,ikl->akbl", top, top, classes)
+    large = jnp.linalg.eigvalsh(matrix.reshape(coupled * num_outputs, -1))
+    small = jnp.linalg.eigvalsh(einsum("ia,ikl->akl", rest**2, classes))
+    return jnp.sort(jnp.concatenate([large, small.ravel()]))
+
+
+def _covariance(probabilities: Array) -> Array:
+    """diag(p) - p p^T for class probabilities p, (..., C): (..., C, C)."""
+    outer = probabilities[..., :, None] * probabilities[..., None, :]
+    return probabilities[..., None] * jnp.eye(probabilities.shape[-1], dtype=outer.dtype) - outer
