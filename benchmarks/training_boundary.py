@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from common import write_rows
 
 import meanfield_jax as mf
-from meanfield_jax.experiments.validate import with_gamma
+from meanfield_jax.variants import with_gamma
 
 GAMMAS = (0.5, 1.0, 2.0)
 RESIDUALS = (1e-3, 1.0)

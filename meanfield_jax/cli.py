@@ -32,19 +32,14 @@ from meanfield_jax.empirical.fisher import fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.errors import DataError, SpecError, problem
-from meanfield_jax.experiments.validate import (
-    has_batch_norm,
-    spectrum_table,
-    validate,
-    with_gamma,
-    without_batch_norm,
-)
+from meanfield_jax.experiments.validate import spectrum_table, validate
 from meanfield_jax.experiments.validate import table as validation_table
 from meanfield_jax.layers import BatchNorm
 from meanfield_jax.network import Network, cnn, mlp
 from meanfield_jax.plots import plot_spectrum, plot_validation
 from meanfield_jax.theory.propagate import Theory
 from meanfield_jax.theory.propagate import analyze as analyze_network
+from meanfield_jax.variants import has_batch_norm, with_gamma, without_batch_norm
 
 
 @dataclasses.dataclass(frozen=True)

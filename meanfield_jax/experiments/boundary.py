@@ -17,9 +17,9 @@ from rich.progress import track
 from meanfield_jax.empirical.model import Functional, Params, build, functional
 from meanfield_jax.errors import DataError, SpecError, check_data, problem
 from meanfield_jax.experiments.train import BLOW_UP
-from meanfield_jax.experiments.validate import variants_of
 from meanfield_jax.network import Network
 from meanfield_jax.theory.propagate import analyze
+from meanfield_jax.variants import variants_of
 
 WIDEST = 64.0
 """How far from the prediction a boundary is looked for, as a factor."""

@@ -15,9 +15,9 @@ from jax import Array
 
 from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
-from meanfield_jax.experiments.validate import has_batch_norm, with_norms
 from meanfield_jax.layers.batch_norm import BatchNormModule
 from meanfield_jax.network import Network
+from meanfield_jax.variants import has_batch_norm, with_norms
 
 LOSSES = ("squared", "cross_entropy")
 BLOW_UP = 1e3

@@ -1,8 +1,7 @@
 """Theory held against the real network: predicted and measured spectra of the Fisher matrix."""
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,10 @@ from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.errors import SpecError, check_data, problem
 from meanfield_jax.kernel.state import PUBLISHED, STATISTICS
-from meanfield_jax.layers import BatchNorm, Layer, Repeat, Residual, Sequential
-from meanfield_jax.network import Network, walk
+from meanfield_jax.network import Network
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import analyze
+from meanfield_jax.variants import has_batch_norm, variants_of, with_gamma
 
 Mode = Literal["batch", "frozen"]
 MODES: tuple[Mode, ...] = ("batch", "frozen")
@@ -31,7 +30,6 @@ MODES: tuple[Mode, ...] = ("batch", "frozen")
 
 CURVE_POINTS = 60
 PROBES = 30
-VANILLA = "vanilla"
 
 
 def validate(
@@ -197,58 +195,6 @@ def _trace(op: FisherOperator) -> Array:
     product = op.linearize()
     signs = jax.random.rademacher(jax.random.key(0), (PROBES, *op.shape), op.x.dtype)
     return jax.lax.map(lambda u: jnp.vdot(u, product(u)), signs).mean()
-
-
-def has_batch_norm(network: Network) -> bool:
-    """Whether any layer is a BatchNorm."""
-    return any(isinstance(inner, BatchNorm) for _, inner in walk(network.body))
-
-
-def with_gamma(network: Network, gamma: float | Array) -> Network:
-    """The network with this scale in every BatchNorm."""
-    return with_norms(network, gamma=gamma)
-
-
-def with_norms(network: Network, **changes: Any) -> Network:
-    """The network with these fields changed in every BatchNorm."""
-
-    def change(inner: Layer) -> Layer:
-        return dataclasses.replace(inner, **changes) if isinstance(inner, BatchNorm) else inner
-
-    return Network(network.input_shape, _rebuilt(network.body, change).layers)
-
-
-def without_batch_norm(network: Network) -> Network:
-    """The network with its BatchNorms left out ("vanilla")."""
-
-    def change(inner: Layer) -> Layer | None:
-        return None if isinstance(inner, BatchNorm) else inner
-
-    return Network(network.input_shape, _rebuilt(network.body, change).layers)
-
-
-def _rebuilt(inner: Any, change) -> Any:
-    """A layer with ``change`` applied to every layer inside that is no combinator."""
-    if isinstance(inner, Sequential):
-        parts = (_rebuilt(part, change) for part in inner.layers)
-        return Sequential(tuple(part for part in parts if part is not None))
-    if isinstance(inner, Residual):
-        return Residual(_rebuilt(inner.branch, change))
-    if isinstance(inner, Repeat):
-        return Repeat(_rebuilt(inner.block, change), inner.times)
-    return change(inner)
-
-
-def variants_of(network: Network, gammas: Iterable[float]) -> dict[str, Network]:
-    """The network as it is, or without BatchNorm and with each scale, by label."""
-    gammas = list(gammas)
-    if not gammas:
-        return {"network": network}
-    if not has_batch_norm(network):
-        remedy = "give a network with BatchNorm, or no gammas"
-        raise problem(SpecError, "gammas", gammas, "the network has no BatchNorm", remedy)
-    variants = {VANILLA: without_batch_norm(network)}
-    return variants | {f"gamma={gamma:g}": with_gamma(network, gamma) for gamma in gammas}
 
 
 def _outlier(network: Network, statistics: str, num_samples: int) -> float:

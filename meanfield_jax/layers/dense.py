@@ -1,6 +1,5 @@
 """Dense: a fully connected layer with random weights and biases."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,7 +83,7 @@ def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injecti
 def linear_options(layer: Any, fan_in: int) -> dict[str, Any]:
     """What a Flax layer needs to draw the declared weights and to multiply in full precision."""
     return dict(
-        kernel_init=initializers.normal(math.sqrt(layer.weight_var / fan_in)),
-        bias_init=initializers.normal(math.sqrt(layer.bias_var)),
+        kernel_init=initializers.normal(jnp.sqrt(layer.weight_var / fan_in)),
+        bias_init=initializers.normal(jnp.sqrt(layer.bias_var)),
         precision=lax.Precision.HIGHEST,
     )

@@ -1,0 +1,108 @@
+"""The same network with something changed: scales, variances, widths, depth, no BatchNorm."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from jax import Array
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.layers import BatchNorm, Conv, Dense, Layer, Repeat, Residual, Sequential
+from meanfield_jax.layers.base import check_positive_int
+from meanfield_jax.network import Network, walk
+
+VANILLA = "vanilla"
+
+
+def has_batch_norm(network: Network) -> bool:
+    """Whether any layer is a BatchNorm."""
+    return any(isinstance(inner, BatchNorm) for _, inner in walk(network.body))
+
+
+def with_gamma(network: Network, gamma: float | Array) -> Network:
+    """The network with this scale in every BatchNorm."""
+    return with_norms(network, gamma=gamma)
+
+
+def with_norms(network: Network, **changes: Any) -> Network:
+    """The network with these fields changed in every BatchNorm."""
+
+    def change(inner: Layer) -> Layer:
+        return dataclasses.replace(inner, **changes) if isinstance(inner, BatchNorm) else inner
+
+    return _changed(network, change)
+
+
+def with_weight_var(network: Network, weight_var: float | Array) -> Network:
+    """The network with this variance in every layer of weights."""
+
+    def change(inner: Layer) -> Layer:
+        weights = isinstance(inner, (Dense, Conv))
+        return dataclasses.replace(inner, weight_var=weight_var) if weights else inner
+
+    return _changed(network, change)
+
+
+def without_batch_norm(network: Network) -> Network:
+    """The network with its BatchNorms left out ("vanilla")."""
+
+    def change(inner: Layer) -> Layer | None:
+        return None if isinstance(inner, BatchNorm) else inner
+
+    return _changed(network, change)
+
+
+def with_width(network: Network, width: int) -> Network:
+    """The network with so many units or channels in every layer of weights but the last."""
+    *hidden, last = network.layers
+
+    def change(inner: Layer) -> Layer:
+        weights = isinstance(inner, (Dense, Conv))
+        return dataclasses.replace(inner, width=width) if weights else inner
+
+    return Network(network.input_shape, (*_rebuilt(Sequential(tuple(hidden)), change).layers, last))
+
+
+def with_depth(network: Network, depth: int) -> Network:
+    """The network with so many hidden blocks (weights and what follows them), all alike.
+
+    Raises:
+        SpecError: where the hidden layers are not one block again and again.
+    """
+    check_positive_int("depth", depth)
+    *hidden, last = network.layers
+    starts = [i for i, inner in enumerate(hidden) if isinstance(inner, (Dense, Conv))]
+    blocks = [tuple(hidden[a:b]) for a, b in itertools.pairwise([*starts, len(hidden)])]
+    if not blocks or starts[0] > 0 or any(block != blocks[0] for block in blocks):
+        cause = "the network's hidden blocks are not all alike"
+        raise problem(SpecError, "depth", depth, cause, "give one such as mlp([100] * 3, ...)")
+    return Network(network.input_shape, (*blocks[0] * depth, last))
+
+
+def _changed(network: Network, change: Callable[[Layer], Layer | None]) -> Network:
+    return Network(network.input_shape, _rebuilt(network.body, change).layers)
+
+
+def _rebuilt(inner: Any, change) -> Any:
+    """A layer with ``change`` applied to every layer inside that is no combinator."""
+    if isinstance(inner, Sequential):
+        parts = (_rebuilt(part, change) for part in inner.layers)
+        return Sequential(tuple(part for part in parts if part is not None))
+    if isinstance(inner, Residual):
+        return Residual(_rebuilt(inner.branch, change))
+    if isinstance(inner, Repeat):
+        return Repeat(_rebuilt(inner.block, change), inner.times)
+    return change(inner)
+
+
+def variants_of(network: Network, gammas: Iterable[float]) -> dict[str, Network]:
+    """The network as it is, or without BatchNorm and with each scale, by label."""
+    gammas = list(gammas)
+    if not gammas:
+        return {"network": network}
+    if not has_batch_norm(network):
+        remedy = "give a network with BatchNorm, or no gammas"
+        raise problem(SpecError, "gammas", gammas, "the network has no BatchNorm", remedy)
+    variants = {VANILLA: without_batch_norm(network)}
+    return variants | {f"gamma={gamma:g}": with_gamma(network, gamma) for gamma in gammas}
