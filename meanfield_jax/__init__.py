@@ -8,7 +8,8 @@ the toolkit measures whether the two agree. The names below follow that way::
     network   build, functional, calibrate
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
-    use       train: many runs at once, over scales, learning rates and seeds
+    use       train: many runs at once, over scales, learning rates and seeds;
+              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, kept in a store
 """
 
 from meanfield_jax import data
@@ -18,6 +19,8 @@ from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenval
 from meanfield_jax.empirical.model import build, calibrate, functional
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
+from meanfield_jax.experiments.store import load_sweep
+from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.train import Training, train
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.layers import (
@@ -33,7 +36,7 @@ from meanfield_jax.layers import (
     Sequential,
 )
 from meanfield_jax.network import Network, cnn, mlp
-from meanfield_jax.plots import plot_spectrum, plot_validation
+from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_validation
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory, analyze
 
@@ -67,11 +70,14 @@ __all__ = [
     "eta_max",
     "fisher_operator",
     "functional",
+    "load_sweep",
     "measured_boundary",
     "mlp",
     "plot_spectrum",
+    "plot_sweep",
     "plot_validation",
     "spectral_density",
+    "sweep",
     "top_eigenvalues",
     "train",
     "validate",

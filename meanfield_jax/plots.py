@@ -1,10 +1,15 @@
 """Pictures of predictions and measurements; each function returns a matplotlib Figure."""
 
+import itertools
+
 import numpy as np
 import xarray as xr
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from meanfield_jax.empirical.density import SpectralDensity
+from meanfield_jax.errors import DataError, problem
+from meanfield_jax.experiments.diagram import averaged
 
 # Okabe & Ito's colours, told apart by colour-blind readers too
 COLOR = {"batch": "#0072B2", "frozen": "#D55E00", "wei2019": "#009E73", "vanilla": "#555555"}
@@ -26,7 +31,13 @@ def plot_validation(dataset: xr.Dataset) -> Figure:
         A figure with two panels; error bars are standard errors over the draws.
     """
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    draw_validation(figure.subplots(1, 2), dataset)
+    return figure
+
+
+def draw_validation(panels, dataset: xr.Dataset, title: str = "") -> None:
+    """Draws :func:`plot_validation` into two matplotlib axes."""
+    left, right = panels
     rate = 2 * (1 + dataset.momentum)
     for axes, transform in ((left, lambda value: value), (right, lambda value: rate / value)):
         for name in ("batch", "frozen", "wei2019"):
@@ -34,7 +45,7 @@ def plot_validation(dataset: xr.Dataset) -> Figure:
             axes.plot(dataset.curve_gamma, values, LINE[name], color=COLOR[name], label=LABEL[name])
         _vanilla(axes, dataset, transform)
         _points(axes, dataset, transform)
-        axes.set(xscale="log", yscale="log", xlabel="scale gamma of BatchNorm")
+        axes.set(xscale="log", yscale="log", xlabel="scale gamma of BatchNorm", title=title)
         gammas = dataset.gamma.values[np.isfinite(dataset.gamma.values)]
         axes.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
         axes.set_xticks([], minor=True)
@@ -42,7 +53,6 @@ def plot_validation(dataset: xr.Dataset) -> Figure:
     left.set(ylabel="largest eigenvalues of F (mean of the C outliers)")
     right.set(ylabel=f"largest stable learning rate (momentum {dataset.momentum:g})")
     left.legend(fontsize=8, frameon=False)
-    return figure
 
 
 def _points(axes, dataset: xr.Dataset, transform) -> None:
@@ -108,3 +118,79 @@ def plot_spectrum(
     axes.legend(fontsize=8, frameon=False)
     axes.grid(alpha=0.25)
     return figure
+
+
+def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
+    """A phase diagram of training: a result over learning rate and scale, with the boundaries.
+
+    Args:
+        dataset: What :func:`meanfield_jax.sweep` returned, with axes "learning_rate" and another.
+        value: What to show, after the last epoch and averaged over seeds: test_loss (where there
+            is one), loss or test_accuracy.
+
+    Returns:
+        A figure with one panel for each combination of further axes: white where any seed
+        diverged, lines where theory puts the boundary.
+
+    Raises:
+        DataError: for a data set without these axes.
+    """
+    across = [
+        str(name) for name in dataset.diverged_at.dims if name not in ("learning_rate", "seed")
+    ]
+    if "learning_rate" not in dataset.dims or not across:
+        remedy = "sweep over learning_rate and one more axis"
+        raise problem(DataError, "dataset", list(dataset.dims), "no plane to show", remedy)
+    vertical = "gamma" if "gamma" in across else across[0]
+    across.remove(vertical)
+    values = itertools.product(*(dataset[name].values for name in across))
+    panels = [dict(zip(across, at, strict=True)) for at in values]
+    figure = Figure(figsize=(1.5 + 4.6 * len(panels), 4.4), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for index, (axes, at) in enumerate(zip(row, panels, strict=True)):
+        title = ", ".join(f"{name} = {value:g}" for name, value in at.items())
+        draw_sweep(axes, dataset.sel(at), vertical, value=value, title=title, legend=index == 0)
+    return figure
+
+
+def draw_sweep(
+    axes, dataset: xr.Dataset, vertical: str = "gamma", *, value=None, title="", legend=True
+) -> None:
+    """Draws one panel of :func:`plot_sweep` into matplotlib axes."""
+    shown = averaged(dataset, value).transpose(vertical, "learning_rate")
+    values = shown.values
+    finite = values[np.isfinite(values) & (values > 0)]
+    positive = finite.size > 0 and value != "test_accuracy"
+    # a few runs just below the boundary would take all the colours
+    norm = LogNorm(finite.min(), np.quantile(finite, 0.98)) if positive else None
+    edges = [_edges(shown[name].values) for name in ("learning_rate", vertical)]
+    mesh = axes.pcolormesh(*edges, values, norm=norm, cmap="viridis", rasterized=True)
+    label = dataset[value or ("test_loss" if "test_loss" in dataset else "loss")].long_name
+    axes.figure.colorbar(mesh, ax=axes, label=label, extend="max" if norm else "neither")
+    heights = dataset[vertical]
+    for name in ("batch", "frozen", "wei2019"):
+        rates = dataset[f"eta_max_{name}"].broadcast_like(heights)
+        style = dict(color=COLOR[name], lw=2)
+        axes.plot(rates, heights, LINE[name], label=LABEL[name], **style)
+        if name == "batch":
+            axes.plot(rates / 2, heights, ":", label="half of it", **style)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=str(dataset[vertical].long_name))
+    axes.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]], title=title)
+    if heights.values.min() > 0:
+        axes.set_yscale("log")
+        axes.set_yticks(heights.values, [f"{height:g}" for height in heights.values])
+        axes.set_yticks([], minor=True)
+    if legend:
+        axes.legend(fontsize=7, loc="upper right")
+
+
+def _edges(centers: np.ndarray) -> np.ndarray:
+    """Borders of the cells around these values, in the middle on a logarithmic axis."""
+    positive = centers.min() > 0
+    at = np.log(centers) if positive else np.asarray(centers, float)
+    if len(at) == 1:
+        at = np.array([at[0] - 0.5, at[0] + 0.5])
+        return np.exp(at) if positive else at
+    inner = (at[1:] + at[:-1]) / 2
+    edges = np.concatenate([[2 * at[0] - inner[0]], inner, [2 * at[-1] - inner[-1]]])
+    return np.exp(edges) if positive else edges

@@ -12,12 +12,14 @@ import optax
 import xarray as xr
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
 
 from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
 from meanfield_jax.layers.batch_norm import BatchNormModule
 from meanfield_jax.network import Network
-from meanfield_jax.variants import has_batch_norm, with_norms
+from meanfield_jax.variants import has_batch_norm, with_gamma, with_norms, with_weight_var
 
 LOSSES = ("squared", "cross_entropy")
 BLOW_UP = 1e3
@@ -26,17 +28,42 @@ BLOW_UP = 1e3
 RUNNING = 0.9
 """Momentum of a BatchNorm's running statistics: short runs have few steps to settle them."""
 
-Samples = tuple[Array, Array]
+Samples = tuple[Array | np.ndarray, Array | np.ndarray]
+"""Inputs (n, ...), and labels or targets."""
+
+Arrays = tuple[Array, Array]
+"""Inputs and targets (n, C)."""
+
 Optimizer = Callable[[Any], optax.GradientTransformation]
 
 
-class _Cell(NamedTuple):
-    """What differs between the runs of one call, (cells,) each."""
+class Cell(NamedTuple):
+    """What may differ between the runs of one call, (cells,) each; None: as specified."""
 
     learning_rate: Array
     momentum: Array
     seed: Array
     gamma: Array | None = None
+    weight_var: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What all runs of one call share beside their data; part of what is compiled.
+
+    Attributes:
+        network: The specification, its numbers plain floats.
+        epochs: Passes over the data.
+        batch_size: Samples of a step.
+        loss: One of ``LOSSES``.
+        optimizer: Maps a learning rate to an optax optimizer; None: the heavy ball.
+    """
+
+    network: Network
+    epochs: int
+    batch_size: int
+    loss: str
+    optimizer: Optimizer | None
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +108,7 @@ def train(
     *,
     test: Samples | None = None,
     gamma: float | Array | None = None,
+    weight_var: float | Array | None = None,
     learning_rate: float | Array = 0.1,
     momentum: float | Array = 0.9,
     epochs: int = 5,
@@ -92,8 +120,9 @@ def train(
 ) -> Training:
     """Trains random draws of a network by minibatches; every number may be an array.
 
-    ``gamma``, ``learning_rate``, ``momentum`` and ``seed`` broadcast against each other, and all
-    runs are one vmapped, jitted scan over steps. A run that diverges stands still from then on.
+    ``gamma``, ``weight_var``, ``learning_rate``, ``momentum`` and ``seed`` broadcast against each
+    other, and all runs are one vmapped, jitted scan over steps. A run that diverges stands still
+    from then on.
 
     Args:
         network: The specification.
@@ -101,6 +130,7 @@ def train(
         test: The same, to be evaluated after each epoch in evaluation mode (running statistics are
             averages with momentum 0.9).
         gamma: Initial scale of every BatchNorm; None: as specified.
+        weight_var: sigma_w^2 of every layer of weights; None: as specified.
         learning_rate: Of the optimizer.
         momentum: Of the heavy ball; not used by an ``optimizer`` of your own.
         epochs: Passes over the data, each in a random order of its own.
@@ -124,33 +154,67 @@ def train(
         >>> mf.train(net, (x, labels), learning_rate=rates, epochs=2).diverged.tolist()
         [False, True]
     """
-    x, y = _checked(network, data, "data")
+    recipe = recipe_of(network, epochs, batch_size, loss, optimizer, train_gamma)
+    numbers = dict(
+        gamma=gamma,
+        weight_var=weight_var,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        seed=seed,
+    )
+    given = {name: jnp.asarray(value) for name, value in numbers.items() if value is not None}
+    check_cells(network, given)
+    shape = jnp.broadcast_shapes(*(value.shape for value in given.values()))
+    cells = Cell(**{name: jnp.broadcast_to(v, shape).ravel() for name, v in given.items()})
+    result = run_cells(recipe, cells, *check_samples(recipe, data, test))
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), result)
+
+
+def recipe_of(
+    network: Network,
+    epochs: int,
+    batch_size: int,
+    loss: str,
+    optimizer: Optimizer | None,
+    train_gamma: bool,
+) -> Recipe:
+    """The recipe, checked; SpecError for what makes no sense."""
     check_choice("loss", loss, LOSSES)
     for name, value in dict(epochs=epochs, batch_size=batch_size).items():
         if value < 1:
             raise problem(SpecError, name, value, "not a number of them", "give at least 1")
-    if batch_size > len(x):
-        cause = f"there are {len(x)} samples"
-        raise problem(SpecError, "batch_size", batch_size, cause, f"give at most {len(x)}")
-    if gamma is not None and not has_batch_norm(network):
-        cause, remedy = "the network has no BatchNorm", "leave it out"
-        raise problem(SpecError, "gamma", gamma, cause, remedy)
     network.validate()
-    # plain numbers: the specification is part of what is compiled
+    # plain numbers can be part of what is compiled
     spec = jax.tree.map(float, network if train_gamma else with_norms(network, trainable=False))
-    numbers = dict(gamma=gamma, learning_rate=learning_rate, momentum=momentum, seed=seed)
-    given = {name: jnp.asarray(value) for name, value in numbers.items() if value is not None}
-    shape = jnp.broadcast_shapes(*(value.shape for value in given.values()))
-    flat = {name: jnp.broadcast_to(value, shape).ravel() for name, value in given.items()}
-    cells = _Cell(**flat)
-    checked_test = None if test is None else _checked(network, test, "test")
-    result = _train(
-        spec, cells, (x, y), checked_test, epochs, batch_size, loss, optimizer or "heavy ball"
-    )
-    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), result)
+    return Recipe(spec, epochs, batch_size, loss, optimizer)
 
 
-def _checked(network: Network, data: Samples, name: str) -> Samples:
+def check_cells(network: Network, numbers: dict[str, Array]) -> None:
+    """Raises SpecError for numbers that no run can have."""
+    if "gamma" in numbers and not has_batch_norm(network):
+        cause, remedy = "the network has no BatchNorm", "leave it out"
+        raise problem(SpecError, "gamma", numbers["gamma"], cause, remedy)
+    known = {name: value for name, value in numbers.items() if not isinstance(value, Tracer)}
+    for name, values in known.items():
+        if not np.all(np.isfinite(values)):
+            raise problem(SpecError, name, values.tolist(), "not finite", "give finite numbers")
+    for name in ("learning_rate", "momentum", "weight_var"):
+        if name in known and np.any(known[name] < 0):
+            raise problem(SpecError, name, known[name].tolist(), "negative", "give numbers >= 0")
+
+
+def check_samples(
+    recipe: Recipe, data: Samples, test: Samples | None
+) -> tuple[Arrays, Arrays | None]:
+    """Inputs, and targets (n, C), for training and for testing."""
+    x, y = _checked(recipe.network, data, "data")
+    if recipe.batch_size > len(x):
+        cause = f"there are {len(x)} samples"
+        raise problem(SpecError, "batch_size", recipe.batch_size, cause, f"give at most {len(x)}")
+    return (x, y), None if test is None else _checked(recipe.network, test, "test")
+
+
+def _checked(network: Network, data: Samples, name: str) -> Arrays:
     """Inputs, and targets (n, C)."""
     x = check_data(data[0])
     y = jnp.asarray(data[1])
@@ -166,19 +230,31 @@ def _checked(network: Network, data: Samples, name: str) -> Samples:
     return x, y.astype(x.dtype)
 
 
-@partial(jax.jit, static_argnames=("network", "epochs", "batch_size", "loss", "optimizer"))
-def _train(network, cells, data, test, epochs, batch_size, loss, optimizer) -> Training:
-    return jax.vmap(
-        lambda cell: _run(network, cell, data, test, epochs, batch_size, loss, optimizer)
-    )(cells)
-
-
-def _run(
-    network, cell: _Cell, data: Samples, test, epochs, batch_size, loss, optimizer
+@partial(jax.jit, static_argnames=("recipe", "mesh"))
+def run_cells(
+    recipe: Recipe, cells: Cell, data: Arrays, test: Arrays | None, mesh: Mesh | None = None
 ) -> Training:
+    """All runs at once, (cells, ...); the devices of a mesh with the axis "cell" share them."""
+
+    def run_all(cells: Cell, data: Arrays, test: Arrays | None) -> Training:
+        return jax.vmap(lambda cell: _run(recipe, cell, data, test))(cells)
+
+    if mesh is not None:
+        split, whole = PartitionSpec("cell"), PartitionSpec()
+        run_all = jax.shard_map(
+            run_all, mesh=mesh, in_specs=(split, whole, whole), out_specs=split, check_vma=False
+        )
+    return run_all(cells, data, test)
+
+
+def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Training:
     """One run."""
     key_draw, key_order = jax.random.split(jax.random.key(cell.seed))
-    network = network if cell.gamma is None else with_norms(network, gamma=cell.gamma)
+    network, batch_size = recipe.network, recipe.batch_size
+    if cell.gamma is not None:
+        network = with_gamma(network, cell.gamma)
+    if cell.weight_var is not None:
+        network = with_weight_var(network, cell.weight_var)
     model = build(network, rngs=nnx.Rngs(key_draw))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNormModule):
@@ -186,13 +262,13 @@ def _run(
     graphdef, params, state = nnx.split(model, nnx.Param, nnx.Variable)
     rule = (
         optax.sgd(cell.learning_rate, cell.momentum)
-        if optimizer == "heavy ball"
-        else optimizer(cell.learning_rate)
+        if recipe.optimizer is None
+        else recipe.optimizer(cell.learning_rate)
     )
 
     def objective(params, state, x: Array, y: Array):
         model = nnx.merge(graphdef, params, state, copy=True)
-        value = _loss(loss, model(x), y)
+        value = _loss(recipe.loss, model(x), y)
         return value, nnx.split(model, nnx.Param, nnx.Variable)[2]
 
     def step(carry, rows: Array):
@@ -223,16 +299,25 @@ def _run(
         params, state, *_, diverged_at = carry
         model = nnx.merge(graphdef, params, state, copy=True)
         model.eval()
-        outputs = model(test[0])
+        outputs = _in_batches(model, test[0], batch_size)
         hits = jnp.argmax(outputs, -1) == jnp.argmax(test[1], -1)
-        values = (_loss(loss, outputs, test[1]), hits.mean())
+        values = (_loss(recipe.loss, outputs, test[1]), hits.mean())
         return tuple(jnp.where(diverged_at < 0, value, jnp.nan) for value in values)
 
     start = (params, state, rule.init(params), jnp.inf, 0, jnp.asarray(-1))
-    keys = jax.random.split(key_order, epochs)
+    keys = jax.random.split(key_order, recipe.epochs)
     end, (losses, tested) = jax.lax.scan(epoch, start, keys)
     test_loss, test_accuracy = tested or (None, None)
     return Training(losses, test_loss, test_accuracy, diverged_at=end[-1])
+
+
+def _in_batches(apply: Callable[[Array], Array], x: Array, batch_size: int) -> Array:
+    """Outputs of samples that need not fit into memory with all that is in between."""
+    whole = len(x) // batch_size * batch_size
+    batches = x[:whole].reshape(whole // batch_size, batch_size, *x.shape[1:])
+    outputs = jax.lax.map(apply, batches)
+    outputs = outputs.reshape(whole, *outputs.shape[2:])
+    return outputs if whole == len(x) else jnp.concatenate([outputs, apply(x[whole:])])
 
 
 def _loss(name: str, outputs: Array, targets: Array) -> Array:

@@ -1,7 +1,7 @@
 """Theory held against the real network: predicted and measured spectra of the Fisher matrix."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from rich.table import Table
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
-from meanfield_jax.errors import SpecError, check_data, problem
+from meanfield_jax.errors import SpecError, check_choice, check_data, problem
 from meanfield_jax.kernel.state import PUBLISHED, STATISTICS
 from meanfield_jax.network import Network
 from meanfield_jax.theory.learning_rate import eta_max
@@ -28,7 +28,7 @@ Mode = Literal["batch", "frozen"]
 MODES: tuple[Mode, ...] = ("batch", "frozen")
 """What can be measured: a network in training and in evaluation mode."""
 
-CURVE_POINTS = 60
+CURVE_POINTS = 16
 PROBES = 30
 
 
@@ -37,6 +37,7 @@ def validate(
     x: Array,
     *,
     gammas: Sequence[float] = (),
+    theory: str = "iid",
     draws: int = 4,
     num_eigenvalues: int | None = None,
     momentum: float = 0.9,
@@ -48,9 +49,10 @@ def validate(
 
     Args:
         network: The specification.
-        x: Inputs, (n, *input_shape); ``predicted`` takes them to be i.i.d. with unit variance.
+        x: Inputs, (n, *input_shape).
         gammas: Scales to put into every BatchNorm, beside the network without its BatchNorms.
             Empty: the network as it is.
+        theory: ``"iid"``: predictions for i.i.d. inputs with unit variance; ``"data"``: for ``x``.
         draws: Networks drawn at random for each.
         num_eigenvalues: How many of the kernel's eigenvalues to compare, given the inputs
             themselves; F has each of them C times. None: the outliers alone.
@@ -83,19 +85,22 @@ def validate(
     x = check_data(x)
     if draws < 1:
         raise problem(SpecError, "draws", draws, "not a number of draws", "give at least 1")
+    check_choice("theory", theory, ("iid", "data"))
     variants = variants_of(network, gammas)
     num_samples = x.shape[0]
+    given = dict(data=x) if theory == "data" else dict(num_samples=num_samples)
     if num_eigenvalues is not None and not 1 <= num_eigenvalues <= num_samples:
         cause, remedy = f"the kernel has {num_samples}", f"give 1 to {num_samples}"
         raise problem(SpecError, "num_eigenvalues", num_eigenvalues, cause, remedy)
-    with jax.enable_x64():
+    # theory of a batch takes the batch's dtype
+    with jax.enable_x64(theory == "iid"):
         predicted = np.array(
             [
-                [_outlier(variant, name, num_samples) for name in STATISTICS]
+                [_outlier(variant, name, given) for name in STATISTICS]
                 for variant in variants.values()
             ]
         )
-        curve = _curve(network, gammas, num_samples)
+        curve = _curve(network, gammas, given)
 
     k = num_eigenvalues or 1
     shape = (len(variants), len(MODES), draws)
@@ -197,27 +202,22 @@ def _trace(op: FisherOperator) -> Array:
     return jax.lax.map(lambda u: jnp.vdot(u, product(u)), signs).mean()
 
 
-def _outlier(network: Network, statistics: str, num_samples: int) -> float:
-    return float(analyze(network, statistics=statistics, num_samples=num_samples).fisher.outlier)
+def _outlier(network: Network, statistics: str, given: dict[str, Any]) -> float:
+    return float(analyze(network, statistics=statistics, **given).fisher.outlier)
 
 
-def _curve(network: Network, gammas: Sequence[float], num_samples: int) -> xr.DataArray | None:
-    """Predicted outliers on a fine grid of gamma, (curve_gamma, statistics)."""
+def _curve(network: Network, gammas: Sequence[float], given: dict[str, Any]) -> xr.DataArray | None:
+    """Predicted outliers on a finer grid of gamma, (curve_gamma, statistics)."""
     if not gammas:
         return None
     low, high = min(map(abs, gammas)), max(map(abs, gammas))
     grid = np.geomspace(max(low, 1e-3) * 0.8, max(high, 1e-3) * 1.25, CURVE_POINTS)
-
-    def outlier(gamma: Array, statistics: str) -> Array:
-        variant = with_gamma(network, gamma)
-        return analyze(variant, statistics=statistics, num_samples=num_samples).fisher.outlier
-
     values = [
-        jax.lax.map(lambda gamma, name=name: outlier(gamma, name), jnp.asarray(grid))
-        for name in STATISTICS
+        [_outlier(with_gamma(network, float(gamma)), name, given) for name in STATISTICS]
+        for gamma in grid
     ]
     coords = dict(curve_gamma=grid, statistics=list(STATISTICS))
-    return xr.DataArray(np.stack(values, -1), coords, ("curve_gamma", "statistics"))
+    return xr.DataArray(values, coords, ("curve_gamma", "statistics"))
 
 
 def _dataset(labels, predicted, measured, curve, momentum, num_samples, network) -> xr.Dataset:

@@ -1,0 +1,9 @@
+"""The command line: ``meanfield-jax analyze | validate | spectrum``.
+
+Exit status: 0 done, 1 a computation or file failed, 2 the command was not understood. Errors are
+one line on stderr; with ``--json`` stdout has the result and nothing else.
+"""
+
+from meanfield_jax.cli.program import entry, main
+
+__all__ = ["entry", "main"]

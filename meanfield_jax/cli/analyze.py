@@ -1,0 +1,81 @@
+"""``meanfield-jax analyze``."""
+
+import dataclasses
+import json
+from typing import Annotated, Literal
+
+import jax
+import tyro
+import xarray as xr
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from meanfield_jax.cli.options import NetworkOptions, chosen
+from meanfield_jax.cli.output import plain
+from meanfield_jax.theory.propagate import Theory
+from meanfield_jax.theory.propagate import analyze as analyze_network
+
+
+@dataclasses.dataclass(frozen=True)
+class Analyze:
+    """Theory only: order parameters, Fisher statistics and the largest stable learning rate."""
+
+    network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=NetworkOptions
+    )
+    gamma: float = 1.0
+    """Scale of every BatchNorm."""
+    statistics: Literal["batch", "frozen", "wei2019"] = "batch"
+    """What is differentiated through a BatchNorm: training, evaluation, as published."""
+    vanilla: bool = False
+    """Leave the BatchNorms out."""
+    num_samples: int | None = None
+    """n, the batch [the limit of many]."""
+    momentum: float = 0.9
+    """Momentum of gradient descent."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        """Prints the theory."""
+        shape = (32, 32, 3) if self.network.net == "cnn" else (784,)
+        network = chosen(self.network.network(shape), self.gamma, self.vanilla)
+        with jax.enable_x64():
+            theory = analyze_network(
+                network, statistics=self.statistics, num_samples=self.num_samples
+            )
+            dataset = theory.to_xarray(self.momentum)
+        if self.json:
+            print(json.dumps(plain(dataset), indent=2))
+            return
+        console = Console()
+        console.print(repr(network), highlight=False)
+        console.print(_order_table(dataset))
+        console.print(_fisher_table(theory, dataset))
+        if not dataset.outlier_limited.item():
+            console.print(
+                "The bulk, not the outliers, limits this network: at finite width lambda_max may "
+                "be twice as high, and eta_max half. Widen it, or make it less deep."
+            )
+
+
+def _order_table(dataset: xr.Dataset) -> Table:
+    table = Table(title="Order parameters", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    names = [str(name) for name in dataset.data_vars if dataset[name].dims == ("layer",)]
+    for name in names:
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for layer in dataset.layer.values:
+        values = (float(dataset[name].sel(layer=layer)) for name in names)
+        table.add_row(str(layer), *(f"{value:.4g}" for value in values))
+    return table
+
+
+def _fisher_table(theory: Theory, dataset: xr.Dataset) -> Table:
+    table = Table(title=f"Fisher matrix, statistics={dataset.statistics!r}", show_header=False)
+    for name in theory.fisher.STATISTICS:
+        value = dataset[name].item()
+        table.add_row(name, str(value) if isinstance(value, bool) else f"{value:.6g}")
+    table.add_row(f"eta_max (momentum {dataset.momentum:g})", f"{float(dataset.eta_max):.6g}")
+    return table

@@ -1,0 +1,43 @@
+"""``meanfield-jax plot``."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from meanfield_jax.cli.output import check_folder, plain, write_png
+from meanfield_jax.experiments.diagram import table
+from meanfield_jax.experiments.store import load_sweep
+from meanfield_jax.plots import plot_sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Draw a sweep, finished or not: results over learning rate and scale, with the boundaries."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """What `meanfield-jax sweep` wrote."""
+    value: Literal["test_loss", "loss", "test_accuracy"] | None = None
+    """What to show after the last epoch [test_loss, or loss where there is none]."""
+    output: Path | None = None
+    """The picture [the store's name with .png]."""
+    json: bool = False
+    """Print the results as JSON instead of the table."""
+
+    def run(self) -> None:
+        """Reads, draws, prints the table."""
+        output = self.output or Path(self.store.resolve().name).with_suffix(".png")
+        check_folder(output)
+        dataset = load_sweep(self.store)
+        written = write_png(output, plot_sweep(dataset, value=self.value))
+        if self.json:
+            print(json.dumps(plain(dataset), indent=2))
+        else:
+            Console().print(table(dataset))
+        missing = int((dataset.diverged_at == -2).sum())
+        note = f"; {missing} of {dataset.diverged_at.size} runs are not done yet" * (missing > 0)
+        print(f"wrote {written}{note}", file=sys.stderr)

@@ -1,0 +1,91 @@
+"""The program: words to a command, the command's end to an exit status."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from typing import Any, NoReturn
+
+import tyro
+
+from meanfield_jax.cli.analyze import Analyze
+from meanfield_jax.cli.plot import Plot
+from meanfield_jax.cli.reproduce import Reproduce
+from meanfield_jax.cli.spectrum import Spectrum
+from meanfield_jax.cli.sweep import Sweep
+from meanfield_jax.cli.validate import Validate
+from meanfield_jax.errors import DataError, SpecError
+
+# in the order of --help; a command is a dataclass of options with a method run()
+COMMANDS = {
+    "analyze": Analyze,
+    "validate": Validate,
+    "spectrum": Spectrum,
+    "sweep": Sweep,
+    "plot": Plot,
+    "reproduce": Reproduce,
+}
+
+
+def entry() -> NoReturn:
+    """The program: leaves with the status of :func:`main`.
+
+    After an interruption XLA may still compute in the background, and tearing Python down under it
+    crashes: the process then ends at once.
+    """
+    status = main()
+    if status == 130:
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    command = _parse(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(command, int):
+        return command
+    try:
+        command.run()
+    except (SpecError, DataError) as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing half-written is left", 130)
+    except BrokenPipeError:
+        sys.stdout = None
+        return 1
+    except (RuntimeError, MemoryError, OSError) as error:
+        return _fail(" ".join(str(error).split()) or type(error).__name__, 1)
+    return 0
+
+
+def _parse(arguments: list[str]) -> Any:
+    """The command, or an exit status; what tyro has to say of an error becomes one line."""
+    said, errors = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,  # pyright: ignore[reportArgumentType]
+                prog="meanfield-jax",
+                description="Mean-field theory of neural networks, held against the real network",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            print(said.getvalue(), end="")
+            return 0
+        return _fail(_one_line(errors.getvalue() or said.getvalue()), 2)
+
+
+def _one_line(message: str) -> str:
+    """A boxed message with hints as one line: boxes, colours and all but the cause left out."""
+    words = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{3,}", " ", message)
+    cause = re.split(r"Perhaps you meant|For full helptext", words)[0]
+    # the box's title may say what the text says again
+    return re.sub(r"^(.{4,}?) \1", r"\1", " ".join(cause.split())) + "; see --help"
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"meanfield-jax: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,124 @@
+"""``meanfield-jax sweep``."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from meanfield_jax.cli.options import DataOptions, NetworkOptions
+from meanfield_jax.cli.output import plain
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.diagram import table
+from meanfield_jax.experiments.sweep import AXES, sweep
+
+GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Train at every point of a grid: which learning rates and scales diverge, which learn best."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """Folder of the results (a Zarr group); `meanfield-jax plot` draws it."""
+    network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=NetworkOptions
+    )
+    inputs: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=DataOptions
+    )
+    grid: tuple[str, ...] = GRID
+    """AXIS=VALUES, each as 1,2,3 or, in equal factors, as LOW:HIGH:COUNT. Axes: gamma,
+    learning_rate, seed, momentum, batch_size, weight_var, depth, width."""
+    num_test: int = 1000
+    """Test samples, evaluated after each epoch; 0 for none."""
+    epochs: int = 5
+    """Passes over the data."""
+    loss: Literal["squared", "cross_entropy"] = "squared"
+    """What is minimized."""
+    frozen_gamma: bool = False
+    """Do not train scale and offset of the BatchNorms."""
+    resume: bool = False
+    """Go on with a store that exists: what is finished is not computed again."""
+    chunk_cells: int | None = None
+    """Runs that are computed and stored together [what fits, at most 16 a CPU, 1024 a GPU]."""
+    distributed: bool = False
+    """Share the work with other processes, found by SLURM's, Open MPI's or a TPU pod's settings."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where --distributed does not find it."""
+    num_processes: int | None = None
+    """How many processes there are, with --coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0, with --coordinator."""
+    json: bool = False
+    """Print JSON instead of the table."""
+
+    def run(self) -> None:
+        """Trains, stores, prints the table."""
+        grid = parse_grid(self.grid)
+        if self.distributed or self.coordinator is not None:
+            self._connect()
+        network = self.network.network(self.inputs.shape(self.network.net))
+        dataset = sweep(
+            network,
+            self.inputs.load(network),
+            grid,
+            store=self.store,
+            resume=self.resume,
+            test=self.inputs.load(network, "test", self.num_test) if self.num_test else None,
+            epochs=self.epochs,
+            loss=self.loss,
+            train_gamma=not self.frozen_gamma,
+            chunk_cells=self.chunk_cells,
+            detach=True,
+            progress=True,
+        )
+        if jax.process_index() > 0:
+            return
+        if self.json:
+            print(json.dumps(plain(dataset), indent=2))
+        elif "learning_rate" in dataset.dims:
+            Console().print(table(dataset))
+        diverged, cells = int((dataset.diverged_at >= 0).sum()), dataset.diverged_at.size
+        print(f"{cells} runs, {diverged} diverged; wrote {self.store}", file=sys.stderr)
+
+    def _connect(self) -> None:
+        try:
+            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
+        except (RuntimeError, ValueError) as error:
+            cause = " ".join(str(error).split())
+            remedy = "start it under SLURM, Open MPI or on a TPU pod, or give --coordinator"
+            raise problem(SpecError, "--distributed", self.coordinator, cause, remedy) from None
+
+
+def parse_grid(texts: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """``("gamma=0.5,1", "learning_rate=1e-3:1:4")`` as a grid; one value is a fixed number."""
+    grid = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or name not in AXES or name in grid:
+            cause = "given twice" if name in grid else "not AXIS=VALUES"
+            raise problem(SpecError, "--grid", text, cause, f"axes are {', '.join(AXES)}")
+        grid[name] = _values(text, values)
+    return grid
+
+
+def _values(text: str, values: str) -> np.ndarray:
+    try:
+        if ":" not in values:
+            parts = values.split(",")
+            numbers = np.array([float(part) for part in parts])
+        else:
+            low, high, count = values.split(":")
+            numbers = np.geomspace(float(low), float(high), int(count))
+    except ValueError:
+        remedy = "write 0.5,1,2 or LOW:HIGH:COUNT with LOW and HIGH above 0"
+        raise problem(SpecError, "--grid", text, "not understood", remedy) from None
+    whole = np.round(numbers).astype(int)
+    numbers = whole if np.array_equal(whole, numbers) else numbers
+    return numbers[0] if len(numbers) == 1 else numbers

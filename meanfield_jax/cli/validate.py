@@ -1,0 +1,75 @@
+"""``meanfield-jax validate``."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from meanfield_jax.cli.options import DataOptions, NetworkOptions
+from meanfield_jax.cli.output import ComputationError, check_folder, plain, write, write_png
+from meanfield_jax.experiments.validate import spectrum_table, validate
+from meanfield_jax.experiments.validate import table as validation_table
+from meanfield_jax.plots import plot_validation
+from meanfield_jax.variants import has_batch_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Validate:
+    """Theory against measurement, with and without BatchNorm, over gamma: table, PNG and NetCDF."""
+
+    network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=NetworkOptions
+    )
+    inputs: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=DataOptions
+    )
+    gammas: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0)
+    """Scales of BatchNorm."""
+    theory: Literal["iid", "data"] = "iid"
+    """Of i.i.d. inputs, or of these very inputs."""
+    draws: int = 3
+    """Networks drawn at random for each."""
+    num_eigenvalues: int | None = None
+    """Compare so many of the kernel's eigenvalues, too, with theory of these very inputs."""
+    momentum: float = 0.9
+    """Momentum of gradient descent."""
+    output: Path = Path("meanfield-jax-validate")
+    """Where the picture (.png) and the numbers (.nc) go."""
+    json: bool = False
+    """Print JSON instead of the table."""
+
+    def run(self) -> None:
+        """Measures, prints the table and writes the files."""
+        check_folder(self.output)
+        network = self.network.network(self.inputs.shape(self.network.net))
+        x, _ = self.inputs.load(network)
+        dataset = validate(
+            network,
+            x,
+            gammas=self.gammas if has_batch_norm(network) else (),
+            draws=self.draws,
+            theory=self.theory,
+            num_eigenvalues=self.num_eigenvalues,
+            momentum=self.momentum,
+            seed=self.inputs.seed,
+            progress=True,
+        )
+        dataset.attrs["data"] = self.inputs.data
+        written = [write(self.output.with_suffix(".nc"), dataset.to_netcdf)]
+        if "curve" in dataset:
+            picture = plot_validation(dataset)
+            written.append(write_png(self.output.with_suffix(".png"), picture))
+        if self.json:
+            print(json.dumps(plain(dataset), indent=2))
+        else:
+            Console().print(validation_table(dataset))
+            if self.num_eigenvalues is not None:
+                Console().print(spectrum_table(dataset))
+        print("wrote", *written, file=sys.stderr)
+        if not np.isfinite(dataset.measured).all():
+            raise ComputationError("a measurement failed; see the NaN in the results")

@@ -1,0 +1,66 @@
+"""Progress of long work on stderr: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+EVERY = 20.0
+"""Seconds between two lines of a log."""
+
+
+class Progress:
+    """Shows how many runs are done, how many a second, and how long the rest takes.
+
+    Args:
+        todo: Runs to do now, by this process.
+        total: Runs of the whole grid.
+        shown: Whether to show anything.
+    """
+
+    def __init__(self, todo: int, total: int, shown: bool):
+        self._todo, self._total, self._done = todo, total, 0
+        self._start = self._last = time.monotonic()
+        self._shown = shown
+        self._bar: Bar | None = None
+        if shown and Console(stderr=True).is_terminal:
+            columns = (MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+            self._bar = Bar(
+                TextColumn("Training"),
+                BarColumn(),
+                *columns,
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=todo, rate="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        if self._shown and self._todo < self._total:
+            who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+            self._say(f"{who}{self._todo} of {self._total} runs are to be done here")
+        return self
+
+    def __exit__(self, *problem) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Tells that so many more runs are done."""
+        self._done += count
+        now = time.monotonic()
+        rate = self._done / (now - self._start)
+        if self._bar is not None:
+            self._bar.update(self._task, advance=count, rate=f"{rate:.2g} runs/s")
+        elif self._shown and (now - self._last > EVERY or self._done == self._todo):
+            self._last = now
+            left = (self._todo - self._done) / rate
+            self._say(f"{self._done}/{self._todo} runs, {rate:.2g} runs/s, {left:.0f} s left")
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

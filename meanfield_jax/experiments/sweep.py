@@ -1,0 +1,454 @@
+"""Phase diagrams of training: a grid of runs on any number of devices, kept in a store."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.progress import Progress
+from meanfield_jax.experiments.store import Layout, Region, SweepStore, Variable, create, locked
+from meanfield_jax.experiments.train import (
+    Arrays,
+    Cell,
+    Optimizer,
+    Recipe,
+    Samples,
+    Training,
+    check_cells,
+    check_samples,
+    recipe_of,
+    run_cells,
+)
+from meanfield_jax.kernel.state import STATISTICS
+from meanfield_jax.layers.base import Signal
+from meanfield_jax.network import Network
+from meanfield_jax.theory.propagate import analyze
+from meanfield_jax.variants import with_depth, with_gamma, with_weight_var, with_width
+
+AXES = {
+    "batch_size": "samples of a step",
+    "depth": "hidden blocks",
+    "width": "units or channels of every hidden layer",
+    "gamma": "initial scale of every BatchNorm",
+    "weight_var": "variance of a weight times the fan-in",
+    "learning_rate": "learning rate",
+    "momentum": "momentum of the heavy ball",
+    "seed": "seed of the draw and of the order of the samples",
+}
+"""What a grid can have, with what it is."""
+
+STRUCTURE = ("batch_size", "depth", "width")
+"""Axes along which the computation is compiled anew."""
+
+WHOLE = (*STRUCTURE, "seed")
+"""Axes of whole numbers."""
+
+DEFAULTS = dict(batch_size=100, learning_rate=0.1, momentum=0.9, seed=0)
+
+THEORY_SAMPLES = 128
+"""Most samples of the batch whose theory is put beside the results."""
+
+CELLS = dict(cpu=16)
+"""Most cells of a chunk on each device: small ones lose little when a run is cut off."""
+CELLS_ELSEWHERE = 1024
+
+PATIENCE = 60.0
+"""Seconds without a chunk after which another process is taken for dead, at least."""
+
+
+def sweep(
+    network: Network,
+    data: Samples,
+    grid: Mapping[str, Any],
+    *,
+    store: str | Path | None = None,
+    resume: bool = False,
+    test: Samples | None = None,
+    epochs: int = 5,
+    loss: str = "squared",
+    optimizer: Optimizer | None = None,
+    train_gamma: bool = True,
+    devices: Sequence[Any] | None = None,
+    chunk_cells: int | None = None,
+    detach: bool = False,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Trains a network at every point of a grid; what :func:`train` does, for as many as you like.
+
+    The grid is cut into chunks, each one vmapped call, sharded over the devices. A chunk is written
+    before it counts: kill the process at any moment, resume, and only what ran is run again, with
+    the same numbers. Where ``jax.distributed.initialize()`` was called in every process of a job,
+    each takes its share of the chunks; all need the same data and see the same store.
+
+    Args:
+        network: The specification.
+        data: Inputs (n, *input_shape) and integer labels (n,) or targets (n, C).
+        grid: Axes by name, each a sequence of values, or one number to be used throughout: gamma,
+            weight_var (as specified unless given), learning_rate (0.1), momentum (0.9), seed (0),
+            batch_size (100), and depth, width (as specified). Along the last three each value is
+            compiled by itself.
+        store: Folder of the results, a Zarr group; None: they are kept in memory only.
+        resume: Whether to go on with a store that exists: one of the same sweep.
+        test: Samples to be evaluated after each epoch.
+        epochs: Passes over the data.
+        loss: ``"squared"`` or ``"cross_entropy"``.
+        optimizer: Maps a learning rate to any optax optimizer; the heavy ball by default.
+        train_gamma: Whether scale and offset of the BatchNorms learn.
+        devices: JAX devices to compute on; all local ones by default.
+        chunk_cells: Runs of a chunk; by default as many as memory allows, at most 16 a device on
+            CPU and 1024 elsewhere.
+        detach: Whether to leave the distributed runtime (``jax.distributed.shutdown()``) once the
+            work is shared: then a process that dies takes no other with it.
+        progress: Whether to show progress, rate and time left on stderr.
+
+    Returns:
+        A data set over the grid's axes: ``loss``, ``test_loss``, ``test_accuracy`` (also over
+        ``epoch``; NaN from the epoch of divergence on), ``diverged_at`` (a step; -1: converged,
+        -2: not computed yet), and over those axes that matter the predicted
+        ``eta_max_batch``, ``eta_max_frozen``, ``eta_max_wei2019`` of one training batch (its first
+        128 samples at most). Attributes: the specification as JSON, versions, machine.
+
+    Raises:
+        SpecError, DataError: for inputs that make no sense, and a store of another sweep.
+        OSError: where the store cannot be written.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> x, labels = mf.data.load("digits", num_samples=200, flatten=True)
+        >>> net = mf.mlp([50], inputs=64, outputs=10, norm=mf.BatchNorm())
+        >>> grid = dict(gamma=[0.5, 1.0], learning_rate=[0.01, 0.1, 1.0], seed=range(2))
+        >>> result = mf.sweep(net, (x, labels), grid, epochs=1)
+        >>> dict(result.diverged_at.sizes)
+        {'gamma': 2, 'learning_rate': 3, 'seed': 2}
+    """
+    axes, fixed = _split(grid)
+    devices = list(devices or jax.local_devices())
+    recipes = {
+        _key(at): recipe_of(
+            _restructured(network, at), epochs, int(at["batch_size"]), loss, optimizer, train_gamma
+        )
+        for at in _structures(axes, fixed)
+    }
+    largest = max(recipes.values(), key=lambda recipe: recipe.batch_size)
+    samples, test_samples = check_samples(largest, data, test)
+    check_cells(network, {name: jnp.asarray(v) for name, v in (axes | fixed).items()})
+    cells = chunk_cells or _cells_in_memory(recipes.values(), devices)
+    if cells < 1:
+        remedy = "give at least 1"
+        raise problem(SpecError, "chunk_cells", chunk_cells, "not a number of runs", remedy)
+    spec = dict(
+        network=json.loads(network.to_json()),
+        grid={name: values.tolist() for name, values in axes.items()},
+        fixed={name: value.item() for name, value in fixed.items()},
+        epochs=epochs,
+        loss=loss,
+        optimizer=_name_of(optimizer),
+        train_gamma=train_gamma,
+        data=_fingerprint(samples),
+        test=None if test_samples is None else _fingerprint(test_samples),
+    )
+    variables = _variables(epochs, loss, test is not None)
+    sizes = {name: len(values) for name, values in axes.items()}
+    coordinates = _coordinates(axes, fixed, epochs)
+    layout = Layout(sizes, _chunk(sizes, cells), variables, coordinates, spec, _facts(devices))
+    first = jax.process_index() == 0
+    opened = create(store, layout, resume=resume) if first else None
+    if opened is not None:
+        _predict(opened, recipes, axes, fixed, samples[0])
+    _meet("the store is made")
+    opened = opened or create(store, layout, resume=True)
+    pending = opened.pending()
+    _meet("the work is shared")
+    if detach and jax.process_count() > 1:
+        jax.distributed.shutdown()
+    share = pending[jax.process_index() :: jax.process_count()]
+    run = _Share(opened, recipes, axes, fixed, samples, test_samples, devices, share)
+    with locked(store if first else None):
+        run.compute(progress)
+    return opened.dataset()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """What one process has to do.
+
+    Attributes:
+        store: Where results go.
+        recipes: What to run, by the values of the axes of ``STRUCTURE``.
+        axes: Values of the grid's axes.
+        fixed: Numbers that all cells share.
+        data: Training samples.
+        test: Test samples.
+        devices: What to compute on.
+        numbers: The chunks to compute here.
+    """
+
+    store: SweepStore
+    recipes: dict[tuple, Recipe]
+    axes: dict[str, np.ndarray]
+    fixed: dict[str, np.ndarray]
+    data: Arrays
+    test: Arrays | None
+    devices: list[Any]
+    numbers: list[int]
+
+    def compute(self, progress: bool) -> None:
+        """Computes and writes the chunks, then waits for those of other processes."""
+        mesh = jax.make_mesh(
+            (len(self.devices),), ("cell",), (AxisType.Auto,), devices=self.devices
+        )
+        cells = [math.prod(_sizes(region)) for region in self.store.regions]
+        longest = 0.0
+        with Progress(sum(cells[number] for number in self.numbers), sum(cells), progress) as shown:
+            for number in self.numbers:
+                start = time.monotonic()
+                self.store.write(number, self._results(self.store.regions[number], mesh))
+                longest = max(longest, time.monotonic() - start)
+                shown.advance(cells[number])
+        if jax.process_count() > 1:
+            self._wait(max(PATIENCE, 5 * longest))
+
+    def _results(self, region: Region, mesh: Mesh) -> dict[str, np.ndarray]:
+        """A chunk's results, in the shape of its region."""
+        axes = {
+            name: values[part]
+            for (name, values), part in zip(self.axes.items(), region, strict=True)
+        }
+        shape = _sizes(region)
+        points = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
+        numbers = self.fixed | {name: values.ravel() for name, values in points.items()}
+        # every chunk has as many cells as the largest, whose program is used again
+        whole = math.prod(self.store.layout.chunk)
+        whole += -whole % mesh.size
+        count = math.prod(shape)
+        rows = np.minimum(np.arange(whole), count - 1)
+        cells = Cell(
+            **{
+                name: jnp.asarray(np.broadcast_to(values, count)[rows])
+                for name, values in numbers.items()
+                if name not in STRUCTURE
+            }
+        )
+        recipe = self.recipes[_key({name: np.ravel(v)[0] for name, v in numbers.items()})]
+        result: Training = run_cells(recipe, cells, self.data, self.test, mesh)
+        return {
+            name: np.asarray(getattr(result, name))[:count].reshape(*shape, *variable.shape)
+            for name, variable in self.store.layout.variables.items()
+        }
+
+    def _wait(self, patience: float) -> None:
+        """For the other processes' chunks; RuntimeError where none comes any more."""
+        total = len(self.store.regions)
+        finished, since = self.store.num_finished, time.monotonic()
+        while finished < total:
+            time.sleep(min(1.0, patience / 10))
+            if (now := self.store.num_finished) > finished:
+                finished, since = now, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise RuntimeError(
+                    f"store={self.store.name!r}: no chunk of another process for {patience:.0f} s "
+                    f"(process {jax.process_index()} of {jax.process_count()} has written all of "
+                    f"its own): it seems to have died; {finished} of {total} chunks are kept, "
+                    "resume to compute the rest"
+                )
+
+
+def _split(grid: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Axes, and numbers that are the same for all cells."""
+    axes, fixed = {}, {name: np.asarray(value) for name, value in DEFAULTS.items()}
+    for name, given in grid.items():
+        if name not in AXES:
+            raise problem(SpecError, "grid", name, "no such axis", f"use {', '.join(AXES)}")
+        values = np.asarray(list(given) if isinstance(given, range) else given)
+        if name in WHOLE and values.dtype.kind not in "iu":
+            remedy = "give whole numbers"
+            raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "not whole", remedy)
+        if values.dtype.kind not in "iuf" or values.ndim > 1 or values.size == 0:
+            remedy = "give a number or a sequence of numbers"
+            raise problem(SpecError, f"grid[{name!r}]", given, "not understood", remedy)
+        if len(np.unique(values)) < values.size:
+            remedy = "give each once"
+            raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "values repeat", remedy)
+        if name not in WHOLE:
+            values = values.astype(np.float64)
+        if values.ndim == 1:
+            axes[name] = values
+            fixed.pop(name, None)
+        else:
+            fixed[name] = values
+    if not axes:
+        raise problem(SpecError, "grid", dict(grid), "no axis", "give a sequence for at least one")
+    return axes, fixed
+
+
+def _structures(axes: dict, fixed: dict) -> Iterator[dict[str, Any]]:
+    """Every combination of values of the axes along which the computation is compiled anew."""
+    choices = {
+        name: np.atleast_1d((axes | fixed)[name]) for name in STRUCTURE if name in axes | fixed
+    }
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
+
+
+def _key(numbers: Mapping[str, Any]) -> tuple:
+    return tuple(int(numbers[name]) for name in STRUCTURE if name in numbers)
+
+
+def _restructured(network: Network, structure: dict[str, Any]) -> Network:
+    if "depth" in structure:
+        network = with_depth(network, int(structure["depth"]))
+    if "width" in structure:
+        network = with_width(network, int(structure["width"]))
+    return network
+
+
+def _variables(epochs: int, loss: str, tested: bool) -> dict[str, Variable]:
+    unit = "nat" if loss == "cross_entropy" else "1"
+    curves = dict(loss=("mean training loss of an epoch", unit))
+    if tested:
+        curves |= dict(
+            test_loss=("test loss after an epoch", unit),
+            test_accuracy=("share of test samples classified correctly", "1"),
+        )
+    variables = {
+        name: Variable((epochs,), np.float32, np.nan, dict(long_name=text, units=unit))
+        for name, (text, unit) in curves.items()
+    }
+    said = "step at which training diverged; -1: it did not; -2: not computed"
+    at = Variable((), np.int32, -2, dict(long_name=said, units="step"))
+    return variables | dict(diverged_at=at)
+
+
+def _coordinates(axes: dict, fixed: dict, epochs: int) -> dict[str, Any]:
+    coordinates = {
+        name: ((name,) if name in axes else (), values, dict(long_name=AXES[name], units="1"))
+        for name, values in (axes | fixed).items()
+    }
+    return coordinates | dict(epoch=(("epoch",), np.arange(1, epochs + 1), {}))
+
+
+def _chunk(axes: dict[str, int], cells: int) -> tuple[int, ...]:
+    """The chunk's extent along each axis: whole last axes, then a part, of about equal parts."""
+    sizes = []
+    for name, size in reversed(axes.items()):
+        most = 1 if name in STRUCTURE else min(size, max(cells, 1))
+        sizes.append(math.ceil(size / math.ceil(size / most)))
+        cells //= sizes[-1]
+    return tuple(reversed(sizes))
+
+
+def _sizes(region: Region) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in region)
+
+
+def _cells_in_memory(recipes: Any, devices: list[Any]) -> int:
+    """Cells of a chunk that fit into half of the devices' memory, a quarter of the machine's."""
+    platform = devices[0].platform
+    if platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4 / len(devices)
+    else:
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit", 2**33) / 2
+    each = max(bytes_of_cell(recipe) for recipe in recipes)
+    most = CELLS.get(platform, CELLS_ELSEWHERE)
+    return max(1, min(most, int(memory / each))) * len(devices)
+
+
+def bytes_of_cell(recipe: Recipe) -> int:
+    """Memory of one run, roughly and from above.
+
+    Six copies of the parameters (draw, gradient, momentum, old and new), and four of what a batch
+    leaves behind in each layer, windows of convolutions included.
+    """
+    network = recipe.network
+    signals = network.body.signals(Signal(network.input_shape))
+    windows = [getattr(layer, "kernel", 1) ** 2 for layer in network.layers] + [1]
+    numbers = sum(
+        math.prod(signal.shape) * window for signal, window in zip(signals, windows, strict=True)
+    )
+    return 4 * (6 * network.num_parameters + 4 * recipe.batch_size * numbers)
+
+
+def _predict(store: SweepStore, recipes, axes, fixed, x: Array) -> None:
+    """Puts the predicted boundaries, of a batch of the data, beside the results."""
+    names = [name for name in axes if name not in ("learning_rate", "seed")]
+    numbers = {name: axes[name] for name in names}
+    momentum = numbers.pop("momentum", fixed["momentum"])
+    for statistics in STATISTICS:
+        name = f"eta_max_{statistics}"
+        if store.has(name):
+            continue
+        # momentum last, as theory is needed only once for all of them
+        others = [key for key in names if key != "momentum"]
+        values = [
+            _boundary(
+                recipes, fixed | dict(zip(others, point, strict=True)), x, statistics, momentum
+            )
+            for point in itertools.product(*numbers.values())
+        ]
+        shape = tuple(len(numbers[key]) for key in others)
+        table = np.asarray(values, np.float64).reshape(*shape, *np.shape(momentum))
+        if "momentum" in names:
+            table = np.moveaxis(table, -1, names.index("momentum"))
+        said = f"largest stable learning rate by theory, statistics={statistics!r}"
+        store.add(name, tuple(names), table, dict(long_name=said, units="1"))
+
+
+def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momentum) -> np.ndarray:
+    recipe = recipes[_key(numbers)]
+    network = recipe.network
+    if "gamma" in numbers:
+        network = with_gamma(network, float(numbers["gamma"]))
+    if "weight_var" in numbers:
+        network = with_weight_var(network, float(numbers["weight_var"]))
+    batch = x[: min(recipe.batch_size, THEORY_SAMPLES)]
+    likelihood = "categorical" if recipe.loss == "cross_entropy" else "gaussian"
+    theory = analyze(network, data=batch, statistics=statistics, likelihood=likelihood)
+    return np.asarray(theory.eta_max(momentum))
+
+
+def _meet(where: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _name_of(optimizer: Optimizer | None) -> str:
+    if optimizer is None:
+        return "heavy ball"
+    module, name = (getattr(optimizer, key, "") for key in ("__module__", "__qualname__"))
+    return f"{module}.{name}" if name else repr(optimizer)
+
+
+def _fingerprint(samples: Arrays) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for array in samples:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    x = samples[0]
+    return dict(shape=list(x.shape), dtype=str(x.dtype), sha256=digest.hexdigest()[:16])
+
+
+def _facts(devices: list[Any]) -> dict[str, Any]:
+    packages = ("meanfield_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes"
+    return dict(versions=json.dumps(versions), devices=device)
