@@ -9,7 +9,7 @@ the toolkit measures whether the two agree. The names below follow that way::
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
     use       train: many runs at once, over scales, learning rates and seeds;
-              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, kept in a store
+              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store
 """
 
 from meanfield_jax import data

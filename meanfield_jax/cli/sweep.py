@@ -55,6 +55,8 @@ class Sweep:
     """How many processes there are, with --coordinator."""
     process_id: int | None = None
     """Which of them this is, from 0, with --coordinator."""
+    patience: float = 60.0
+    """Seconds without a chunk after which other processes are taken for dead."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -76,6 +78,7 @@ class Sweep:
             train_gamma=not self.frozen_gamma,
             chunk_cells=self.chunk_cells,
             detach=True,
+            patience=self.patience,
             progress=True,
         )
         if jax.process_index() > 0:

@@ -1,8 +1,8 @@
 """Where training really stops being stable: the largest learning rate that stays bounded."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import xarray as xr
 from flax import nnx
 from jax import Array
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from meanfield_jax.empirical.model import Functional, Params, build, functional
 from meanfield_jax.errors import DataError, SpecError, check_data, problem
@@ -87,23 +87,30 @@ def measured_boundary(
     for name, value in dict(tol=tol, residual=residual).items():
         if not value > 0:
             raise problem(SpecError, name, value, "not above 0", "give a number above 0")
-    variants = variants_of(network, gammas)
+    # floats, as theory would be compiled anew for an integer
+    variants = variants_of(network, map(float, gammas))
     predicted = np.array(
         [float(analyze(variant, data=x).eta_max(momentum)) for variant in variants.values()]
     )
     boundary = np.empty((len(variants), draws))
-    jobs = [(row, draw) for row in range(len(variants)) for draw in range(draws)]
+    seeds = range(seed, seed + draws)
     console = Console(stderr=True)
-    for row, draw in track(jobs, "Training", console=console, disable=not progress, transient=True):
-        model = build(list(variants.values())[row], rngs=nnx.Rngs(seed + draw))
-        apply, params = functional(model)
-        first = apply(params, x)
-        target = first + residual * (y - first)
+    with Progress(console=console, disable=not progress, transient=True) as bar:
+        task = bar.add_task("Training", total=boundary.size)
+        for rows, models in _alike(variants.values(), seeds):
 
-        def bounded(rate: float, apply=apply, params=params, target=target) -> bool:
-            return bool(_stays_bounded(apply, params, x, target, rate, momentum, num_steps))
+            def bounded(rates: np.ndarray, models=models) -> np.ndarray:
+                # of the parameters' dtype, under x64 too
+                given = jnp.asarray(rates, jnp.float32)
+                return np.asarray(_stay_bounded(models, x, y, given, momentum, residual, num_steps))
 
-        boundary[row, draw] = _bisect(bounded, predicted[row], 1 + tol)
+            found = _bisect(
+                bounded,
+                np.repeat(predicted[rows], draws),
+                1 + tol,
+                lambda count: bar.advance(task, count),
+            )
+            boundary[rows] = found.reshape(len(rows), draws)
     data = dict(
         boundary=(("network", "draw"), boundary),
         predicted=("network", predicted),
@@ -114,32 +121,78 @@ def measured_boundary(
     return xr.Dataset(data, dict(network=list(variants)), attributes)
 
 
-def _bisect(bounded, guess: float, factor: float) -> float:
-    """The largest rate that is bounded, where the next one, up to a factor, is not; NaN if none."""
-    low = high = guess
-    if bounded(guess):
-        while bounded(high := 1.25 * low):
-            low = high
-            if low > WIDEST * guess:
-                return math.nan
-    else:
-        while not bounded(low := high / 1.25):
-            high = low
-            if high < guess / WIDEST:
-                return math.nan
-    while high > factor * low:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if bounded(middle) else (low, middle)
-    return low
+def _alike(
+    networks: Iterable[Network], seeds: Sequence[int]
+) -> Iterator[tuple[list[int], tuple[Functional, Params]]]:
+    """Draws of all networks, those of one structure together: which they are, and their draws.
+
+    The arrays of the draws are stacked, (networks * seeds, ...), seeds last.
+    """
+    groups: dict[Any, list[tuple[int, list]]] = {}
+    for row, network in enumerate(networks):
+        draws = [functional(build(network, rngs=nnx.Rngs(seed))) for seed in seeds]
+        groups.setdefault(jax.tree.structure(draws[0]), []).append((row, draws))
+    for group in groups.values():
+        models = [model for _, draws in group for model in draws]
+        yield [row for row, _ in group], jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+
+
+def _bisect(
+    bounded: Callable[[np.ndarray], np.ndarray],
+    guess: np.ndarray,
+    factor: float,
+    finished: Callable[[int], Any] = lambda count: None,
+) -> np.ndarray:
+    """The largest rate that is bounded, where the next one, up to a factor, is not; NaN if none.
+
+    Args:
+        bounded: Whether each of the rates is; all are asked for at once, again and again.
+        guess: Where to begin, (cells,).
+        factor: How far apart a bounded rate and one that is not may be.
+        finished: Told how many cells have come to their end.
+    """
+    rate, searching = guess, np.full(guess.shape, True)
+    # the largest known to be bounded and the smallest known not to be; NaN: none yet
+    low = high = np.full(guess.shape, np.nan)
+    while searching.any():
+        stays = bounded(rate)
+        low = np.where(searching & stays, rate, low)
+        high = np.where(searching & ~stays, rate, high)
+        open_ends = [np.isnan(high), np.isnan(low)]
+        rate = np.select(open_ends, [1.25 * low, high / 1.25], np.sqrt(low * high))
+        within = [low < WIDEST * guess, high > guess / WIDEST]
+        before, searching = searching, searching & np.select(open_ends, within, high > factor * low)
+        finished(int(before.sum() - searching.sum()))
+    return np.where(np.isnan(high), np.nan, low)
 
 
 @partial(jax.jit, static_argnames="num_steps")
+def _stay_bounded(
+    models: tuple[Functional, Params],
+    x: Array,
+    y: Array,
+    rates: Array,
+    momentum: Array | float,
+    residual: Array | float,
+    num_steps: int,
+) -> Array:
+    """Which networks stay bounded at their rates, (cells,); one loop, until all have ended."""
+
+    def one(model: tuple[Functional, Params], rate: Array) -> Array:
+        apply, params = model
+        first = apply(params, x)
+        target = first + residual * (y - first)
+        return _stays_bounded(apply, params, x, target, rate, momentum, num_steps)
+
+    return jax.vmap(one)(models, rates)
+
+
 def _stays_bounded(
     apply: Functional,
     params: Params,
     x: Array,
     y: Array,
-    rate: Array | float,
+    rate: Array,
     momentum: Array | float,
     num_steps: int,
 ) -> Array:

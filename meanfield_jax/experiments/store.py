@@ -131,10 +131,9 @@ class SweepStore:
     def read(self, number: int) -> dict[str, np.ndarray] | None:
         """A finished chunk's results; None where it is missing or damaged."""
         region = self.regions[number]
+        if (expected := self._digest_of(number)) == NO_DIGEST:
+            return None
         try:
-            expected = self._array("digest")[number]
-            if expected == NO_DIGEST:
-                return None
             results = {
                 name: np.ascontiguousarray(self._array(name)[region])
                 for name in self.layout.variables
@@ -150,7 +149,7 @@ class SweepStore:
     @property
     def num_finished(self) -> int:
         """How many chunks say that they are finished; reads their checksums only."""
-        return int(np.count_nonzero(self._array("digest")[:]))
+        return sum(self._digest_of(number) != NO_DIGEST for number in range(len(self.regions)))
 
     def add(self, name: str, dims: tuple[str, ...], values: np.ndarray, attributes: dict) -> None:
         """Puts a small array beside the results, whole."""
@@ -170,8 +169,11 @@ class SweepStore:
             values = np.full((*self.layout.shape, *variable.shape), variable.missing)
             tail = ("epoch",) * len(variable.shape)
             data[name] = ((*dims, *tail), values.astype(variable.dtype), variable.attributes)
+        finished = 0
         for number, region in enumerate(self.regions):
-            for name, values in (self.read(number) or {}).items():
+            results = self.read(number)
+            finished += results is not None
+            for name, values in (results or {}).items():
                 data[name][1][region] = values
         coords = {}
         for name, array in sorted(self._group.arrays()):
@@ -180,9 +182,15 @@ class SweepStore:
                 continue
             dims = array.metadata.dimension_names or ()  # pyright: ignore[reportAttributeAccessIssue]
             (coords if role == "coordinate" else data)[name] = (dims, array[...], attributes)
-        finished = f"{self.num_finished} of {len(self.regions)} chunks"
-        attributes = dict(self.layout.facts, spec=json.dumps(self.layout.spec), finished=finished)
+        shares = f"{finished} of {len(self.regions)} chunks"
+        attributes = dict(self.layout.facts, spec=json.dumps(self.layout.spec), finished=shares)
         return xr.Dataset(data, coords, attributes)
+
+    def _digest_of(self, number: int) -> int:
+        try:
+            return int(self._array("digest")[number])
+        except UNREADABLE:
+            return NO_DIGEST
 
     def _array(self, name: str) -> Any:
         return self._group[name]

@@ -68,9 +68,6 @@ CELLS = dict(cpu=16)
 """Most cells of a chunk on each device: small ones lose little when a run is cut off."""
 CELLS_ELSEWHERE = 1024
 
-PATIENCE = 60.0
-"""Seconds without a chunk after which another process is taken for dead, at least."""
-
 
 def sweep(
     network: Network,
@@ -87,6 +84,7 @@ def sweep(
     devices: Sequence[Any] | None = None,
     chunk_cells: int | None = None,
     detach: bool = False,
+    patience: float = 60.0,
     progress: bool = False,
 ) -> xr.Dataset:
     """Trains a network at every point of a grid; what :func:`train` does, for as many as you like.
@@ -115,6 +113,8 @@ def sweep(
             CPU and 1024 elsewhere.
         detach: Whether to leave the distributed runtime (``jax.distributed.shutdown()``) once the
             work is shared: then a process that dies takes no other with it.
+        patience: Seconds after which, where no chunk came (and none in five times what the longest
+            took here), other processes are taken for dead.
         progress: Whether to show progress, rate and time left on stderr.
 
     Returns:
@@ -148,10 +148,10 @@ def sweep(
     largest = max(recipes.values(), key=lambda recipe: recipe.batch_size)
     samples, test_samples = check_samples(largest, data, test)
     check_cells(network, {name: jnp.asarray(v) for name, v in (axes | fixed).items()})
-    cells = chunk_cells or _cells_in_memory(recipes.values(), devices)
-    if cells < 1:
+    if chunk_cells is not None and chunk_cells < 1:
         remedy = "give at least 1"
         raise problem(SpecError, "chunk_cells", chunk_cells, "not a number of runs", remedy)
+    cells = chunk_cells or _cells_in_memory(recipes.values(), devices)
     spec = dict(
         network=json.loads(network.to_json()),
         grid={name: values.tolist() for name, values in axes.items()},
@@ -180,7 +180,7 @@ def sweep(
     share = pending[jax.process_index() :: jax.process_count()]
     run = _Share(opened, recipes, axes, fixed, samples, test_samples, devices, share)
     with locked(store if first else None):
-        run.compute(progress)
+        run.compute(patience, progress)
     return opened.dataset()
 
 
@@ -208,7 +208,7 @@ class _Share:
     devices: list[Any]
     numbers: list[int]
 
-    def compute(self, progress: bool) -> None:
+    def compute(self, patience: float, progress: bool) -> None:
         """Computes and writes the chunks, then waits for those of other processes."""
         mesh = jax.make_mesh(
             (len(self.devices),), ("cell",), (AxisType.Auto,), devices=self.devices
@@ -222,7 +222,7 @@ class _Share:
                 longest = max(longest, time.monotonic() - start)
                 shown.advance(cells[number])
         if jax.process_count() > 1:
-            self._wait(max(PATIENCE, 5 * longest))
+            self._wait(max(patience, 5 * longest))
 
     def _results(self, region: Region, mesh: Mesh) -> dict[str, np.ndarray]:
         """A chunk's results, in the shape of its region."""

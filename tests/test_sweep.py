@@ -1,0 +1,424 @@
+"""Sweeps: cell by cell what train gives, and a store that survives whatever happens to it."""
+
+import fcntl
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from tolerance import assert_close
+
+import meanfield_jax as mf
+from meanfield_jax.cli.sweep import parse_grid
+from meanfield_jax.experiments import diagram
+from meanfield_jax.experiments.store import Layout, Variable, create
+from meanfield_jax.experiments.sweep import _chunk, bytes_of_cell
+from meanfield_jax.experiments.train import recipe_of
+
+NETWORK = mf.mlp([16], inputs=64, outputs=10, norm=mf.BatchNorm())
+GRID = dict(gamma=[0.5, 1.0], learning_rate=[0.01, 0.1, 100.0], seed=[0, 3])
+COMMAND = (
+    *("--data", "digits", "--widths", "16", "--num-samples", "100", "--num-test", "50"),
+    *("--epochs", "2", "--chunk-cells", "2", "--grid", "gamma=0.5,1"),
+    *("learning_rate=1e-2:100:12", "seed=0,1", "batch_size=50"),
+)
+"""A sweep of 24 chunks from the command line."""
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return mf.data.load("digits", num_samples=100, flatten=True)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of processes: programs that were compiled once are read from a folder."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    cache = dict(
+        JAX_COMPILATION_CACHE_DIR=folder,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+        JAX_PLATFORMS="cpu",
+    )
+    return {**os.environ, **cache}
+
+
+@pytest.fixture(scope="module")
+def whole(environment, tmp_path_factory):
+    """The store of the command, written without a break."""
+    store = tmp_path_factory.mktemp("whole") / "run.zarr"
+    done = start(store, environment).wait(timeout=300)
+    assert done == 0
+    return store
+
+
+def start(store: Path, environment, *options: str, **settings) -> subprocess.Popen:
+    command = [sys.executable, "-m", "meanfield_jax", "sweep", str(store), *COMMAND, *options]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+
+
+def same_numbers(a: Path, b: Path) -> bool:
+    """Bit by bit, apart from who made it."""
+    return mf.load_sweep(a).drop_attrs().identical(mf.load_sweep(b).drop_attrs())
+
+
+def wait_for_chunks(store: Path, count: int, process: subprocess.Popen) -> None:
+    chunks = store / "digest" / "c"
+    deadline = time.monotonic() + 120
+    while not chunks.exists() or len(list(chunks.iterdir())) < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_each_cell_is_what_train_gives(digits):
+    found = mf.sweep(NETWORK, digits, GRID | dict(momentum=0.5), test=digits, epochs=2)
+    assert found.sizes == dict(gamma=2, learning_rate=3, seed=2, epoch=2)
+    for gamma in GRID["gamma"]:
+        for seed in GRID["seed"]:
+            cell = found.sel(gamma=gamma, seed=seed, learning_rate=0.1)
+            options = dict(gamma=gamma, seed=seed, learning_rate=0.1, momentum=0.5, epochs=2)
+            alone = mf.train(NETWORK, digits, test=digits, **options)
+            assert_close(cell.loss.values, alone.loss, "edge", dtype=np.float32)
+            assert_close(cell.test_loss.values, alone.test_loss, "edge", dtype=np.float32)
+    assert (found.diverged_at.sel(learning_rate=100.0) >= 0).all()
+    assert float(found.momentum) == 0.5
+
+
+def test_structure_and_variances_are_axes(digits):
+    grid = dict(depth=[1, 2], width=[8], batch_size=[20], weight_var=[1.0, 2.0])
+    found = mf.sweep(NETWORK, digits, grid, epochs=1)
+    at = dict(depth=2, width=8, batch_size=20)
+    for weight_var in grid["weight_var"]:
+        options = dict(norm=mf.BatchNorm(), weight_var=weight_var)
+        network = mf.mlp([8, 8], inputs=64, outputs=10, **options)
+        alone = mf.train(network, digits, epochs=1, batch_size=20)
+        cell = found.sel(**at, weight_var=weight_var)
+        assert_close(cell.loss.values, alone.loss, "edge", dtype=np.float32)
+        theory = mf.analyze(network, data=digits[0][:20], statistics="frozen")
+        predicted = float(cell.eta_max_frozen)
+        assert_close(predicted, theory.eta_max(0.9), "rounding", dtype=np.float32)
+
+
+@pytest.mark.parametrize("cells", [1, 2, 5, 7, 30, 1000])
+@pytest.mark.parametrize("sizes", [dict(gamma=3, learning_rate=7, seed=2), dict(width=2, gamma=5)])
+def test_chunks_cover_the_grid_once(sizes, cells):
+    """So no two processes ever write the same region."""
+    variable = Variable((), np.float32, np.nan, {})
+    layout = Layout(sizes, _chunk(sizes, cells), dict(loss=variable), {}, dict(grid=sizes), {})
+    store = create(None, layout, resume=False)
+    covered = np.zeros(tuple(sizes.values()), int)
+    for region in store.regions:
+        covered[region] += 1
+        assert covered[region].size <= cells
+    assert np.all(covered == 1)
+    if "width" in sizes:
+        assert layout.chunk[0] == 1
+
+
+def test_memory_of_a_cell_is_not_underestimated(digits):
+    """XLA's own account of the compiled program is below ours, by less than a factor of four."""
+    import jax
+    import jax.numpy as jnp
+
+    from meanfield_jax.experiments.train import Cell, check_samples, run_cells
+
+    network = mf.mlp([200] * 3, inputs=64, outputs=10, norm=mf.BatchNorm())
+    recipe = recipe_of(network, 1, 50, "squared", None, True)
+    samples, _ = check_samples(recipe, digits, None)
+
+    def needed(count: int) -> int:
+        cells = Cell(jnp.ones(count), jnp.ones(count), jnp.arange(count))
+        return (
+            run_cells.lower(recipe, cells, samples, None)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
+
+    each = (needed(9) - needed(1)) / 8
+    assert each < bytes_of_cell(recipe) < 4 * each
+    assert jax.default_backend() == "cpu"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 255]) + path.read_bytes()[1:]),
+    ],
+    ids=["truncated", "empty", "gone", "altered"],
+)
+@pytest.mark.parametrize("variable", ["loss", "digest"])
+def test_a_damaged_chunk_is_found_and_computed_again(digits, tmp_path, damage, variable):
+    store = tmp_path / "run.zarr"
+    # chunks of 2 x 2 cells, and of 1 x 2 at the edge: the second file is one of these
+    options = dict(store=store, epochs=2, chunk_cells=4)
+    before = mf.sweep(NETWORK, digits, GRID, **options)
+    files = sorted(path for path in (store / variable / "c").rglob("*") if path.is_file())
+    damage(files[1])
+    seen = mf.load_sweep(store)
+    assert int((seen.diverged_at == -2).sum()) == 2
+    untouched = {path: path.stat().st_mtime_ns for path in files[2:]}
+    assert mf.sweep(NETWORK, digits, GRID, resume=True, **options).identical(before)
+    assert {path: path.stat().st_mtime_ns for path in files[2:]} == untouched
+
+
+def test_a_finished_sweep_computes_nothing(digits, tmp_path, monkeypatch):
+    options = dict(store=tmp_path / "run.zarr", epochs=1)
+    before = mf.sweep(NETWORK, digits, GRID, **options)
+    monkeypatch.setattr("meanfield_jax.experiments.sweep.run_cells", None)
+    monkeypatch.setattr("meanfield_jax.experiments.sweep.analyze", None)
+    assert mf.sweep(NETWORK, digits, GRID, resume=True, **options).identical(before)
+    # any reader of Zarr can open it
+    opened = xr.open_zarr(options["store"], consolidated=False)
+    assert np.array_equal(opened.loss.values, before.loss.values, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(epochs=2), ("epochs 1 in the store, 2 now",)),
+        (dict(grid=GRID | dict(gamma=[0.5, 2.0])), ("grid/gamma [0.5, 1.0] in the store",)),
+        (dict(network=mf.mlp([16], inputs=64, outputs=10, norm=mf.BatchNorm(beta=1.0))), ("beta",)),
+        (dict(loss="cross_entropy"), ('loss "squared" in the store, "cross_entropy" now',)),
+        (dict(resume=False), ("exists already", "--resume")),
+    ],
+)
+def test_a_store_of_another_sweep_is_refused(digits, tmp_path, changes, words):
+    options = dict(network=NETWORK, grid=GRID, store=tmp_path / "run.zarr", epochs=1)
+    mf.sweep(data=digits, **options)
+    before = {path: path.read_bytes() for path in options["store"].rglob("*") if path.is_file()}
+    with pytest.raises(mf.SpecError) as error:
+        mf.sweep(data=digits, **(options | dict(resume=True) | changes))
+    assert all(word in str(error.value) for word in words)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_store_in_use_is_refused(digits, tmp_path):
+    options = dict(store=tmp_path / "run.zarr", epochs=1)
+    mf.sweep(NETWORK, digits, GRID, **options)
+    with (options["store"] / "zarr.json").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(mf.SpecError, match="another sweep is writing it"):
+            mf.sweep(NETWORK, digits, GRID, resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(grid=dict(gama=[1.0])), ("grid='gama'", "gamma, weight_var")),
+        (dict(grid=dict(gamma=1.0)), ("no axis", "sequence")),
+        (dict(grid=dict(seed=[0.5])), ("grid['seed']=[0.5]", "whole")),
+        (dict(grid=dict(gamma=["a"])), ("not understood",)),
+        (dict(grid=dict(gamma=[1.0, 1.0])), ("values repeat",)),
+        (dict(grid=dict(learning_rate=[-1.0])), ("learning_rate=[-1.0]", "negative")),
+        (dict(grid=dict(batch_size=[50, 101])), ("batch_size=101", "100 samples")),
+        (dict(grid=dict(depth=[0])), ("depth=0", "whole number >= 1")),
+        (dict(chunk_cells=0), ("chunk_cells=0", "at least 1")),
+        (dict(network=mf.mlp([4], inputs=64, outputs=10)), ("gamma=", "no BatchNorm")),
+    ],
+)
+def test_what_makes_no_sense_is_refused(digits, tmp_path, changes, words):
+    options = dict(network=NETWORK, grid=GRID, store=tmp_path / "run.zarr") | changes
+    with pytest.raises(mf.SpecError) as error:
+        mf.sweep(data=digits, **options)
+    assert all(word in str(error.value) for word in words)
+    assert not options["store"].exists()
+
+
+def test_no_store_is_no_sweep(tmp_path):
+    with pytest.raises(mf.DataError, match="does not exist"):
+        mf.load_sweep(tmp_path / "nothing.zarr")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((mf.DataError, OSError), match="store="):
+        mf.load_sweep(tmp_path / "empty")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(whole, environment, tmp_path):
+    """Six times kill -9, from before the store exists until the last chunks."""
+    store, moments = tmp_path / "run.zarr", random.Random(0)
+    for kill in range(6):
+        process = start(store, environment, *(["--resume"] if store.exists() else []))
+        if kill > 0:
+            wait_for_chunks(store, min(4 * kill, 20), process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(store, environment, "--resume")
+    assert process.wait(timeout=300) == 0
+    assert same_numbers(store, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep_and_outlive_each_other(whole, environment, tmp_path):
+    """One is killed: the other does its share, says what is missing, and the rest is resumed."""
+
+    def pair(store: Path, *options: str) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        together = ("--coordinator", address, "--num-processes", "2", "--patience", "2")
+        return [
+            start(store, environment, *together, "--process-id", str(number), *options)
+            for number in range(2)
+        ]
+
+    store = tmp_path / "both.zarr"
+    first, second = pair(store)
+    outputs = [process.communicate(timeout=300) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert "48 runs" in outputs[0][1]
+    assert outputs[1][0] == ""
+    assert same_numbers(store, whole)
+
+    for killed in (0, 1):
+        store = tmp_path / f"killed-{killed}.zarr"
+        processes = pair(store)
+        wait_for_chunks(store, 4, processes[killed])
+        processes[killed].send_signal(signal.SIGKILL)
+        processes[killed].communicate()
+        _, said = processes[1 - killed].communicate(timeout=300)
+        assert processes[1 - killed].returncode == 1
+        assert "it seems to have died" in said
+        assert "Traceback" not in said
+        assert start(store, environment, "--resume").wait(timeout=300) == 0
+        assert same_numbers(store, whole)
+
+
+@pytest.mark.slow
+def test_devices_share_the_cells(whole, environment, tmp_path):
+    """Four virtual devices give the same results as one."""
+    store = tmp_path / "four.zarr"
+    flags = environment | dict(XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert start(store, flags).wait(timeout=300) == 0
+    found, expected = mf.load_sweep(store), mf.load_sweep(whole)
+    assert found.devices.startswith("4 x cpu")
+    assert np.array_equal(found.diverged_at < 0, expected.diverged_at < 0)
+    stable = found.learning_rate < 0.1
+    for name in ("loss", "test_loss"):
+        a, b = (dataset[name].sel(learning_rate=stable).values for dataset in (found, expected))
+        assert_close(a, b, "edge", dtype=np.float32)
+
+
+@pytest.mark.slow
+def test_where_nothing_more_can_be_written_the_store_stays_readable(whole, environment, tmp_path):
+    """The system refuses files above a size that the metadata have and longer curves exceed."""
+    store = tmp_path / "run.zarr"
+    shutil.copytree(whole, store)
+    chunks = sorted((store / "digest" / "c").iterdir(), key=lambda path: int(path.name))
+    for path in chunks[10:]:
+        path.unlink()
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8, 8))
+    process = start(store, environment, "--resume", preexec_fn=limit)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("meanfield-jax:")]
+    assert "store=" in line
+    assert "Traceback" not in said
+    readable = mf.load_sweep(store)
+    assert int((readable.diverged_at != -2).sum()) == 20
+    assert start(store, environment, "--resume").wait(timeout=300) == 0
+    assert same_numbers(store, whole)
+
+
+def synthetic() -> xr.Dataset:
+    """Two scales, four learning rates, two seeds: the boundary is known."""
+    at = np.full((2, 4, 2), -1)
+    at[0, 3] = 5  # both seeds at the last rate
+    at[1, 1, 1] = 7  # one seed at the second
+    at[1, 2:] = 0
+    loss = np.arange(16.0).reshape(2, 4, 2, 1)
+    coords = dict(gamma=[0.5, 1.0], learning_rate=[0.01, 0.1, 1.0, 10.0], seed=[0, 1])
+    dims = ("gamma", "learning_rate", "seed")
+    eta = {f"eta_max_{name}": ("gamma", [2.0, 0.5]) for name in ("batch", "frozen", "wei2019")}
+    data = dict(diverged_at=(dims, at), loss=((*dims, "epoch"), loss), **eta)
+    dataset = xr.Dataset(data, coords)
+    for name in ("loss", "gamma", "learning_rate"):
+        dataset[name].attrs["long_name"] = name
+    return dataset
+
+
+def test_the_boundary_is_where_the_first_seed_diverges():
+    found = synthetic()
+    assert_close(diagram.boundary(found).values, np.sqrt([10.0, 0.001]), "rounding")
+    assert diagram.averaged(found).isnull().values.tolist() == [
+        [False] * 3 + [True],
+        [False] + [True] * 3,
+    ]
+    assert diagram.best_rate(found).values.tolist() == [0.01, 0.01]
+    # a cell that is not there yet is no boundary
+    found.diverged_at[1, 1] = -2
+    assert np.isnan(diagram.boundary(found).values[1])
+    with pytest.raises(mf.DataError, match="value='test_loss'"):
+        diagram.averaged(found, "test_loss")
+    with pytest.raises(mf.DataError, match="no learning rates"):
+        diagram.boundary(found.isel(learning_rate=0))
+
+
+def test_the_picture_has_what_it_says():
+    figure = mf.plot_sweep(synthetic())
+    panel = figure.axes[0]
+    (mesh,) = panel.collections
+    assert np.ma.getmaskarray(mesh.get_array()).sum() == 4
+    labels = [line.get_label() for line in panel.lines]
+    assert labels[0] == "theory, training mode"
+    assert_close(panel.lines[0].get_xdata(), [2.0, 0.5], "rounding")
+    assert_close(panel.lines[1].get_xdata(), [1.0, 0.25], "rounding")
+    with pytest.raises(mf.DataError, match="no plane to show"):
+        mf.plot_sweep(synthetic().isel(gamma=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("gamma=0.5,1", [0.5, 1.0]),
+        ("learning_rate=1e-2:1:3", [0.01, 0.1, 1.0]),
+        ("seed=0,1,2", [0, 1, 2]),
+        ("momentum=.5", 0.5),
+    ],
+)
+def test_grids_are_read(text, values):
+    ((name, found),) = parse_grid((text,)).items()
+    assert name == text.split("=")[0]
+    assert_close(found, values, "rounding")
+
+
+@pytest.mark.parametrize(
+    "texts", [("gamma",), ("x=1",), ("gamma=a",), ("gamma=0:1:3",), ("seed=1",) * 2]
+)
+def test_grids_that_make_no_sense_are_refused(texts):
+    with pytest.raises(mf.SpecError, match="--grid="):
+        parse_grid(texts)
+
+
+def test_plot_reads_what_sweep_wrote(digits, tmp_path, capsys):
+    from meanfield_jax.cli import main
+
+    mf.sweep(NETWORK, digits, GRID, store=tmp_path / "run.zarr", epochs=1)
+    picture = tmp_path / "run.png"
+    assert main(["plot", str(tmp_path / "run.zarr"), "--output", str(picture), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(tmp_path / "no.zarr"), "--output", str(picture)]) == 2
+    assert "does not exist" in capsys.readouterr().err
