@@ -165,7 +165,8 @@ def draw_sweep(
     norm = LogNorm(finite.min(), np.quantile(finite, 0.98)) if positive else None
     edges = [_edges(shown[name].values) for name in ("learning_rate", vertical)]
     mesh = axes.pcolormesh(*edges, values, norm=norm, cmap="viridis", rasterized=True)
-    label = dataset[value or ("test_loss" if "test_loss" in dataset else "loss")].long_name
+    result = dataset[value or ("test_loss" if "test_loss" in dataset else "loss")]
+    label = f"{result.long_name} after {dataset.sizes['epoch']} epochs (white: diverged)"
     axes.figure.colorbar(mesh, ax=axes, label=label, extend="max" if norm else "neither")
     heights = dataset[vertical]
     for name in ("batch", "frozen", "wei2019"):

@@ -1,13 +1,17 @@
 """The measured boundary of stable training, and spectra side by side."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tolerance import assert_close, standard_error
 
 import meanfield_jax as mf
 from meanfield_jax.experiments import boundary
+from meanfield_jax.variants import with_gamma, without_batch_norm
 
 LINEAR = mf.Network((5,), (mf.Dense(2),))
 
@@ -28,15 +32,74 @@ def test_of_a_linear_model_it_is_the_bound(momentum):
     assert np.all(found.boundary >= 0.985 * float(found.predicted[0]))
 
 
-@pytest.mark.parametrize("true", [0.02, 0.3, 1.0, 3.3, 50.0])
-def test_bisection_brackets_the_boundary(true):
-    low = boundary._bisect(lambda rate: rate <= true, 1.0, 1.05)
-    assert low <= true < 1.05 * low
+TRUE = np.array([0.02, 0.3, 1.0, 3.3, 50.0])
+
+
+def test_bisection_brackets_every_boundary():
+    low = boundary._bisect(lambda rates: rates <= TRUE, np.ones(5), 1.05)
+    assert np.all((low <= TRUE) & (1.05 * low > TRUE))
+
+
+def test_boundaries_out_of_reach_are_not_numbers_and_the_others_are_found():
+    true = np.array([0.0, 0.3, np.inf, 3.3])
+    low = boundary._bisect(lambda rates: rates <= true, np.ones(4), 1.05)
+    np.testing.assert_array_equal(np.isnan(low), [True, False, True, False])
+    alone = boundary._bisect(lambda rates: rates <= true[[1, 3]], np.ones(2), 1.05)
+    np.testing.assert_array_equal(low[[1, 3]], alone)
+
+
+@pytest.mark.parametrize("guess", [0.0, np.inf, np.nan])
+def test_a_prediction_that_is_no_rate_comes_to_an_end(guess):
+    low = boundary._bisect(lambda rates: rates <= 1.0, np.array([guess, 1.0]), 1.05)
+    np.testing.assert_array_equal(np.isnan(low), [True, False])
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_a_boundary_out_of_reach_is_not_a_number(answer):
-    assert np.isnan(boundary._bisect(lambda rate: answer, 1.0, 1.05))
+def test_answers_after_a_cell_has_ended_do_not_count(answer):
+    def bounded(rates):
+        return np.where(np.isinf(rates), answer, rates <= TRUE)
+
+    ended = []
+    low = boundary._bisect(bounded, np.ones(5), 1.05, ended.append)
+    assert np.all((low <= TRUE) & (1.05 * low > TRUE))
+    assert sum(ended) == 5
+
+
+SCALED = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm())
+GAMMAS = (0.5, 2.0)
+ALONE = (without_batch_norm(SCALED), *(with_gamma(SCALED, gamma) for gamma in GAMMAS))
+
+
+def test_every_draw_is_the_network_of_its_seed():
+    (vanilla, _), (scaled, (_, params)) = boundary._alike(ALONE, range(3, 5))
+    assert (vanilla, scaled) == ([0], [1, 2])
+    for cell, (row, seed) in enumerate(itertools.product(scaled, range(3, 5))):
+        _, expected = mf.functional(mf.build(ALONE[row], rngs=nnx.Rngs(seed)))
+        drawn = {name: value[cell] for name, value in params.items()}
+        jax.tree.map(np.testing.assert_array_equal, drawn, expected)
+
+
+@pytest.mark.slow
+def test_many_at_once_are_the_same_as_each_alone():
+    x, y = samples(20, 5, 2)
+    # near the targets, where rounding is not blown up
+    options = dict(num_steps=50, residual=1e-3)
+    found = mf.measured_boundary(SCALED, x, y, gammas=GAMMAS, draws=2, seed=3, **options)
+    for (row, network), draw in itertools.product(enumerate(ALONE), range(2)):
+        alone = mf.measured_boundary(network, x, y, draws=1, seed=3 + draw, **options)
+        assert found.boundary[row, draw] == alone.boundary[0, 0]
+        assert found.predicted[row] == alone.predicted[0]
+
+
+def test_under_vmap_as_elsewhere_than_on_cpu_it_is_the_same():
+    x, y = samples(20, 5, 2)
+    _, (_, models) = boundary._alike(ALONE, range(2))
+    predicted = np.repeat([float(mf.analyze(net, data=x).eta_max()) for net in ALONE[1:]], 2)
+    together = jax.vmap(lambda *cell: boundary._stays_bounded(*cell, x, y, 0.9, 1e-3, 50))
+    for factor, stays in ((0.5, True), (2.0, False)):
+        rates = jnp.asarray(factor * predicted, jnp.float32)
+        assert np.all(together(models, rates) == stays)
+        assert np.all(boundary._stay_bounded(models, rates, x, y, 0.9, 1e-3, 50) == stays)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,14 @@ def test_each_cell_is_what_train_gives(digits):
     assert float(found.momentum) == 0.5
 
 
+def test_one_scale_may_be_given_for_all(digits):
+    found = mf.sweep(NETWORK, digits, dict(gamma=0.5, learning_rate=[0.01, 0.1]), epochs=1)
+    assert found.loss.shape == (2, 1)
+    assert found.eta_max_batch.shape == ()
+    theory = mf.analyze(mf.mlp([16], inputs=64, outputs=10, norm=mf.BatchNorm(0.5)), data=digits[0])
+    assert_close(float(found.eta_max_batch), theory.eta_max(0.9), "rounding", dtype=np.float32)
+
+
 def test_structure_and_variances_are_axes(digits):
     grid = dict(depth=[1, 2], width=[8], batch_size=[20], weight_var=[1.0, 2.0])
     found = mf.sweep(NETWORK, digits, grid, epochs=1)

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from meanfield_jax.cli.output import check_folder, write, write_png
-from meanfield_jax.experiments.reproduce import claims_table, figure1, figure2, rows_table
+from meanfield_jax.experiments.reproduce import figure1, figure2, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,5 +43,5 @@ class Reproduce:
         if self.json:
             print(record, end="")
         else:
-            Console().print(rows_table(result.rows), claims_table(result.claims))
+            Console().print(*tables(result))
         print("wrote", *written, file=sys.stderr)

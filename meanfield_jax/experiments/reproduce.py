@@ -30,6 +30,9 @@ from meanfield_jax.variants import VANILLA
 FRACTIONS = np.geomspace(1 / 16, 1, 9)
 """Learning rates over eta_max at which losses of different scales are compared."""
 
+ALL_IMAGES = dict(mnist=60_000, cifar10=50_000)
+"""For training."""
+
 MOST = 0.9
 """Share of comparisons that a claim of order has to win."""
 
@@ -39,7 +42,8 @@ class Case:
     """One network on one data set.
 
     Attributes:
-        title: For people.
+        images: What they are, for people.
+        architecture: Likewise.
         key: Of its files.
         dataset: Name for :func:`meanfield_jax.data.load`.
         network: The specification.
@@ -49,7 +53,8 @@ class Case:
         loss: Of figure 2.
     """
 
-    title: str
+    images: str
+    architecture: str
     key: str
     dataset: str
     network: Network
@@ -57,6 +62,11 @@ class Case:
     num_test: int | None = None
     grid: dict[str, Any] = dataclasses.field(default_factory=dict)
     loss: str = "squared"
+
+    def title(self, num_samples: int) -> str:
+        """For people; says where the training images are not all there are."""
+        subset = " subset" if num_samples < ALL_IMAGES[self.dataset] else ""
+        return f"{self.images}{subset}, {self.architecture}, n = {num_samples}"
 
     def load(self, split: str, data_dir: Any) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels."""
@@ -99,8 +109,8 @@ def _cnn() -> Network:
 def _cases1(scale: str) -> list[Case]:
     fc, conv = (400, 128) if scale == "small" else (1000, 512)
     return [
-        Case(f"MNIST, FC 784-1000x3-10, n = {fc}", "mnist", "mnist", _mlp(1000), fc),
-        Case(f"CIFAR-10, conv 30-60-90, n = {conv}", "cifar10", "cifar10", _cnn(), conv),
+        Case("MNIST", "FC 784-1000x3-10", "mnist", "mnist", _mlp(1000), fc),
+        Case("CIFAR-10", "conv 30-60-90", "cifar10", "cifar10", _cnn(), conv),
     ]
 
 
@@ -118,11 +128,12 @@ def _cases2(scale: str) -> list[Case]:
         entropy = fc | dict(learning_rate=np.geomspace(1e-3, 1e2, 41))
         width, mnist, cifar, test = 1000, None, None, None
     network = _mlp(width)
-    name = f"MNIST, FC 784-{width}x3-10"
+    name = f"FC 784-{width}x3-10"
     return [
-        Case(name, "mnist", "mnist", network, mnist, test, fc),
-        Case("CIFAR-10, conv 30-60-90", "cifar10", "cifar10", _cnn(), cifar, test, conv),
+        Case("MNIST", name, "mnist", "mnist", network, mnist, test, fc),
+        Case("CIFAR-10", "conv 30-60-90", "cifar10", "cifar10", _cnn(), cifar, test, conv),
         Case(
+            "MNIST",
             f"{name}, cross-entropy",
             "mnist-cross-entropy",
             "mnist",
@@ -160,9 +171,10 @@ def figure1(
             case.network, x, gammas=gammas, draws=draws, theory="data", progress=progress
         )
         found.to_netcdf(folder / f"{case.key}.nc")
-        draw_validation(axes, found, title=case.title)
-        rows += _rows1(case.title, found)
-        claims += [_lowers(case.title, found, mode) for mode in ("batch", "frozen")]
+        title = case.title(len(x))
+        draw_validation(axes, found, title=title)
+        rows += _rows1(title, found)
+        claims += [_lowers(title, found, mode) for mode in ("batch", "frozen")]
     return Result(picture, rows, claims)
 
 
@@ -170,7 +182,7 @@ def _rows1(title: str, found: xr.Dataset) -> list[dict[str, Any]]:
     rows = []
     for label in found.network.values:
         at = found.sel(network=label)
-        row: dict[str, Any] = {"data, network": title, "gamma": str(label).replace("gamma=", "")}
+        row: dict[str, Any] = {"case": title, "gamma": str(label).replace("gamma=", "")}
         for mode in ("batch",) if label == VANILLA else ("batch", "frozen"):
             name = {"batch": "training", "frozen": "evaluation"}[mode]
             row[f"measured, {name}"] = float(at.measured_mean.sel(mode=mode))
@@ -216,9 +228,10 @@ def figure2(
     picture = Figure(figsize=(5.6 * len(cases), 4.6), layout="constrained")
     rows, claims = [], []
     for index, (axes, case) in enumerate(zip(picture.subplots(1, len(cases)), cases, strict=True)):
+        samples = case.load("train", data_dir)
         found = sweep(
             case.network,
-            case.load("train", data_dir),
+            samples,
             case.grid,
             store=folder / f"{case.key}.zarr",
             resume=True,
@@ -226,9 +239,10 @@ def figure2(
             loss=case.loss,
             progress=progress,
         )
-        draw_sweep(axes, found, title=case.title, legend=index == 0)
-        rows += _rows2(case.title, found)
-        claims += _claims2(case.title, found)
+        title = case.title(len(samples[0]))
+        draw_sweep(axes, found, title=title, legend=index == 0)
+        rows += _rows2(title, found)
+        claims += _claims2(title, found)
     return Result(picture, rows, claims)
 
 
@@ -237,7 +251,7 @@ def _rows2(title: str, found: xr.Dataset) -> list[dict[str, Any]]:
     rows = []
     for gamma in found.gamma.values:
         rate = float(measured.sel(gamma=gamma))
-        row = {"data, network": title, "gamma": float(gamma), "measured": rate}
+        row = {"case": title, "gamma": float(gamma), "measured": rate}
         for name in STATISTICS:
             row[f"measured / {name}"] = rate / float(found[f"eta_max_{name}"].sel(gamma=gamma))
         top = float(best.sel(gamma=gamma))
@@ -292,24 +306,27 @@ def _ordered(title: str, where: str, losses: np.ndarray) -> dict[str, Any]:
     )
 
 
-def rows_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for the terminal."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    result = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def tables(result: Result) -> list[Table]:
+    """A table of the rows of each case, and one of the claims, for the terminal."""
+    made = []
+    for title in dict.fromkeys(row["case"] for row in result.rows):
+        rows = [row for row in result.rows if row["case"] == title]
+        names = [name for row in rows for name in row if name != "case"]
+        made.append(_table(title, list(dict.fromkeys(names)), rows))
+    made.append(_table("Published claims", ["case", "claim", "holds", "numbers"], result.claims))
+    return made
+
+
+def _table(title: str, names: list[str], rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_lines=False)
     for name in names:
-        result.add_column(name, justify="left" if name.startswith("data") else "right")
+        table.add_column(name)
     for row in rows:
-        cells = (row.get(name, "") for name in names)
-        result.add_row(*(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
-    return result
+        table.add_row(*(_text(row.get(name, "")) for name in names))
+    return table
 
 
-def claims_table(claims: list[dict[str, Any]]) -> Table:
-    """The claims for the terminal."""
-    result = Table(title="Published claims", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("case", "claim", "holds", "numbers"):
-        result.add_column(name)
-    for claim in claims:
-        holds = "yes" if claim["holds"] else "no"
-        result.add_row(claim["case"], claim["claim"], holds, claim["numbers"])
-    return result
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

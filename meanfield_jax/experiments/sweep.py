@@ -320,11 +320,11 @@ def _restructured(network: Network, structure: dict[str, Any]) -> Network:
 
 def _variables(epochs: int, loss: str, tested: bool) -> dict[str, Variable]:
     unit = "nat" if loss == "cross_entropy" else "1"
-    curves = dict(loss=("mean training loss of an epoch", unit))
+    curves = dict(loss=("training loss", unit))
     if tested:
         curves |= dict(
-            test_loss=("test loss after an epoch", unit),
-            test_accuracy=("share of test samples classified correctly", "1"),
+            test_loss=("test loss", unit),
+            test_accuracy=("test accuracy", "1"),
         )
     variables = {
         name: Variable((epochs,), np.float32, np.nan, dict(long_name=text, units=unit))
@@ -402,7 +402,7 @@ def _predict(store: SweepStore, recipes, axes, fixed, x: Array) -> None:
             for point in itertools.product(*numbers.values())
         ]
         shape = tuple(len(numbers[key]) for key in others)
-        table = np.asarray(values, np.float64).reshape(*shape, *np.shape(momentum))
+        table = np.asarray(values, np.float64).reshape((*shape, *np.shape(momentum)))
         if "momentum" in names:
             table = np.moveaxis(table, -1, names.index("momentum"))
         said = f"largest stable learning rate by theory, statistics={statistics!r}"

@@ -1,0 +1,177 @@
+"""What happens to a sweep when processes are killed, files damaged and disks full.
+
+Really done, to the command ``meanfield-jax sweep`` on scikit-learn's digits (24 chunks):
+
+* ``kill -9`` at 20 random moments, resumed each time: the store is bit by bit that of a sweep
+  which nobody touched;
+* two processes with ``jax.distributed`` over 127.0.0.1, first the one, then the other killed: the
+  survivor does its share, says in one line that the other seems dead, and the store resumes;
+* a chunk truncated: it is found and computed again;
+* a disk that is full (a small tmpfs, which takes the rights of root to mount): one clear line, the
+  store stays readable, and resumes once there is room.
+
+Run: ``python faults.py``. The exit status is 1 when one of these is false. About five minutes.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import write_rows
+
+import meanfield_jax as mf
+
+COMMAND = (
+    *("--data", "digits", "--widths", "32", "--num-samples", "300", "--num-test", "100"),
+    *("--epochs", "5", "--chunk-cells", "4", "--grid", "gamma=0.5,1,2"),
+    *("learning_rate=1e-2:100:16", "seed=0,1", "batch_size=50"),
+)
+KILLS = 20
+
+
+def start(store: Path, *options: str) -> subprocess.Popen:
+    """The command as a process of its own."""
+    command = [sys.executable, "-m", "meanfield_jax", "sweep", str(store), *COMMAND, *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit status and what was said on stderr."""
+    _, said = process.communicate(timeout=600)
+    return process.returncode, said
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two stores hold the same bits."""
+    first, second = (mf.load_sweep(store).drop_attrs() for store in (a, b))
+    return bool((first.diverged_at != -2).all()) and first.identical(second)
+
+
+def complaint(said: str) -> str:
+    """The program's own line."""
+    lines = [line for line in said.splitlines() if line.startswith("meanfield-jax:")]
+    return lines[0] if lines else ""
+
+
+def finished(store: Path) -> int:
+    """How many chunks say that they are finished."""
+    folder = store / "digest" / "c"
+    return len([path for path in folder.iterdir() if path.name.isdigit()]) if folder.exists() else 0
+
+
+def killed(folder: Path, whole: Path, seconds: float) -> dict[str, Any]:
+    """Kills at moments drawn evenly from what a whole run takes."""
+    store, moments = folder / "killed.zarr", random.Random(0)
+    seen = []
+    for _ in range(KILLS):
+        process = start(store, *(["--resume"] if (store / "zarr.json").exists() else []))
+        time.sleep(moments.uniform(0, seconds))
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+        seen.append(finished(store) if store.exists() else 0)
+    status, _ = finish(start(store, "--resume"))
+    text = f"kill -9 at {KILLS} random moments of {seconds:.0f} s"
+    return dict(fault=text, chunks_after=seen, holds=status == 0 and same(store, whole))
+
+
+def two_processes(folder: Path, whole: Path, victim: int) -> dict[str, Any]:
+    """Kills one of two processes in the middle of its share."""
+    store = folder / f"two-{victim}.zarr"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ("--coordinator", address, "--num-processes", "2", "--patience", "5")
+    processes = [start(store, *options, "--process-id", str(number)) for number in range(2)]
+    while finished(store) < 4 and processes[victim].poll() is None:
+        time.sleep(0.02)
+    processes[victim].send_signal(signal.SIGKILL)
+    finish(processes[victim])
+    status, said = finish(processes[1 - victim])
+    kept = finished(store)
+    resumed, _ = finish(start(store, "--resume"))
+    holds = status == 1 and "seems to have died" in said and "Traceback" not in said
+    return dict(
+        fault=f"two processes, process {victim} killed",
+        said=complaint(said).replace(str(folder), "..."),
+        chunks_after=kept,
+        holds=bool(holds and resumed == 0 and same(store, whole)),
+    )
+
+
+def truncated(folder: Path, whole: Path) -> dict[str, Any]:
+    """Cuts a file of results in half."""
+    store = folder / "truncated.zarr"
+    shutil.copytree(whole, store)
+    path = sorted(file for file in (store / "loss" / "c").rglob("*") if file.is_file())[5]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    missing = int(np.sum(mf.load_sweep(store).diverged_at == -2))
+    status, said = finish(start(store, "--resume"))
+    holds = missing == 4 and status == 0 and same(store, whole)
+    return dict(fault="a chunk truncated", said=said.splitlines()[0], holds=bool(holds))
+
+
+def full_disk(folder: Path, whole: Path) -> dict[str, Any]:
+    """Runs on a tmpfs that is too small, then makes it larger."""
+    disk = folder / "disk"
+    disk.mkdir()
+    used = sum(64 + path.stat().st_blocks * 512 for path in whole.rglob("*"))
+    size = f"size={used // 2}"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        return dict(fault="no space left", said="tmpfs could not be mounted", holds=False)
+    try:
+        store = disk / "run.zarr"
+        status, said = finish(start(store))
+        kept = int(np.sum(mf.load_sweep(store).diverged_at != -2))
+        subprocess.run(["mount", "-o", "remount,size=64M", str(disk)], check=True)
+        resumed, _ = finish(start(store, "--resume"))
+        holds = status == 1 and "No space left" in said and "Traceback" not in said and kept > 0
+        return dict(
+            fault="no space left on a small tmpfs",
+            said=complaint(said).replace(str(folder), "..."),
+            runs_kept=kept,
+            holds=bool(holds and resumed == 0 and same(store, whole)),
+        )
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def main() -> int:
+    """Does all that, writes JSON, prints a line for each."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = folder / "whole.zarr"
+        begin = time.monotonic()
+        status, said = finish(start(whole))
+        seconds = time.monotonic() - begin
+        if status:
+            print(said, file=sys.stderr)
+            return 1
+        rows = []
+        for check in (
+            lambda: killed(folder, whole, seconds),
+            lambda: two_processes(folder, whole, 0),
+            lambda: two_processes(folder, whole, 1),
+            lambda: truncated(folder, whole),
+            lambda: full_disk(folder, whole),
+        ):
+            rows.append(check())
+            print(rows[-1], flush=True)
+    write_rows("faults", rows)
+    return 0 if all(row["holds"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
