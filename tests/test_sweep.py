@@ -57,8 +57,7 @@ def environment(tmp_path_factory):
 def whole(environment, tmp_path_factory):
     """The store of the command, written without a break."""
     store = tmp_path_factory.mktemp("whole") / "run.zarr"
-    done = start(store, environment).wait(timeout=300)
-    assert done == 0
+    assert finish(start(store, environment)) == (0, "48 runs")
     return store
 
 
@@ -72,6 +71,12 @@ def start(store: Path, environment, *options: str, **settings) -> subprocess.Pop
         text=True,
         **settings,
     )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit status, and how the last line on stderr begins."""
+    _, said = process.communicate(timeout=300)
+    return process.returncode, said.splitlines()[-1].split(",")[0]
 
 
 def same_numbers(a: Path, b: Path) -> bool:
@@ -273,8 +278,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(whole, environment, tm
         time.sleep(moments.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    process = start(store, environment, "--resume")
-    assert process.wait(timeout=300) == 0
+    assert finish(start(store, environment, "--resume")) == (0, "48 runs")
     assert same_numbers(store, whole)
 
 
@@ -310,7 +314,7 @@ def test_two_processes_share_a_sweep_and_outlive_each_other(whole, environment, 
         assert processes[1 - killed].returncode == 1
         assert "it seems to have died" in said
         assert "Traceback" not in said
-        assert start(store, environment, "--resume").wait(timeout=300) == 0
+        assert finish(start(store, environment, "--resume")) == (0, "48 runs")
         assert same_numbers(store, whole)
 
 
@@ -319,7 +323,7 @@ def test_devices_share_the_cells(whole, environment, tmp_path):
     """Four virtual devices give the same results as one."""
     store = tmp_path / "four.zarr"
     flags = environment | dict(XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    assert start(store, flags).wait(timeout=300) == 0
+    assert finish(start(store, flags)) == (0, "48 runs")
     found, expected = mf.load_sweep(store), mf.load_sweep(whole)
     assert found.devices.startswith("4 x cpu")
     assert np.array_equal(found.diverged_at < 0, expected.diverged_at < 0)
@@ -346,7 +350,7 @@ def test_where_nothing_more_can_be_written_the_store_stays_readable(whole, envir
     assert "Traceback" not in said
     readable = mf.load_sweep(store)
     assert int((readable.diverged_at != -2).sum()) == 20
-    assert start(store, environment, "--resume").wait(timeout=300) == 0
+    assert finish(start(store, environment, "--resume")) == (0, "48 runs")
     assert same_numbers(store, whole)
 
 

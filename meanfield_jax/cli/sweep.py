@@ -1,8 +1,11 @@
 """``meanfield-jax sweep``."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -66,21 +69,22 @@ class Sweep:
         if self.distributed or self.coordinator is not None:
             self._connect()
         network = self.network.network(self.inputs.shape(self.network.net))
-        dataset = sweep(
-            network,
-            self.inputs.load(network),
-            grid,
-            store=self.store,
-            resume=self.resume,
-            test=self.inputs.load(network, "test", self.num_test) if self.num_test else None,
-            epochs=self.epochs,
-            loss=self.loss,
-            train_gamma=not self.frozen_gamma,
-            chunk_cells=self.chunk_cells,
-            detach=True,
-            patience=self.patience,
-            progress=True,
-        )
+        with _stdout_for_results():
+            dataset = sweep(
+                network,
+                self.inputs.load(network),
+                grid,
+                store=self.store,
+                resume=self.resume,
+                test=self.inputs.load(network, "test", self.num_test) if self.num_test else None,
+                epochs=self.epochs,
+                loss=self.loss,
+                train_gamma=not self.frozen_gamma,
+                chunk_cells=self.chunk_cells,
+                detach=True,
+                patience=self.patience,
+                progress=True,
+            )
         if jax.process_index() > 0:
             return
         if self.json:
@@ -97,6 +101,19 @@ class Sweep:
             cause = " ".join(str(error).split())
             remedy = "start it under SLURM, Open MPI or on a TPU pod, or give --coordinator"
             raise problem(SpecError, "--distributed", self.coordinator, cause, remedy) from None
+
+
+@contextlib.contextmanager
+def _stdout_for_results() -> Iterator[None]:
+    """Sends to stderr what libraries below Python print, such as Gloo on its connections."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def parse_grid(texts: tuple[str, ...]) -> dict[str, np.ndarray]:

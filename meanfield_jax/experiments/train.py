@@ -191,10 +191,10 @@ def recipe_of(
 
 def check_cells(network: Network, numbers: dict[str, Array]) -> None:
     """Raises SpecError for numbers that no run can have."""
-    if "gamma" in numbers and not has_batch_norm(network):
-        cause, remedy = "the network has no BatchNorm", "leave it out"
-        raise problem(SpecError, "gamma", numbers["gamma"], cause, remedy)
     known = {name: value for name, value in numbers.items() if not isinstance(value, Tracer)}
+    if "gamma" in numbers and not has_batch_norm(network):
+        given = known["gamma"].tolist() if "gamma" in known else "traced"
+        raise problem(SpecError, "gamma", given, "the network has no BatchNorm", "leave it out")
     for name, values in known.items():
         if not np.all(np.isfinite(values)):
             raise problem(SpecError, name, values.tolist(), "not finite", "give finite numbers")
