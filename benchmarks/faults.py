@@ -32,7 +32,7 @@ from common import write_rows
 import meanfield_jax as mf
 
 COMMAND = (
-    *("--data", "digits", "--widths", "32", "--num-samples", "300", "--num-test", "100"),
+    *("--data", "digits", "--widths", "256", "256", "--num-samples", "1000", "--num-test", "100"),
     *("--epochs", "5", "--chunk-cells", "1", "--grid", "gamma=0.5,1,2"),
     *("learning_rate=1e-2:100:16", "seed=0,1", "batch_size=50"),
 )
@@ -76,7 +76,7 @@ def killed(folder: Path, whole: Path) -> dict[str, Any]:
     for kill in range(KILLS):
         process = start(store, *(["--resume"] if (store / "zarr.json").exists() else []))
         if kill % 5 == 0:
-            time.sleep(moments.uniform(0, 8))
+            time.sleep(moments.uniform(0, 4))
         else:
             wanted = seen[-1] + moments.randint(0, 5)
             while finished(store) < wanted and process.poll() is None:

@@ -18,6 +18,7 @@
 # both on scikit-learn's digits, small enough for a laptop.
 
 # %%
+# %matplotlib inline
 import tempfile
 from pathlib import Path
 
@@ -90,4 +91,4 @@ for depth in shapes["depth"]:
 axes.set(xscale="log", yscale="log", xlabel="width", ylabel="largest stable learning rate")
 axes.set_xticks(shapes["width"], [str(width) for width in shapes["width"]])
 axes.set_xticks([], minor=True)
-axes.legend(frameon=False)
+_ = axes.legend(frameon=False)
