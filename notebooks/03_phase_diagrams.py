@@ -18,7 +18,6 @@
 # both on scikit-learn's digits, small enough for a laptop.
 
 # %%
-# %matplotlib inline
 import tempfile
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import numpy as np
 
 import meanfield_jax as mf
 from meanfield_jax.experiments import diagram
+from meanfield_jax.plots import draw_sweep
 
 samples = mf.data.load("digits", num_samples=1000, flatten=True)
 test = mf.data.load("digits", split="test", flatten=True)
@@ -47,7 +47,8 @@ result
 # lines are theory: BatchNorm in training mode is what decides the stability of training.
 
 # %%
-mf.plot_sweep(result)
+figure, axes = plt.subplots(figsize=(6, 4.4), layout="constrained")
+draw_sweep(axes, result)
 
 # %% [markdown]
 # ## The boundary as a number
