@@ -7,13 +7,15 @@ Really done, to the command ``meanfield-jax sweep`` on scikit-learn's digits (96
 * two processes with ``jax.distributed`` over 127.0.0.1, first the one, then the other killed: the
   survivor does its share, says in one line that the other seems dead, and the store resumes;
 * a chunk truncated: it is found and computed again;
-* a disk that is full (a small tmpfs, which takes the rights of root to mount): one clear line, the
-  store stays readable, and resumes once there is room.
+* a disk that is full, and one that is read-only (a small tmpfs): one clear line, the store stays
+  readable, and resumes once it can be written.
 
-Run: ``python faults.py``. The exit status is 1 when one of these is false. About five minutes.
+Run as root, who may mount a tmpfs: ``python faults.py``. The exit status is 1 when one of these is
+false. About five minutes.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,20 +129,32 @@ def truncated(folder: Path, whole: Path) -> dict[str, Any]:
     return dict(fault="a chunk truncated", said=said.splitlines()[0], holds=bool(holds))
 
 
-def full_disk(folder: Path, whole: Path) -> dict[str, Any]:
-    """Runs on a tmpfs that is too small, then makes it larger."""
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A tmpfs of so many bytes."""
     disk = folder / "disk"
     disk.mkdir()
-    used = sum(64 + path.stat().st_blocks * 512 for path in whole.rglob("*"))
-    size = f"size={used // 2}"
-    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        return dict(fault="no space left", said="tmpfs could not be mounted", holds=False)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
     try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+        disk.rmdir()
+
+
+def remount(disk: Path, options: str) -> None:
+    """Changes the options of a mounted disk."""
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def full_disk(folder: Path, whole: Path) -> dict[str, Any]:
+    """Runs on a tmpfs that is too small, then makes it larger."""
+    used = sum(64 + path.stat().st_blocks * 512 for path in whole.rglob("*"))
+    with small_disk(folder, used // 2) as disk:
         store = disk / "run.zarr"
         status, said = finish(start(store))
         kept = int(np.sum(mf.load_sweep(store).diverged_at != -2))
-        subprocess.run(["mount", "-o", "remount,size=64M", str(disk)], check=True)
+        remount(disk, "size=64M")
         resumed, _ = finish(start(store, "--resume"))
         holds = status == 1 and "No space left" in said and "Traceback" not in said and kept > 0
         return dict(
@@ -148,8 +163,26 @@ def full_disk(folder: Path, whole: Path) -> dict[str, Any]:
             runs_kept=kept,
             holds=bool(holds and resumed == 0 and same(store, whole)),
         )
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+
+
+def read_only(folder: Path, whole: Path) -> dict[str, Any]:
+    """Resumes an unfinished sweep on a disk that may not be written, then may."""
+    with small_disk(folder, 2**26) as disk:
+        store = disk / "run.zarr"
+        shutil.copytree(whole, store)
+        shutil.rmtree(store / "loss" / "c" / "0")
+        remount(disk, "ro")
+        missing = int(np.sum(mf.load_sweep(store).diverged_at == -2))
+        status, said = finish(start(store, "--resume"))
+        remount(disk, "rw")
+        resumed, _ = finish(start(store, "--resume"))
+        holds = status == 1 and "Read-only" in said and "Traceback" not in said and missing > 0
+        return dict(
+            fault="a store that is read-only",
+            said=complaint(said).replace(str(folder), "..."),
+            runs_missing=missing,
+            holds=bool(holds and resumed == 0 and same(store, whole)),
+        )
 
 
 def main() -> int:
@@ -171,6 +204,7 @@ def main() -> int:
             lambda: two_processes(folder, whole, 1),
             lambda: truncated(folder, whole),
             lambda: full_disk(folder, whole),
+            lambda: read_only(folder, whole),
         ):
             rows.append(check())
             print(rows[-1], flush=True)

@@ -7,9 +7,6 @@ written by hand with Flax NNX and optax and jitted once, and PyTorch. The first 
 included, is kept apart. Then the memory of a cell, virtual CPU devices, a GPU where there is one;
 all but the last is measured on the CPU.
 
-The convolutional network runs only when asked for, once: nearly all of its time and memory is its
-theory's.
-
 Run: ``python sweep_speed.py [--cases "FC 784-100x3-10"] [--parts peers memory devices gpu]
 [--rounds 3] [--quick]``. The exit status is 1 when a claim is false; with ``--quick`` that says
 nothing about speed. About 8 minutes on 2 quiet cores.
@@ -17,6 +14,7 @@ nothing about speed. About 8 minutes on 2 quiet cores.
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import statistics
@@ -36,7 +34,8 @@ TORCH = "PyTorch, one by one"
 SAME, ROUGH = 1e-3, 0.5
 """How far mean final losses may differ; the peers by hand draw other networks from two seeds."""
 
-WEIGHT_VAR, BIAS_VAR, MOMENTUM, OUTPUTS, SEEDS = 2.0, 0.5, 0.9, 10, 2
+INPUTS, OUTPUTS = 784, 10
+WEIGHT_VAR, BIAS_VAR, MOMENTUM, SEEDS = 2.0, 0.5, 0.9, 2
 CHUNKS, QUICK_CHUNKS = (8, 40), (2, 6)
 DEVICES, QUICK_DEVICES = (1, 2, 4, 8), (1, 2)
 GPU_CELLS, QUICK_GPU_CELLS = (1, 8, 64, 512, 4096), (1, 8)
@@ -47,27 +46,18 @@ class Case:
     """A network with BatchNorm, and the runs it is trained in.
 
     Attributes:
-        input_shape: Of one sample; (features,) or (height, width, channels).
-        widths: Of the hidden layers; dense, or 3x3 convolutions with stride 2 for images.
+        widths: Of the hidden layers.
         cells: Runs of the sweep.
         num_samples: n.
         batch_size: Samples of a step.
         epochs: Passes over the data.
-        rounds: At most so many warm calls beside each peer's.
     """
 
-    input_shape: tuple[int, ...]
     widths: tuple[int, ...]
     cells: int = 32
     num_samples: int = 1000
     batch_size: int = 100
     epochs: int = 2
-    rounds: int = 99
-
-    @property
-    def convolutional(self) -> bool:
-        """Whether the inputs are images."""
-        return len(self.input_shape) == 3
 
     @property
     def steps(self) -> int:
@@ -87,7 +77,7 @@ class Case:
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
         """Standard normal inputs and random labels."""
         rng = np.random.default_rng(0)
-        shape = (self.num_samples, *self.input_shape)
+        shape = (self.num_samples, INPUTS)
         return rng.standard_normal(shape, np.float32), rng.integers(0, OUTPUTS, self.num_samples)
 
     def orders(self, seed: int) -> list[np.ndarray]:
@@ -99,12 +89,8 @@ class Case:
         return list(np.concatenate(rows).reshape(self.steps, self.batch_size))
 
 
-NARROW, WIDE, CONV = "FC 784-100x3-10", "FC 784-300x3-10", "conv 30-60-90 on 32x32x3"
-CASES = {
-    NARROW: Case((784,), (100,) * 3),
-    WIDE: Case((784,), (300,) * 3),
-    CONV: Case((32, 32, 3), (30, 60, 90), cells=8, rounds=1),
-}
+NARROW, WIDE = "FC 784-100x3-10", "FC 784-300x3-10"
+CASES = {NARROW: Case((100,) * 3), WIDE: Case((300,) * 3)}
 
 
 def case_of(name: str, quick: bool, **changes: Any) -> Case:
@@ -126,10 +112,8 @@ def network(case: Case) -> Any:
     """The specification."""
     import meanfield_jax as mf
 
-    options = dict(outputs=OUTPUTS, norm=mf.BatchNorm(), weight_var=WEIGHT_VAR, bias_var=BIAS_VAR)
-    if case.convolutional:
-        return mf.cnn(list(case.widths), inputs=case.input_shape, **options)
-    return mf.mlp(list(case.widths), inputs=case.input_shape[0], **options)
+    variances = dict(weight_var=WEIGHT_VAR, bias_var=BIAS_VAR)
+    return mf.mlp(case.widths, inputs=INPUTS, outputs=OUTPUTS, norm=mf.BatchNorm(), **variances)
 
 
 def answer(final: Any, cells: int) -> dict[str, Any]:
@@ -219,22 +203,10 @@ def flax_network(case: Case, seed: Any) -> Any:
         bias_init=nnx.initializers.normal(math.sqrt(BIAS_VAR)),
         rngs=rngs,
     )
-    layers, fan_in = [], case.input_shape[-1]
-    for width in case.widths:
-        if case.convolutional:
-            layers.append(nnx.Conv(fan_in, width, (3, 3), strides=2, **draws))
-        else:
-            layers.append(nnx.Linear(fan_in, width, **draws))
-        layers += [nnx.BatchNorm(width, rngs=rngs), nnx.relu]
-        fan_in = width
-    layers.append(lambda x: x.reshape(len(x), -1))
-    return nnx.Sequential(*layers, nnx.Linear(features(case), OUTPUTS, **draws))
-
-
-def features(case: Case) -> int:
-    """Inputs of the last layer."""
-    side = case.input_shape[0] // 2 ** len(case.widths) if case.convolutional else 1
-    return side**2 * case.widths[-1]
+    layers = []
+    for fan_in, width in itertools.pairwise((INPUTS, *case.widths)):
+        layers += [nnx.Linear(fan_in, width, **draws), nnx.BatchNorm(width, rngs=rngs), nnx.relu]
+    return nnx.Sequential(*layers, nnx.Linear(case.widths[-1], OUTPUTS, **draws))
 
 
 def flax_by_hand(case: str, quick: bool) -> Callable[[], dict[str, Any]]:
@@ -288,19 +260,13 @@ def torch_network(case: Case, seed: int) -> Any:
     from torch import nn
 
     torch.manual_seed(seed)
-    layers, fan_in = [], case.input_shape[-1]
-    for width in case.widths:
-        if case.convolutional:
-            layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(fan_in, width, 3, stride=2)]
-            layers.append(nn.BatchNorm2d(width))
-        else:
-            layers += [nn.Linear(fan_in, width), nn.BatchNorm1d(width)]
-        layers.append(nn.ReLU())
-        fan_in = width
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features(case), OUTPUTS))
+    layers = []
+    for fan_in, width in itertools.pairwise((INPUTS, *case.widths)):
+        layers += [nn.Linear(fan_in, width), nn.BatchNorm1d(width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(case.widths[-1], OUTPUTS))
     for layer in model:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.normal_(layer.weight, std=math.sqrt(WEIGHT_VAR / layer.weight[0].numel()))
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=math.sqrt(WEIGHT_VAR / layer.in_features))
             nn.init.normal_(layer.bias, std=math.sqrt(BIAS_VAR))
     return model
 
@@ -311,7 +277,6 @@ def torch_by_hand(case: str, quick: bool) -> Callable[[], dict[str, Any]]:
 
     at = case_of(case, quick)
     x, labels = map(torch.from_numpy, at.samples())
-    x = x.permute(0, 3, 1, 2).contiguous() if at.convolutional else x
     y = torch.nn.functional.one_hot(labels, OUTPUTS).to(x.dtype)
 
     def run(rate: float, seed: int) -> float:
@@ -362,7 +327,7 @@ def peer_rows(cases: Sequence[str], quick: bool, rounds: int) -> list[dict[str, 
         at = case_of(case, quick)
         console.print(f"{case}, {at.cells} runs of {at.steps} steps")
         peers = [Peer(name, f"sweep_speed:{setup}", timeout=600) for name, setup in setups.items()]
-        compare(peers, dict(case=case, quick=quick), min(rounds, at.rounds))
+        compare(peers, dict(case=case, quick=quick), rounds)
         truth = peers[0].result.get("answer", math.nan)
         rows += [peer_row(case, peer, truth) for peer in peers]
     return rows
@@ -381,14 +346,12 @@ def peer_row(case: str, peer: Peer, truth: float) -> dict[str, Any]:
 def memory_rows(cases: Sequence[str], quick: bool) -> list[dict[str, Any]]:
     """Peak of a process with few and with many cells in a chunk; megabytes.
 
-    Without convolutions, whose theory takes more than the cells and would hide them. Memory that
-    compilation leaves free is used by the first cells: what is measured may be a little low.
+    Memory that compilation leaves free is used by the first cells: what is measured may be a little
+    low.
     """
     few, many = QUICK_CHUNKS if quick else CHUNKS
     rows = []
     for case in cases:
-        if CASES[case].convolutional:
-            continue
         peaks = {}
         for cells in (few, many):
             with worker("sweep_speed:memory", dict(case=case, quick=quick, cells=cells)) as process:

@@ -289,15 +289,8 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
     strides = math.prod(inner.stride for inner in layers if isinstance(inner, Conv))
     largest = strides * max(network.input_shape)
 
-    def entries(modulus: int) -> int:
-        def kernels(network, x):
-            _, records = network.body.propagate(batch_kernel(x, statistics, modulus), None)
-            return _map_records(lambda record: record.after.cov, records)
-
-        return max(
-            math.prod(leaf.shape) for leaf in jax.tree.leaves(jax.eval_shape(kernels, network, x))
-        )
-
+    shapes, structure = jax.tree.flatten(jax.eval_shape(lambda *arrays: arrays, network, x))
+    entries = functools.partial(_largest_kernel, structure, tuple(shapes), statistics)
     modulus = strides if _positions_meet(network, on_data=True) else largest
     while (size := entries(modulus)) > MAX_ENTRIES and modulus < largest:
         modulus *= 2
@@ -313,6 +306,18 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
+
+
+@functools.cache  # tracing the pass takes longer than many a pass
+def _largest_kernel(structure, shapes: tuple, statistics: str, modulus: int) -> int:
+    """Numbers in the largest covariance that a pass over this network and batch keeps."""
+
+    def kernels(network, x):
+        _, records = network.body.propagate(batch_kernel(x, statistics, modulus), None)
+        return _map_records(lambda record: record.after.cov, records)
+
+    found = jax.eval_shape(kernels, *jax.tree.unflatten(structure, shapes))
+    return max(math.prod(leaf.shape) for leaf in jax.tree.leaves(found))
 
 
 def _memory() -> float:
