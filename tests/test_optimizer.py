@@ -82,11 +82,11 @@ def test_the_measured_rate_is_the_limit_of_stability(network, x):
     assert [stays_bounded(curve) for curve in losses] == [stable for *_, stable in cases]
 
 
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_the_predicted_rate_is_stable_and_not_far_from_the_limit(per_layer, x):
-    """The normalized network's lambda_max scatters by 3 %; by layer the limit is as sharp."""
+@pytest.mark.parametrize(("per_layer", "too_far"), [(False, 1.1), (True, 2.0)])
+def test_the_predicted_rate_is_stable_and_not_far_from_the_limit(per_layer, too_far, x):
+    """By layer the bulk decides, whose edge theory knows to a factor of 1.3/2 to 2.2/2 only."""
     apply, params = mf.functional(mf.build(NORMALIZED, rngs=nnx.Rngs(1)))
-    for fraction, stable in ((0.9, True), (1.1, False)):
+    for fraction, stable in ((0.9, True), (too_far, False)):
         options = dict(fraction=fraction, num_samples=NUM_SAMPLES, per_layer=per_layer)
         rule = mf.optimizer(NORMALIZED, **options)
         losses = jax.jit(lambda x, rule=rule: losses_of_linearized(apply, params, x, rule))(x)
@@ -115,8 +115,9 @@ def test_rates_by_layer_add_up_to_the_eigenvalues(network, x):
     fisher = mf.analyze(network, num_samples=NUM_SAMPLES).fisher
     assert fisher.outlier_limited
     # the layers' rates back from the definition: half of the limit, in equal parts
-    high = np.maximum(fisher.outlier_high_shares, fisher.bulk_high_shares)
-    rates = 0.5 * 2 * 1.9 / (len(high) * high)
+    outlier, rest = fisher.outlier_high_shares, 2 * fisher.bulk_high_shares
+    rates = 1 / np.maximum(outlier, rest)
+    rates *= 0.5 * 3.8 / max(rates @ outlier, rates @ rest)
     shares = fisher.shares.weights + fisher.shares.biases + fisher.shares.norm
     inputs = [jax.random.normal(jax.random.key(seed), x.shape) for seed in range(12)]
     found = np.array([spectrum_by_layer(network, rule, x, seed) for seed, x in enumerate(inputs)])
@@ -124,9 +125,6 @@ def test_rates_by_layer_add_up_to_the_eigenvalues(network, x):
     for measured, expected in ((outliers, rates @ shares), (bulk, rates @ fisher.bulk_shares)):
         error = standard_error(measured)
         assert_close(measured.mean(), expected, "monte_carlo", standard_error=error, width=WIDTH)
-    # both sums, with the spread of a draw, are within the part of the limit that was asked for
-    assert rates @ fisher.outlier_high_shares <= 0.5 * 3.8 * (1 + 1e-5)
-    assert rates @ fisher.bulk_high_shares <= 0.5 * 3.8 * (1 + 1e-5)
 
 
 def test_every_copy_of_a_block_has_its_own_rate():

@@ -17,7 +17,7 @@ from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.network import Network
-from meanfield_jax.theory.fisher import Fisher
+from meanfield_jax.theory.fisher import MARGIN, Fisher
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import analyze
 
@@ -41,11 +41,13 @@ def optimizer(
     2 (1 + mu). Its dual is sum_l eta_l Theta_l / n, Theta_l the layer's part of the tangent kernel.
     For i.i.d. inputs and a wide network all Theta_l have the same eigenvectors, so eigenvalues are
     linear in the rates: sum_l eta_l f_l (outliers) and sum_l eta_l b_l (bulk), f_l and b_l the
-    layer's shares. ``per_layer`` gives each of the L layers the same part of the limit,
+    layer's shares. ``per_layer`` gives the layers equal parts, whichever they have more of,
 
-    .. math:: \eta_l = \mathrm{fraction} \cdot 2 (1 + \mu) / (L \max(f_l, b_l))
+    .. math:: \eta_l = \frac{a}{\max(f_l, 2 b_l)}, \quad
+        \max\Big(\sum_l \eta_l f_l, 2 \sum_l \eta_l b_l\Big) = \mathrm{fraction} \cdot 2 (1 + \mu)
 
-    which keeps both sums below it: a layer that the outliers do not see is bounded by the bulk.
+    (a from the second equation; a layer that the outliers do not see is bounded by the bulk). The
+    bulk counts twice since finite width lifts its edge: 1.3 to 2.2 times, see ``Fisher.bulk_high``.
 
     Args:
         network: The specification; the optimizer is for the parameters of what
@@ -90,16 +92,16 @@ def optimizer(
     if data is None and num_samples is None:
         cause = "large batches have no bulk, which bounds the layers that the outliers do not see"
         raise problem(SpecError, "num_samples", None, cause, "give the batch size, or data")
-    limits = layer_limits(theory.fisher)
-    rates = fraction * eta_max(limits.size * limits, momentum)
-    by_path = _by_path(theory.fisher.shares.layers, rates)
-    return optax.chain(optax.trace(momentum), _scaled(by_path))
+    rates = fraction * eta_max(1.0, momentum) * _equal_parts(theory.fisher)
+    return optax.chain(optax.trace(momentum), _scaled(_by_path(theory.fisher.shares.layers, rates)))
 
 
-def layer_limits(fisher: Fisher) -> Array:
-    """What a layer adds to the largest eigenvalue, the larger of outlier and rest, (layers,)."""
-    rest = fisher.bulk_high_shares * (fisher.rest_high / fisher.bulk_high)
-    return jnp.maximum(fisher.outlier_high_shares, rest)
+def _equal_parts(fisher: Fisher) -> Array:
+    """Rates with which the largest eigenvalue is 1, to which layers add alike, (layers,)."""
+    outlier = fisher.outlier_high_shares
+    rest = MARGIN * fisher.bulk_high_shares * (fisher.rest_high / fisher.bulk_high)
+    parts = 1 / jnp.maximum(outlier, rest)
+    return parts / jnp.maximum(parts @ outlier, parts @ rest)
 
 
 def learning_rate_for(
