@@ -8,7 +8,8 @@ the toolkit measures whether the two agree. The names below follow that way::
     network   build, functional, calibrate
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
-    use       train: many runs at once, over scales, learning rates and seeds;
+    use       optimizer, learning_rate_for: the learning rate of a specification, of any model;
+              train: many runs at once, over scales, learning rates and seeds;
               sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store
 """
 
@@ -19,6 +20,7 @@ from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenval
 from meanfield_jax.empirical.model import build, calibrate, functional
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
+from meanfield_jax.experiments.optimizer import learning_rate_for, optimizer
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.train import Training, train
@@ -70,9 +72,11 @@ __all__ = [
     "eta_max",
     "fisher_operator",
     "functional",
+    "learning_rate_for",
     "load_sweep",
     "measured_boundary",
     "mlp",
+    "optimizer",
     "plot_spectrum",
     "plot_sweep",
     "plot_validation",

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import xarray as xr
 from jax import Array
 from jax.experimental import multihost_utils
@@ -137,6 +138,10 @@ def sweep(
         >>> dict(result.diverged_at.sizes)
         {'gamma': 2, 'learning_rate': 3, 'seed': 2}
     """
+    if isinstance(optimizer, optax.GradientTransformation):
+        cause = "it has its own learning rate, which a sweep sets"
+        remedy = "give a function of the learning rate, such as optax.adam"
+        raise problem(SpecError, "optimizer", type(optimizer).__name__, cause, remedy)
     axes, fixed = _split(grid)
     devices = list(devices or jax.local_devices())
     recipes = {

@@ -56,14 +56,14 @@ class Recipe:
         epochs: Passes over the data.
         batch_size: Samples of a step.
         loss: One of ``LOSSES``.
-        optimizer: Maps a learning rate to an optax optimizer; None: the heavy ball.
+        optimizer: Maps a learning rate to an optax optimizer, or is one; None: the heavy ball.
     """
 
     network: Network
     epochs: int
     batch_size: int
     loss: str
-    optimizer: Optimizer | None
+    optimizer: Optimizer | optax.GradientTransformation | None
 
 
 @jax.tree_util.register_dataclass
@@ -109,13 +109,13 @@ def train(
     test: Samples | None = None,
     gamma: float | Array | None = None,
     weight_var: float | Array | None = None,
-    learning_rate: float | Array = 0.1,
+    learning_rate: float | Array | None = None,
     momentum: float | Array = 0.9,
     epochs: int = 5,
     batch_size: int = 100,
     seed: int | Array = 0,
     loss: str = "squared",
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | optax.GradientTransformation | None = None,
     train_gamma: bool = True,
 ) -> Training:
     """Trains random draws of a network by minibatches; every number may be an array.
@@ -131,13 +131,15 @@ def train(
             averages with momentum 0.9).
         gamma: Initial scale of every BatchNorm; None: as specified.
         weight_var: sigma_w^2 of every layer of weights; None: as specified.
-        learning_rate: Of the optimizer.
+        learning_rate: Of the heavy ball, or what an ``optimizer`` that is a function takes; None:
+            0.1.
         momentum: Of the heavy ball; not used by an ``optimizer`` of your own.
         epochs: Passes over the data, each in a random order of its own.
         batch_size: Samples of a step; what is left over at the end of an epoch is left out.
         seed: Of the draw of the network and of the order of the samples.
         loss: ``"squared"``, (1/2n) sum ||f(x) - y||^2, or ``"cross_entropy"``.
-        optimizer: Maps a learning rate to any optax optimizer, such as ``optax.adam``.
+        optimizer: Maps a learning rate to any optax optimizer, such as ``optax.adam``; or one that
+            has its own rate, such as ``mf.optimizer(network)``.
         train_gamma: Whether scale and offset of the BatchNorms learn.
 
     Returns:
@@ -155,10 +157,13 @@ def train(
         [False, True]
     """
     recipe = recipe_of(network, epochs, batch_size, loss, optimizer, train_gamma)
+    if isinstance(optimizer, optax.GradientTransformation) and learning_rate is not None:
+        cause, remedy = "the optimizer has its own", "leave one of them out"
+        raise problem(SpecError, "learning_rate", learning_rate, cause, remedy)
     numbers = dict(
         gamma=gamma,
         weight_var=weight_var,
-        learning_rate=learning_rate,
+        learning_rate=0.1 if learning_rate is None else learning_rate,
         momentum=momentum,
         seed=seed,
     )
@@ -175,7 +180,7 @@ def recipe_of(
     epochs: int,
     batch_size: int,
     loss: str,
-    optimizer: Optimizer | None,
+    optimizer: Optimizer | optax.GradientTransformation | None,
     train_gamma: bool,
 ) -> Recipe:
     """The recipe, checked; SpecError for what makes no sense."""
@@ -260,11 +265,7 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
         if isinstance(module, BatchNormModule):
             module.momentum = RUNNING
     graphdef, params, state = nnx.split(model, nnx.Param, nnx.Variable)
-    rule = (
-        optax.sgd(cell.learning_rate, cell.momentum)
-        if recipe.optimizer is None
-        else recipe.optimizer(cell.learning_rate)
-    )
+    rule = _rule(recipe.optimizer, cell)
 
     def objective(params, state, x: Array, y: Array):
         model = nnx.merge(graphdef, params, state, copy=True)
@@ -309,6 +310,16 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
     end, (losses, tested) = jax.lax.scan(epoch, start, keys)
     test_loss, test_accuracy = tested or (None, None)
     return Training(losses, test_loss, test_accuracy, diverged_at=end[-1])
+
+
+def _rule(
+    optimizer: Optimizer | optax.GradientTransformation | None, cell: Cell
+) -> optax.GradientTransformation:
+    if optimizer is None:
+        return optax.sgd(cell.learning_rate, cell.momentum)
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    return optimizer(cell.learning_rate)
 
 
 def _in_batches(apply: Callable[[Array], Array], x: Array, batch_size: int) -> Array:
