@@ -9,10 +9,11 @@ the toolkit measures whether the two agree. The names below follow that way::
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
     use       train: many runs at once, over scales, learning rates and seeds;
-              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store
+              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store;
+              tune, objectives: descend an objective of the theory over gamma, beta, variances
 """
 
-from meanfield_jax import data
+from meanfield_jax import data, objectives
 from meanfield_jax.empirical.density import SpectralDensity, spectral_density
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenvalues
@@ -39,6 +40,7 @@ from meanfield_jax.network import Network, cnn, mlp
 from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_validation
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory, analyze
+from meanfield_jax.tune import Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -62,6 +64,7 @@ __all__ = [
     "Theory",
     "TopEigenvalues",
     "Training",
+    "Tuning",
     "analyze",
     "build",
     "calibrate",
@@ -73,6 +76,7 @@ __all__ = [
     "load_sweep",
     "measured_boundary",
     "mlp",
+    "objectives",
     "plot_spectrum",
     "plot_sweep",
     "plot_validation",
@@ -80,5 +84,6 @@ __all__ = [
     "sweep",
     "top_eigenvalues",
     "train",
+    "tune",
     "validate",
 ]

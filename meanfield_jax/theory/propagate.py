@@ -380,7 +380,7 @@ def _theory(
     return Theory(statistics, order, kernel, network)
 
 
-def _compiled(function, static: tuple[str, ...]):
+def compiled(function, static: tuple[str, ...]):
     """The function under jit, on CPU without fusion.
 
     XLA fuses every number there with all layers before it: 15 layers compile in 30 s instead of
@@ -397,8 +397,8 @@ def _compiled(function, static: tuple[str, ...]):
     return call
 
 
-_iid = _compiled(_iid_pass, ("statistics",))
-_on_data = _compiled(_data_pass, ("statistics", "modulus"))
+_iid = compiled(_iid_pass, ("statistics",))
+_on_data = compiled(_data_pass, ("statistics", "modulus"))
 
 
 def _positions_meet(network: Network, on_data: bool = False) -> bool:
