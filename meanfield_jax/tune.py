@@ -32,10 +32,13 @@ FLAT = 1e-3
 CHUNK = 20
 """Steps between two looks from the host."""
 
-RUNNING, CONVERGED, NOT_FINITE, RUNAWAY, INDEPENDENT = range(5)
-STATUS = ("max_steps", "converged", "diverged", "diverged", "independent")
+RUNNING, CONVERGED, STALLED, NOT_FINITE, RUNAWAY, INDEPENDENT = range(6)
+STATUS = ("max_steps", "converged", "stalled", "diverged", "diverged", "independent")
 
-LBFGS = optax.lbfgs()
+LONGEST, SHORTEST = 1.0, 2.0**-30
+"""Of the default optimizer: longest step in any coordinate (a factor e), least share of one."""
+
+QUASI_NEWTON = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
 
 Objective = Callable[[Theory], Array]
 Position = dict[str, Array]
@@ -77,7 +80,7 @@ class Problem:
     leaves: tuple[Leaf, ...]
     bounds: tuple[tuple[str, float, float], ...]
     objective: Objective
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | None
     statistics: str
     num_samples: int | None
     max_steps: int
@@ -120,14 +123,28 @@ class Problem:
 
 
 class State(NamedTuple):
-    """A descent under way; ``history`` is filled up to ``step``."""
+    """A descent under way.
+
+    Attributes:
+        step: How many steps were taken; ``history`` is filled up to there.
+        status: One of the codes above.
+        position: Where it is.
+        start: Where it began.
+        memory: Of the optimizer.
+        slope: The objective's gradient.
+        way: The next step at full length.
+        rate: How much of it is tried, halved until the objective falls enough.
+        history: One row a step.
+    """
 
     step: Array
     status: Array
     position: Position
     start: Position
     memory: Any
-    slope: Array
+    slope: Position
+    way: Position
+    rate: Array
     history: dict[str, Array]
 
 
@@ -139,7 +156,8 @@ class Tuning:
         network: The tuned specification.
         before: Theory at the start.
         after: Theory of the tuned one.
-        status: ``"converged"``, ``"max_steps"``, ``"diverged"`` or ``"independent"``.
+        status: ``"converged"``, ``"max_steps"``, ``"stalled"``, ``"diverged"`` or
+            ``"independent"``, see :func:`tune`.
         message: The same in words, with what to do about it.
         history: By ``step``: objective, lambda_max, eta_max, and by ``layer`` too every field tuned
             (NaN where a layer has none).
@@ -193,7 +211,7 @@ def tune(
     data: Array | None = None,
     statistics: str = "batch",
     num_samples: int | None = None,
-    optimizer: optax.GradientTransformation = LBFGS,
+    optimizer: optax.GradientTransformation | None = None,
     max_steps: int = 200,
     tolerance: float | None = None,
     momentum: float = 0.9,
@@ -216,7 +234,7 @@ def tune(
         data: A batch, for the theory of these very inputs, see :func:`analyze`.
         statistics: As in :func:`analyze`.
         num_samples: As in :func:`analyze`.
-        optimizer: Any of optax; the default is L-BFGS with a line search, ``optax.lbfgs()``.
+        optimizer: Any of optax; None: L-BFGS, each step halved until the objective falls.
         max_steps: Most steps.
         tolerance: It has converged where no derivative of the objective with respect to the
             coordinates (the logarithm of gamma, beta itself) is larger, in units of
@@ -227,8 +245,9 @@ def tune(
     Returns:
         The tuned network, its theory and the history. The status is ``"diverged"`` where a number
         without bounds left its start by a factor of 100 (the objective has no minimum nearby, such
-        as eta_max alone), or the objective was not finite, and ``"independent"`` where
-        the objective is not solved and does not depend on what is tuned.
+        as eta_max alone), or the objective was not finite, ``"independent"`` where the objective is
+        not solved and does not depend on what is tuned, and ``"stalled"`` where no step makes it
+        smaller though its derivative is not 0: a kink, or rounding.
 
     Raises:
         SpecError: for fields, numbers or options that make no sense.
@@ -281,21 +300,20 @@ def tune(
 
 def _descended(
     setting: Problem, start: Position, data: Array | None, tolerance: float, progress: bool
-) -> tuple[State, dict[str, np.ndarray]]:
+) -> tuple[State, dict[str, list[float]]]:
     """The state at the end, on the host, and the numbers there."""
     state = _started(setting, start)
     console = Console(stderr=True, quiet=not progress)
     with console.status("Tuning: compiling") as line:
-        state = _descend(setting, state, data, tolerance, 1)
+        state = jax.device_get(_descend(setting, state, data, tolerance, 1))
         if _independent(setting, state, data, tolerance):
             state = state._replace(status=INDEPENDENT)
         while state.status == RUNNING and state.step < setting.max_steps:
-            limit = min(state.step + CHUNK, setting.max_steps)
-            state = _descend(setting, state, data, tolerance, limit)
+            limit = min(int(state.step) + CHUNK, setting.max_steps)
+            state = jax.device_get(_descend(setting, state, data, tolerance, limit))
             line.update(f"Tuning: step {state.step}, objective {_last(state)['objective']:.4g}")
-    state = jax.device_get(state)
     last = _last(state)
-    return state, {field: last[field] for field in state.position}
+    return state, {field: last[field].tolist() for field in state.position}
 
 
 def _started(setting: Problem, start: Position) -> State:
@@ -304,11 +322,13 @@ def _started(setting: Problem, start: Position) -> State:
     columns |= {field: at.shape for field, at in start.items()}
     return State(
         step=jnp.zeros((), int),
-        status=jnp.full((), RUNNING),
+        status=jnp.asarray(RUNNING, int),
         position=start,
         start=start,
-        memory=setting.optimizer.init(start),
+        memory=(setting.optimizer or QUASI_NEWTON).init(start),
         slope=jax.tree.map(jnp.zeros_like, start),
+        way=jax.tree.map(jnp.zeros_like, start),
+        rate=jnp.ones((), dtype),
         history={
             name: jnp.full((setting.max_steps, *shape), jnp.nan, dtype)
             for name, shape in columns.items()
@@ -319,8 +339,13 @@ def _started(setting: Problem, start: Position) -> State:
 def _descend_to(
     setting: Problem, state: State, data: Array | None, tolerance: Array, limit: Array
 ) -> State:
-    """Goes on until the descent ends or has recorded so many steps."""
-    optimizer = optax.with_extra_args_support(setting.optimizer)
+    """Goes on until the descent ends or has recorded so many steps.
+
+    One evaluation a turn, of a trial that is taken or tried again at half the length: a line search
+    of its own would be compiled as several more copies of theory and derivative.
+    """
+    searching = setting.optimizer is None
+    optimizer = optax.with_extra_args_support(setting.optimizer or QUASI_NEWTON)
 
     def evaluate(position: Position):
         values = setting.values(position)
@@ -328,53 +353,99 @@ def _descend_to(
         value = setting.objective(theory)
         return value, dict(objective=value, lambda_max=theory.fisher.lambda_max, **values)
 
-    def move(state: State, value: Array) -> State:
-        updates, memory = optimizer.update(
-            state.slope,
+    def turn(state: State) -> State:
+        trial = jax.tree.map(lambda at, way: at + state.rate * way, state.position, state.way)
+        (value, row), slope = jax.value_and_grad(evaluate, has_aux=True)(trial)
+        halved = state._replace(rate=state.rate / 2)
+        status = jnp.where(halved.rate < SHORTEST, STALLED, RUNNING)
+        halved = halved._replace(status=status.astype(int))
+        taken = _taken(setting, state, trial, value, slope, row, tolerance)
+        way, memory = optimizer.update(
+            slope,
             state.memory,
-            state.position,
+            trial,
             value=value,
-            grad=state.slope,
+            grad=slope,
             value_fn=lambda position: evaluate(position)[0],
         )
-        position: Any = optax.apply_updates(state.position, updates)
-        return state._replace(position=position, memory=memory)
-
-    def step(state: State) -> State:
-        (value, row), slope = jax.value_and_grad(evaluate, has_aux=True)(state.position)
-        history = {
-            name: column.at[state.step].set(row[name]) for name, column in state.history.items()
-        }
-        status = _status(setting, state, value, slope, tolerance)
-        state = state._replace(step=state.step + 1, status=status, slope=slope, history=history)
-        return jax.lax.cond(status == RUNNING, move, lambda state, _: state, state, value)
+        way = _bounded(way, slope) if searching else way
+        taken = taken._replace(way=way, memory=memory)
+        enough = (value <= _sufficient(state)) | (state.step == 0)
+        return _select(enough, taken, halved) if searching else taken
 
     def unfinished(state: State) -> Array:
         return (state.status == RUNNING) & (state.step < limit)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return jax.lax.while_loop(unfinished, turn, state)
+
+
+def _sufficient(state: State) -> Array:
+    """What a trial's objective may be at most: a share of the linear decrease, or rounding."""
+    value = state.history["objective"][state.step - 1]
+    rounding = 8 * jnp.finfo(value.dtype).eps * jnp.maximum(1.0, jnp.abs(value))
+    return value + 1e-4 * state.rate * _dot(state.slope, state.way) + rounding
+
+
+def _bounded(way: Position, slope: Position) -> Position:
+    """At most LONGEST in any coordinate, and never uphill: then the gradient itself."""
+    uphill = _dot(way, slope) >= 0
+    way = jax.tree.map(lambda step, up: jnp.where(uphill, -up, step), way, slope)
+    scale = jnp.minimum(1.0, LONGEST / jnp.maximum(_largest(way), jnp.finfo(float).tiny))
+    return jax.tree.map(lambda step: scale * step, way)
+
+
+def _taken(
+    setting: Problem,
+    state: State,
+    trial: Position,
+    value: Array,
+    slope: Position,
+    row: dict[str, Array],
+    tolerance: Array,
+) -> State:
+    """The state at a trial, which the history gains."""
+    columns = {name: column.at[state.step].set(row[name]) for name, column in state.history.items()}
+    status = _status(setting, trial, state.start, value, slope, tolerance)
+    return state._replace(
+        step=state.step + 1,
+        status=status,
+        position=trial,
+        slope=slope,
+        rate=jnp.ones_like(state.rate),
+        history=columns,
+    )
+
+
+def _select(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _dot(a: Position, b: Position) -> Array:
+    return jnp.sum(jnp.stack([jnp.sum(a[field] * b[field]) for field in a]))
 
 
 _descend = compiled(_descend_to, ("setting",))
 
 
 def _status(
-    setting: Problem, state: State, value: Array, slope: Position, tolerance: Array
+    setting: Problem,
+    position: Position,
+    start: Position,
+    value: Array,
+    slope: Position,
+    tolerance: Array,
 ) -> Array:
     steepest = _largest(slope)
-    moved = {
-        field: state.position[field] - state.start[field]
-        for field in state.position
-        if field not in {name for name, *_ in setting.bounds}
-    }
+    bounded = {field for field, *_ in setting.bounds}
+    moved = {field: at - start[field] for field, at in position.items() if field not in bounded}
     far = [_largest(part) > _reach(field) for field, part in moved.items()]
     conditions = [
         ~(jnp.isfinite(value) & jnp.isfinite(steepest)),
         jnp.any(jnp.stack(far)) if far else jnp.zeros((), bool),
         steepest <= tolerance * jnp.maximum(1.0, jnp.abs(value)),
     ]
-    results = [jnp.full((), status) for status in (NOT_FINITE, RUNAWAY, CONVERGED)]
-    return jnp.select(conditions, results, jnp.full((), RUNNING))
+    results = [jnp.asarray(status, int) for status in (NOT_FINITE, RUNAWAY, CONVERGED)]
+    return jnp.select(conditions, results, jnp.asarray(RUNNING, int))
 
 
 def _reach(field: str) -> float:
@@ -394,7 +465,7 @@ def _independent(setting: Problem, state: State, data: Array | None, tolerance: 
         return False
     for change in (-math.log(2), math.log(2)):
         moved = setting.values(jax.tree.map(lambda at, c=change: at + c, state.start))
-        network = setting.network_at(jax.device_get(moved))
+        network = setting.network_at({field: at.tolist() for field, at in moved.items()})
         if abs(float(setting.objective(setting.theory(network, data))) - value) > flat:
             return False
     return True
@@ -505,6 +576,8 @@ def _message(setting: Problem, state: State, tolerance: float) -> str:
         more = f"; tune {others[0]} as well: over={(*fields, others[0])!r}" if others else ""
         return f"the objective does not depend on {names}{more}"
     steepest = float(_largest(state.slope))
+    if state.status == STALLED:
+        return f"no step from {last} makes the objective smaller, derivative {steepest:.1e}"
     reached = f"derivative {steepest:.1e}, tolerance {tolerance:.1e}"
     return f"not converged at {last}: {reached}; raise max_steps"
 
