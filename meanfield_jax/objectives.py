@@ -129,22 +129,25 @@ def _sharpness(theory: Theory, output_variance: float) -> Array:
 
 
 def equal_shares() -> Objective:
-    r"""All layers of weights are to have the same share of the outlier, hence of lambda_max.
+    r"""The weights of all layers are to have the same share of the outlier, hence of lambda_max.
 
     .. math:: L \sum_l p_l^2 - 1, \quad p_l = f_l / \sum_m f_m
 
-    f_l is what weights and biases of the l-th of L layers contribute (``Fisher.shares``). 0 where
-    all are equal. A layer that contributes nothing whatever the numbers (the first one, for i.i.d.
-    inputs without limit) changes the value, not the minimum: the others equal. With BatchNorm in
-    training (``statistics="batch"``) and many samples only the layer behind the last BatchNorm
-    contributes, and nothing can be tuned.
+    f_l is what the weights of the l-th of L layers contribute (``Fisher.shares``). 0 where all are
+    equal; 1 / (L - 1) where one layer contributes nothing whatever the numbers (the first, for
+    i.i.d. inputs without limit) and the others are equal. With BatchNorm in training
+    (``statistics="batch"``) and many samples only the last layer contributes, and nothing can be
+    tuned; in evaluation a rectifier's shares depend on beta / gamma only.
+
+    Accuracy:
+        On data the derivative takes the outlier's eigenvector as fixed.
     """
     return Objective(_equal_shares)
 
 
 def _equal_shares(theory: Theory) -> Array:
     shares, layers = theory.fisher.shares, theory.order_parameters.layers
-    share = (shares.weights + shares.biases)[np.isin(shares.layers, layers)]
+    share = shares.weights[np.isin(shares.layers, layers)]
     return len(layers) * jnp.sum((share / share.sum()) ** 2) - 1
 
 

@@ -545,7 +545,7 @@ def _history(setting: Problem, state: State, momentum: float) -> xr.Dataset:
     columns = {name: column[: state.step] for name, column in state.history.items()}
     rate = eta_max(columns["lambda_max"], momentum)
     data: dict[str, Any] = {
-        "objective": ("step", columns["objective"], dict(long_name=repr(setting.objective))),
+        "objective": ("step", columns["objective"], dict(long_name=_name(setting.objective))),
         "lambda_max": ("step", columns["lambda_max"]),
         "eta_max": ("step", np.asarray(rate), dict(momentum=momentum)),
     }
@@ -556,6 +556,10 @@ def _history(setting: Problem, state: State, momentum: float) -> xr.Dataset:
                 values[:, layers.index(leaf.layer)] = columns[field][:, leaf.place]
         data[field] = (("step", "layer"), values)
     return xr.Dataset(data, dict(step=np.arange(state.step), layer=layers))
+
+
+def _name(objective: Objective) -> str:
+    return getattr(objective, "__name__", None) or repr(objective)
 
 
 def _message(setting: Problem, state: State, tolerance: float) -> str:
