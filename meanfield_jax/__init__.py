@@ -10,7 +10,7 @@ the toolkit measures whether the two agree. The names below follow that way::
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
     use       train: many runs at once, over scales, learning rates and seeds;
               sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store;
-              tune, objectives: descend an objective of the theory over gamma, beta, variances
+              tune, objectives, plot_tuning: descend the theory's gradient over gamma, beta, ...
 """
 
 from meanfield_jax import data, objectives
@@ -37,7 +37,7 @@ from meanfield_jax.layers import (
     Sequential,
 )
 from meanfield_jax.network import Network, cnn, mlp
-from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_validation
+from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_tuning, plot_validation
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory, analyze
 from meanfield_jax.tune import Tuning, tune
@@ -79,6 +79,7 @@ __all__ = [
     "objectives",
     "plot_spectrum",
     "plot_sweep",
+    "plot_tuning",
     "plot_validation",
     "spectral_density",
     "sweep",
