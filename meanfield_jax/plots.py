@@ -219,22 +219,23 @@ def plot_tuning(tuning: Tuning) -> Figure:
         positive = field != "beta" and values.max() > 5 * values.min()
         axes.set(yscale="log" if positive else "linear", ylabel=field, title=f"{field} by layer")
         _count(axes, values.layer.size)
-    for theory, style in zip((tuning.before, tuning.after), TUNING, strict=True):
-        share = _shares(theory)
+    both = [_shares(theory) for theory in (tuning.before, tuning.after)]
+    for share, style in zip(both, TUNING, strict=True):
         shares.plot(np.arange(1, len(share) + 1), share, **style)
     shares.set(ylabel="share of lambda_max", title="weights and biases by layer", ylim=(0, None))
-    _count(shares, len(share))
+    _count(shares, len(both[0]))
     shares.legend(fontsize=8, frameon=False)
     history = tuning.history
     descent.plot(history.step, history.eta_max, color=COLOR["batch"])
-    descent.set(xlabel="step", ylabel="largest stable learning rate", title=_ending(tuning))
-    descent.grid(alpha=0.25)
+    descent.set(ylabel="largest stable learning rate", title="descent")
+    _count(descent, history.step.size - 1, first=0, name="step")
+    figure.suptitle(f"{history.objective.long_name}: {tuning.status.replace('_', ' ')}")
     return figure
 
 
 TUNING = (
-    dict(color=COLOR["vanilla"], marker="o", mfc="white", ls=":", label="before"),
-    dict(color=COLOR["batch"], marker="o", ms=5, label="after"),
+    dict(color=COLOR["vanilla"], marker="o", ms=8, mfc="white", ls=":", label="before"),
+    dict(color=COLOR["batch"], marker="o", ms=4, label="after"),
 )
 
 
@@ -245,13 +246,9 @@ def _shares(theory: Theory) -> np.ndarray:
     return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
 
 
-def _count(axes, layers: int) -> None:
-    axes.set(xlabel="layer")
-    axes.set_xticks(np.unique(np.linspace(1, layers, min(layers, 7)).round().astype(int)))
+def _count(axes, last: int, first: int = 1, name: str = "layer") -> None:
+    axes.set_xlabel(name)
+    axes.set_xticks(
+        np.unique(np.linspace(first, last, min(last - first + 1, 7)).round().astype(int))
+    )
     axes.grid(alpha=0.25)
-
-
-def _ending(tuning: Tuning) -> str:
-    words = {"converged": "converged", "max_steps": "not converged"}
-    name = tuning.history.objective.long_name
-    return f"{name}\n{words.get(tuning.status, tuning.status)}"

@@ -49,13 +49,13 @@ class Leaf(NamedTuple):
     """A number of the specification that is tuned.
 
     Attributes:
-        index: Among the leaves of the network.
+        position: Among the leaves of the network.
         field: Its name.
         layer: The layer's path.
         place: Among the tuned numbers of this field.
     """
 
-    index: int
+    position: int
     field: str
     layer: str
     place: int
@@ -113,7 +113,7 @@ class Problem:
         """The specification with these numbers."""
         numbers, structure = jax.tree.flatten(self.network)
         for leaf in self.leaves:
-            numbers[leaf.index] = values[leaf.field][leaf.place]
+            numbers[leaf.position] = values[leaf.field][leaf.place]
         return jax.tree.unflatten(structure, numbers)
 
     def theory(self, network: Network, x: Array | None) -> Theory:
@@ -360,6 +360,7 @@ def _descend_to(
         status = jnp.where(halved.rate < SHORTEST, STALLED, RUNNING)
         halved = halved._replace(status=status.astype(int))
         taken = _taken(setting, state, trial, value, slope, row, tolerance)
+        way: Any
         way, memory = optimizer.update(
             slope,
             state.memory,
@@ -520,7 +521,7 @@ def _start(setting: Problem) -> dict[str, np.ndarray]:
     numbers, values = jax.tree.leaves(setting.network), {}
     bounds = {field: ends for field, *ends in setting.bounds}
     for leaf in setting.leaves:
-        value = numbers[leaf.index]
+        value = numbers[leaf.position]
         low, high = bounds.get(leaf.field, (0.0 if leaf.field in POSITIVE else -math.inf, math.inf))
         if not low < value < high:
             name = f"{leaf.layer}.{leaf.field}"
@@ -555,7 +556,7 @@ def _history(setting: Problem, state: State, momentum: float) -> xr.Dataset:
             if leaf.field == field:
                 values[:, layers.index(leaf.layer)] = columns[field][:, leaf.place]
         data[field] = (("step", "layer"), values)
-    return xr.Dataset(data, dict(step=np.arange(state.step), layer=layers))
+    return xr.Dataset(data, dict(step=np.arange(int(state.step)), layer=layers))
 
 
 def _name(objective: Objective) -> str:

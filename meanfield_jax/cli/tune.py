@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -134,7 +134,7 @@ def _table(tuned: Tuning) -> Table:
     """Before and after, by layer: what was tuned, and the shares of the outlier."""
     ends = tuned.history.isel(step=[0, -1])
     tables = [theory.to_xarray() for theory in (tuned.before, tuned.after)]
-    shares = xr.concat(
+    shares: Any = xr.concat(
         [data.share_weights + data.share_biases + data.share_norm for data in tables], "step"
     )
     fields = [str(name) for name in ends.data_vars if "layer" in ends[name].dims]
