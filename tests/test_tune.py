@@ -70,6 +70,7 @@ def test_derivatives_are_those_of_differences(name, x64):
         assert_close(slope, differences, "difference", scale=scale)
 
 
+@pytest.mark.slow
 def test_shared_gamma_for_a_learning_rate_is_the_root_of_the_theory(x64):
     net = network()
     tuned = mf.tune(net, objectives.target_eta_max(0.1, momentum=0.5), shared=True)
@@ -80,21 +81,21 @@ def test_shared_gamma_for_a_learning_rate_is_the_root_of_the_theory(x64):
         return float(mf.analyze(at).eta_max(0.5)) - 0.1
 
     gamma = scipy.optimize.brentq(excess, 0.1, 3, xtol=1e-14)
-    # half the logarithm's derivative, 1.5e-8, is how far from the target it may end
+    # the derivative of log(eta / target)^2, 1e-5, is twice how far from the target it may end
     values = [layer.gamma for layer in tuned.network.layers if isinstance(layer, mf.BatchNorm)]
-    assert values == pytest.approx([gamma] * 2, rel=1.5e-8)
-    # outlier N gamma^2 / 2 pi + bias, scale and offset of the last BatchNorm
-    assert float(tuned.after.eta_max(0.5)) == pytest.approx(0.1, rel=1.5e-8)
+    assert values == pytest.approx([gamma] * 2, rel=5e-6)
+    assert float(tuned.after.eta_max(0.5)) == pytest.approx(0.1, rel=5e-6)
     # before the last layer nothing counts but eps
     per_layer = mf.tune(net, objectives.target_eta_max(0.1, momentum=0.5))
-    assert float(per_layer.after.eta_max(0.5)) == pytest.approx(0.1, rel=1.5e-8)
+    assert float(per_layer.after.eta_max(0.5)) == pytest.approx(0.1, rel=5e-6)
     assert per_layer.network.layers[4].gamma == pytest.approx(gamma, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_single_precision_reaches_the_target_too():
     tuned = mf.tune(network(), objectives.target_eta_max(0.1))
     assert tuned.status == "converged"
-    assert float(tuned.after.eta_max()) == pytest.approx(0.1, rel=1e-3)
+    assert float(tuned.after.eta_max()) == pytest.approx(0.1, rel=2e-4)
 
 
 def test_the_history_is_that_of_the_descent(x64):
@@ -117,6 +118,7 @@ def test_the_history_is_that_of_the_descent(x64):
     assert "layers/4  gamma 1 ->" in repr(tuned)
 
 
+@pytest.mark.slow
 def test_any_optimizer_of_optax_descends(x64):
     for optimizer in (optax.adam(0.05), optax.lbfgs()):
         tuned = mf.tune(network(1), lowest, optimizer=optimizer, max_steps=400, tolerance=1e-4)
@@ -124,23 +126,24 @@ def test_any_optimizer_of_optax_descends(x64):
         assert float(tuned.after.fisher.lambda_max) == pytest.approx(20, rel=1e-3)
 
 
-@pytest.mark.parametrize(("norm", "over"), [(False, "weight_var")])
-def test_equal_shares_are_reached(norm, over, x64):
-    tuned = mf.tune(network(norm=norm), objectives.equal_shares(), over=over)
+@pytest.mark.slow
+def test_equal_shares_are_reached(x64):
+    tuned = mf.tune(network(norm=False), objectives.equal_shares(), over="weight_var")
     assert tuned.status == "converged"
     shares = tuned.after.fisher.shares.weights
     # the weights of the first layer see uncorrelated inputs
     assert float(shares[0]) == 0
-    assert np.asarray(shares[1:]) == pytest.approx(float(shares[1]), rel=1e-6)
+    assert np.asarray(shares[1:]) == pytest.approx(float(shares[1]), rel=1e-4)
     assert float(tuned.history.objective[-1]) == pytest.approx(1 / (len(shares) - 1))
 
 
-def test_equal_shares_on_data_with_finite_samples(x64):
+@pytest.mark.slow
+def test_the_batch_itself_can_be_tuned_for(x64):
     x = jnp.asarray(load_digits().data[:60]) / 16
     net = mf.mlp([200] * 2, inputs=64, outputs=10, norm=mf.BatchNorm())
     tuned = mf.tune(net, objectives.target_eta_max(0.05), data=x, shared=True)
     assert tuned.status == "converged"
-    assert float(mf.analyze(tuned.network, data=x).eta_max()) == pytest.approx(0.05, rel=1e-7)
+    assert float(mf.analyze(tuned.network, data=x).eta_max()) == pytest.approx(0.05, rel=5e-6)
     assert tuned.after.fisher.eigenvalues.shape == (60,)
 
 
