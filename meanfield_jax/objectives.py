@@ -138,9 +138,6 @@ def equal_shares() -> Objective:
     i.i.d. inputs without limit) and the others are equal. With BatchNorm in training
     (``statistics="batch"``) and many samples only the last layer contributes, and nothing can be
     tuned; in evaluation a rectifier's shares depend on beta / gamma only.
-
-    Accuracy:
-        On data the derivative takes the outlier's eigenvector as fixed.
     """
     return Objective(_equal_shares)
 

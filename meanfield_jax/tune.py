@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import xarray as xr
 from jax import Array
+from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
 from meanfield_jax.errors import SpecError, problem
@@ -269,6 +270,9 @@ def tune(
     check_positive_int("max_steps", max_steps)
     eta_max(1.0, momentum)  # pyright: ignore[reportArgumentType] - checks the momentum
     network.validate()
+    if any(np.shape(number) for number in jax.tree.leaves(network)):
+        cause, remedy = "some of its numbers are arrays", "tune one network at a time"
+        raise problem(SpecError, "network", network, cause, remedy)
     network = jax.tree.map(float, network)
     fields = _checked_fields(network, over)
     setting = Problem(
@@ -467,8 +471,11 @@ def _independent(setting: Problem, state: State, data: Array | None, tolerance: 
     flat = FLAT * abs(value)
     if state.status == NOT_FINITE or abs(value) <= tolerance or _largest(state.slope) > flat:
         return False
-    for change in (-math.log(2), math.log(2)):
-        moved = setting.values(jax.tree.map(lambda at, c=change: at + c, state.start))
+    start, unravel = ravel_pytree(state.start)
+    for factor in (0.5, 2.0):
+        # each number by another amount: moving all alike may be the one thing that changes nothing
+        change = math.log(factor) * jnp.cos(jnp.arange(start.size))
+        moved = setting.values(unravel(start + change))
         network = setting.network_at({field: at.tolist() for field, at in moved.items()})
         if abs(float(setting.objective(setting.theory(network, data))) - value) > flat:
             return False

@@ -71,6 +71,27 @@ def test_derivatives_are_those_of_differences(name, x64):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["target_eta_max", "equal_shares", "sharpness"])
+def test_derivatives_on_data_are_those_of_differences(name, x64):
+    objective, _ = OBJECTIVES[name]
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((12, 50)) + 0.5)
+
+    @jax.jit
+    def value(weight_vars):
+        relu = mf.Activation("relu")
+        hidden = [part for var in weight_vars[:-1] for part in (mf.Dense(300, var), relu)]
+        net = mf.Network((50,), (*hidden, mf.Dense(10, weight_vars[-1])))
+        return objective(mf.analyze(net, data=x))
+
+    step, at = 1e-5, np.array([1.5, 2.0, 0.7])
+    slope = jax.jit(jax.grad(value))(at)
+    moved = [(value(at + step * unit), value(at - step * unit)) for unit in np.eye(3)]
+    differences = [(ahead - behind) / (2 * step) for ahead, behind in moved]
+    scale = max(1.0, abs(float(value(at))), np.abs(slope).max())
+    assert_close(slope, differences, "difference", scale=scale)
+
+
+@pytest.mark.slow
 def test_shared_gamma_for_a_learning_rate_is_the_root_of_the_theory(x64):
     net = network()
     tuned = mf.tune(net, objectives.target_eta_max(0.1, momentum=0.5), shared=True)
