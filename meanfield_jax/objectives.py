@@ -154,7 +154,11 @@ def unit_growth() -> Objective:
     .. math:: \frac{1}{L-1} \sum_l (\log growth_l)^2
 
     The growth is :func:`growth`. tanh reaches 1 as gamma goes to 0 and it becomes linear; a
-    rectifier (1.467 with beta = 0, whatever gamma) as beta / gamma grows, so tune beta too.
+    rectifier (1.467 with beta = 0, whatever gamma) as beta / gamma grows, so tune beta too. The
+    mean that all samples then share costs learning rate: FC 784-1000x3-10, .024 to .002.
+
+    Accuracy:
+        Ends within 1e-3 of growth 1 (tests/test_tune.py).
     """
     return Objective(_unit_growth)
 

