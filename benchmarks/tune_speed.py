@@ -59,13 +59,13 @@ def tuning(
     def solve() -> dict[str, Any]:
         with jax.enable_x64():
             tuned = mf.tune(spec(next(start) / 100), goals[objective], over=over)
-        growth = mf.objectives.growth(tuned.after)
+            growth = float(mf.objectives.growth(tuned.after).max())
         return dict(
             status=tuned.status,
             steps=tuned.history.sizes["step"] - 1,
-            objective=float(tuned.history.objective[-1]),
+            reached=float(tuned.history.objective[-1]),
             eta_max=float(tuned.history.eta_max[-1]),
-            largest_growth=float(growth.max()),
+            largest_growth=growth,
         )
 
     return solve
