@@ -11,9 +11,12 @@ the toolkit measures whether the two agree. The names below follow that way::
     use       optimizer, learning_rate_for: the learning rate of a specification, of any model;
               train: many runs at once, over scales, learning rates and seeds;
               sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store
+    use       train: many runs at once, over scales, learning rates and seeds;
+              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store;
+              tune, objectives, plot_tuning: descend the theory's gradient over gamma, beta, ...
 """
 
-from meanfield_jax import data
+from meanfield_jax import data, objectives
 from meanfield_jax.empirical.density import SpectralDensity, spectral_density
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenvalues
@@ -38,9 +41,10 @@ from meanfield_jax.layers import (
     Sequential,
 )
 from meanfield_jax.network import Network, cnn, mlp
-from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_validation
+from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_tuning, plot_validation
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory, analyze
+from meanfield_jax.tune import Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -64,6 +68,7 @@ __all__ = [
     "Theory",
     "TopEigenvalues",
     "Training",
+    "Tuning",
     "analyze",
     "build",
     "calibrate",
@@ -77,12 +82,15 @@ __all__ = [
     "measured_boundary",
     "mlp",
     "optimizer",
+    "objectives",
     "plot_spectrum",
     "plot_sweep",
+    "plot_tuning",
     "plot_validation",
     "spectral_density",
     "sweep",
     "top_eigenvalues",
     "train",
+    "tune",
     "validate",
 ]

@@ -6,10 +6,13 @@ import numpy as np
 import xarray as xr
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.experiments.diagram import averaged
+from meanfield_jax.theory.propagate import Theory
+from meanfield_jax.tune import Tuning
 
 # Okabe & Ito's colours, told apart by colour-blind readers too
 COLOR = {"batch": "#0072B2", "frozen": "#D55E00", "wei2019": "#009E73", "vanilla": "#555555"}
@@ -195,3 +198,56 @@ def _edges(centers: np.ndarray) -> np.ndarray:
     inner = (at[1:] + at[:-1]) / 2
     edges = np.concatenate([[2 * at[0] - inner[0]], inner, [2 * at[-1] - inner[-1]]])
     return np.exp(edges) if positive else edges
+
+
+def plot_tuning(tuning: Tuning) -> Figure:
+    """What was tuned before and after, by layer, with the shares of lambda_max.
+
+    Args:
+        tuning: What :func:`meanfield_jax.tune` returned.
+
+    Returns:
+        A figure with a panel for each field tuned, one for the shares, one for the descent.
+    """
+    ends = tuning.history.isel(step=[0, -1])
+    fields = [str(name) for name in ends.data_vars if "layer" in ends[name].dims]
+    figure = Figure(figsize=(3.7 * (len(fields) + 2), 3.6), layout="constrained")
+    *panels, shares, descent = figure.subplots(1, len(fields) + 2)
+    for axes, field in zip(panels, fields, strict=True):
+        values = ends[field].dropna("layer")
+        for at, style in zip(values.values, TUNING, strict=True):
+            axes.plot(np.arange(1, values.layer.size + 1), at, **style)
+        positive = field != "beta" and values.max() > 5 * values.min()
+        axes.set(yscale="log" if positive else "linear", ylabel=field, title=f"{field} by layer")
+        _count(axes, "layer")
+    both = [_shares(theory) for theory in (tuning.before, tuning.after)]
+    for share, style in zip(both, TUNING, strict=True):
+        shares.plot(np.arange(1, len(share) + 1), share, **style)
+    shares.set(ylabel="share of lambda_max", title="weights and biases by layer", ylim=(0, None))
+    _count(shares, "layer")
+    shares.legend(fontsize=8, frameon=False)
+    history = tuning.history
+    descent.plot(history.step, history.eta_max, color=COLOR["batch"])
+    descent.set(ylabel="largest stable learning rate", title="descent")
+    _count(descent, "step")
+    figure.suptitle(f"{history.objective.long_name}: {tuning.status.replace('_', ' ')}")
+    return figure
+
+
+TUNING = (
+    dict(color=COLOR["vanilla"], marker="o", ms=8, mfc="white", ls=":", label="before"),
+    dict(color=COLOR["batch"], marker="o", ms=4, label="after"),
+)
+
+
+def _shares(theory: Theory) -> np.ndarray:
+    """Of the outlier, by layer of weights."""
+    shares = theory.fisher.shares
+    total = np.asarray(shares.weights + shares.biases + shares.norm)
+    return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
+
+
+def _count(axes, name: str) -> None:
+    axes.set_xlabel(name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)

@@ -14,6 +14,7 @@ from meanfield_jax.cli.plot import Plot
 from meanfield_jax.cli.reproduce import Reproduce
 from meanfield_jax.cli.spectrum import Spectrum
 from meanfield_jax.cli.sweep import Sweep
+from meanfield_jax.cli.tune import Tune
 from meanfield_jax.cli.validate import Validate
 from meanfield_jax.errors import DataError, SpecError
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "spectrum": Spectrum,
     "sweep": Sweep,
     "plot": Plot,
+    "tune": Tune,
     "reproduce": Reproduce,
 }
 

@@ -266,8 +266,12 @@ def _nodes(kinks: Array, num_nodes: int) -> tuple[Array, Array]:
     ends = jnp.full((*kinks.shape[:-1], 1), CUTOFF, kinks.dtype)
     edges = jnp.concatenate([-ends, jnp.sort(kinks, -1), ends], -1)
     centre, half = (edges[..., 1:] + edges[..., :-1]) / 2, (edges[..., 1:] - edges[..., :-1]) / 2
-    x = jnp.stack([centre + half * value for value in node.tolist()], -1)
-    weights = jnp.stack([half * value for value in weight.tolist()], -1)
+    shape = (*centre.shape, node.size)
+    node, weight = (
+        jnp.broadcast_to(jnp.asarray(values, kinks.dtype), shape) for values in (node, weight)
+    )
+    x = centre[..., None] + half[..., None] * node
+    weights = half[..., None] * weight
     density = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
     shape = (*kinks.shape[:-1], -1)
     return x.reshape(shape), (weights * density).reshape(shape)

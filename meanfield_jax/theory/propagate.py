@@ -263,7 +263,7 @@ def _data_pass(
     kernel, tangent, records, backward = _forward(network, start)
     num_samples = x.shape[0]
     eigenvalues, vectors = jnp.linalg.eigh(tangent / num_samples)
-    top = jax.lax.stop_gradient(vectors[:, -1])
+    top = _top_vector(tangent, eigenvalues * num_samples, vectors)
     same = jnp.eye(num_samples, dtype=x.dtype) / num_samples
     other = (1 - jnp.eye(num_samples, dtype=x.dtype)) / max(num_samples * (num_samples - 1), 1)
     outlier = jnp.outer(top, top) / num_samples
@@ -277,6 +277,20 @@ def _data_pass(
         **mean_information(network, classes, kernel.dtype),
     )
     return _theory(network, kernel, records, backs, fisher)
+
+
+def _top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
+    """The last eigenvector, with its derivative by first-order perturbation.
+
+    That of ``eigh`` is NaN where any two eigenvalues are equal.
+    """
+    eigenvalues, vectors = jax.lax.stop_gradient((eigenvalues, vectors))
+    top, rest = vectors[:, -1], vectors[:, :-1]
+    gap = eigenvalues[-1] - eigenvalues[:-1]
+    separate = gap > jnp.finfo(gap.dtype).eps * len(vectors) * eigenvalues[-1]
+    change = rest.T @ (matrix @ top) / jnp.where(separate, gap, jnp.inf)
+    # the products vanish; only their derivatives do not
+    return top + rest @ (change - jax.lax.stop_gradient(change))
 
 
 def _modulus(network: Network, x: Array, statistics: str) -> int:
@@ -385,7 +399,7 @@ def _theory(
     return Theory(statistics, order, kernel, network)
 
 
-def _compiled(function, static: tuple[str, ...]):
+def compiled(function, static: tuple[str, ...]):
     """The function under jit, on CPU without fusion.
 
     XLA fuses every number there with all layers before it: 15 layers compile in 30 s instead of
@@ -402,8 +416,8 @@ def _compiled(function, static: tuple[str, ...]):
     return call
 
 
-_iid = _compiled(_iid_pass, ("statistics",))
-_on_data = _compiled(_data_pass, ("statistics", "modulus"))
+_iid = compiled(_iid_pass, ("statistics",))
+_on_data = compiled(_data_pass, ("statistics", "modulus"))
 
 
 def _positions_meet(network: Network, on_data: bool = False) -> bool:

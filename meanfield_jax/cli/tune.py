@@ -1,0 +1,157 @@
+"""``meanfield-jax tune``."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+import xarray as xr
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from meanfield_jax import objectives
+from meanfield_jax.cli.options import DataOptions, NetworkOptions
+from meanfield_jax.cli.output import ComputationError, check_folder, plain, write, write_png
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.network import Network
+from meanfield_jax.plots import plot_tuning
+from meanfield_jax.tune import Tuning
+from meanfield_jax.tune import tune as tune_network
+from meanfield_jax.variants import with_depth, with_gamma
+
+# whether the objective takes a value, and which
+OBJECTIVES: dict[str, tuple[Callable[..., objectives.Objective], float | None]] = {
+    "target_eta_max": (objectives.target_eta_max, 0.1),
+    "max_eta_max": (objectives.max_eta_max, 1.0),
+    "unit_growth": (objectives.unit_growth, None),
+    "equal_shares": (objectives.equal_shares, None),
+    "sharpness": (objectives.sharpness, 1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Change gamma, beta or variances until the theory is as wanted: before and after by layer."""
+
+    network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=NetworkOptions
+    )
+    inputs: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=DataOptions
+    )
+    objective: Literal[
+        "target_eta_max", "max_eta_max", "unit_growth", "equal_shares", "sharpness"
+    ] = "target_eta_max"
+    """What is to be reached."""
+    value: float | None = None
+    """Of target_eta_max: the learning rate [0.1]; of max_eta_max: the least variance of the outputs
+    [1]; of sharpness: their variance [1]."""
+    over: tuple[Literal["gamma", "beta", "weight_var", "bias_var"], ...] = ("gamma",)
+    """Which numbers change."""
+    shared: bool = False
+    """One value for all layers."""
+    depth: int | None = None
+    """So many hidden layers, in place of as many as there are widths."""
+    gamma: float | None = None
+    """Scale of every BatchNorm to start from [1, or that of --spec]."""
+    theory: Literal["iid", "data"] = "iid"
+    """Of i.i.d. inputs without limit, or of these very inputs."""
+    statistics: Literal["batch", "frozen", "wei2019"] = "batch"
+    """What is differentiated through a BatchNorm: training, evaluation, as published."""
+    max_steps: int = 200
+    """Most steps."""
+    output: Path | None = None
+    """Picture (PNG)."""
+    save: Path | None = None
+    """The tuned specification (JSON), for --spec."""
+    json: bool = False
+    """Print the history as JSON instead of the table."""
+
+    def run(self) -> None:
+        """Tunes, prints the table and writes the files."""
+        for path in (self.output, self.save):
+            if path is not None:
+                check_folder(path)
+        with jax.enable_x64():
+            tuned = self._tuned()
+            written = self._written(tuned)
+            if self.json:
+                history = tuned.history.assign_attrs(status=tuned.status, message=tuned.message)
+                print(json.dumps(plain(history), indent=2))
+            else:
+                Console().print(_table(tuned))
+                print(tuned.message)
+        if written:
+            print("wrote", *written, file=sys.stderr)
+        if tuned.status != "converged":
+            raise ComputationError(tuned.message)
+
+    def _tuned(self) -> Tuning:
+        network = self._network()
+        x = self.inputs.load(network)[0].astype(float) if self.theory == "data" else None
+        return tune_network(
+            network,
+            self._objective(),
+            over=self.over,
+            shared=self.shared,
+            data=x,
+            statistics=self.statistics,
+            max_steps=self.max_steps,
+            progress=True,
+        )
+
+    def _written(self, tuned: Tuning) -> list[str]:
+        written = []
+        if self.output is not None:
+            written.append(write_png(self.output, plot_tuning(tuned)))
+        if self.save is not None:
+            text = tuned.network.to_json()
+            written.append(write(self.save, lambda path: path.write_text(text)))
+        return written
+
+    def _network(self) -> Network:
+        network = self.network.network(self.inputs.shape(self.network.net))
+        if self.depth is not None:
+            network = with_depth(network, self.depth)
+        return network if self.gamma is None else with_gamma(network, self.gamma)
+
+    def _objective(self) -> objectives.Objective:
+        make, default = OBJECTIVES[self.objective]
+        if default is not None:
+            return make(default if self.value is None else self.value)
+        if self.value is not None:
+            cause = f"{self.objective} has no value"
+            raise problem(SpecError, "--value", self.value, cause, "leave it out")
+        return make()
+
+
+def _table(tuned: Tuning) -> Table:
+    """Before and after, by layer: what was tuned, and the shares of the outlier."""
+    ends = tuned.history.isel(step=[0, -1])
+    tables = [theory.to_xarray() for theory in (tuned.before, tuned.after)]
+    shares: Any = xr.concat(
+        [data.share_weights + data.share_biases + data.share_norm for data in tables], "step"
+    )
+    fields = [str(name) for name in ends.data_vars if "layer" in ends[name].dims]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    for name in (*fields, "share of lambda_max"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in shares.block.values:
+        known = layer in ends.layer.values
+        cells = [_change(ends[field].sel(layer=layer)) if known else "" for field in fields]
+        table.add_row(str(layer), *cells, _change(shares.sel(block=layer) / shares.sum("block")))
+    table.add_section()
+    for name in ("objective", "lambda_max", "eta_max"):
+        table.add_row(name, *[""] * len(fields), _change(ends[name]))
+    return table
+
+
+def _change(values: xr.DataArray) -> str:
+    before, after = values.values
+    return "" if before != before else f"{before:.4g} -> {after:.4g}"

@@ -1,0 +1,331 @@
+"""The descent behind ``tune``: one compiled loop over the coordinates of a network's numbers."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from rich.console import Console
+
+from meanfield_jax.network import Network
+from meanfield_jax.theory.propagate import Theory, analyze, compiled
+
+POSITIVE = ("gamma", "weight_var", "bias_var")
+FIELDS = (*POSITIVE, "beta")
+"""What can be tuned; the positive ones on a logarithmic scale."""
+
+FAR = 100.0
+"""A number without bounds has run away when it changed by this factor (beta: by this much)."""
+
+FLAT = 1e-3
+"""An objective is said not to depend on a number that changes it, relatively, by less."""
+
+TOLERANCE = 1e-5
+"""A BatchNorm's eps makes objectives fall that much with scales that mean nothing otherwise."""
+
+CHUNK = 20
+"""Steps between two looks from the host."""
+
+RUNNING, CONVERGED, STALLED, NOT_FINITE, RUNAWAY, INDEPENDENT = range(6)
+"""How a descent stands."""
+
+LONGEST, SHORTEST = 1.0, 2.0**-30
+"""Of the default optimizer: longest step in any coordinate (a factor e), least share of one."""
+
+QUASI_NEWTON = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
+
+Objective = Callable[[Theory], Array]
+Position = dict[str, Array]
+"""By field, the unconstrained coordinates of its tuned numbers, (numbers,)."""
+
+
+class Leaf(NamedTuple):
+    """A number of the specification that is tuned.
+
+    Attributes:
+        position: Among the leaves of the network.
+        field: Its name.
+        layer: The layer's path.
+        place: Among the tuned numbers of this field.
+    """
+
+    position: int
+    field: str
+    layer: str
+    place: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All that a descent is compiled for.
+
+    Attributes:
+        network: The specification, its tuned numbers all 1.
+        leaves: The tuned numbers.
+        bounds: Field, lower and upper bound.
+        objective: To be made small.
+        optimizer: From optax.
+        statistics: As in :func:`analyze`.
+        num_samples: Likewise.
+        max_steps: Length of the history.
+    """
+
+    network: Network
+    leaves: tuple[Leaf, ...]
+    bounds: tuple[tuple[str, float, float], ...]
+    objective: Objective
+    optimizer: optax.GradientTransformation | None
+    statistics: str
+    num_samples: int | None
+    max_steps: int
+
+    def values(self, position: Position) -> dict[str, Array]:
+        """The numbers themselves: within bounds by a sigmoid, positive by exp."""
+        bounds = {field: ends for field, *ends in self.bounds}
+
+        def value(field: str, at: Array) -> Array:
+            if field in bounds:
+                low, high = bounds[field]
+                return low + (high - low) * jax.nn.sigmoid(at)
+            return jnp.exp(at) if field in POSITIVE else at
+
+        return {field: value(field, at) for field, at in position.items()}
+
+    def position(self, values: Mapping[str, np.ndarray]) -> Position:
+        """The inverse of ``values``."""
+        bounds = {field: ends for field, *ends in self.bounds}
+
+        def at(field: str, value: np.ndarray) -> np.ndarray:
+            if field in bounds:
+                low, high = bounds[field]
+                return np.log((value - low) / (high - value))
+            return np.log(value) if field in POSITIVE else value
+
+        return {field: jnp.asarray(at(field, value), float) for field, value in values.items()}
+
+    def network_at(self, values: Mapping[str, Any]) -> Network:
+        """The specification with these numbers."""
+        numbers, structure = jax.tree.flatten(self.network)
+        for leaf in self.leaves:
+            numbers[leaf.position] = values[leaf.field][leaf.place]
+        return jax.tree.unflatten(structure, numbers)
+
+    def theory(self, network: Network, x: Array | None) -> Theory:
+        """What the objective is taken of."""
+        options: Any = dict(statistics=self.statistics, num_samples=self.num_samples)
+        return analyze(network, data=x, **options)
+
+
+class State(NamedTuple):
+    """A descent under way.
+
+    Attributes:
+        step: How many steps were taken; ``history`` is filled up to there.
+        status: One of the codes above.
+        position: Where it is.
+        start: Where it began.
+        memory: Of the optimizer.
+        slope: The objective's gradient.
+        way: The next step at full length.
+        rate: How much of it is tried, halved until the objective falls enough.
+        history: One row a step.
+    """
+
+    step: Array
+    status: Array
+    position: Position
+    start: Position
+    memory: Any
+    slope: Position
+    way: Position
+    rate: Array
+    history: dict[str, Array]
+
+
+def descend(
+    setting: Problem, start: Position, data: Array | None, tolerance: float, progress: bool
+) -> tuple[State, dict[str, list[float]]]:
+    """The state at the end, on the host, and the numbers there."""
+    state = _started(setting, start)
+    console = Console(stderr=True, quiet=not progress)
+    with console.status("Tuning: compiling") as line:
+        state = jax.device_get(_descend(setting, state, data, tolerance, 1))
+        if _independent(setting, state, data, tolerance):
+            state = state._replace(status=INDEPENDENT)
+        while state.status == RUNNING and state.step < setting.max_steps:
+            limit = min(int(state.step) + CHUNK, setting.max_steps)
+            state = jax.device_get(_descend(setting, state, data, tolerance, limit))
+            line.update(f"Tuning: step {state.step}, objective {_last(state)['objective']:.4g}")
+    last = _last(state)
+    return state, {field: last[field].tolist() for field in state.position}
+
+
+def _started(setting: Problem, start: Position) -> State:
+    dtype = jnp.zeros(()).dtype
+    columns = {name: () for name in ("objective", "lambda_max")}
+    columns |= {field: at.shape for field, at in start.items()}
+    return State(
+        step=jnp.zeros((), int),
+        status=jnp.asarray(RUNNING, int),
+        position=start,
+        start=start,
+        memory=(setting.optimizer or QUASI_NEWTON).init(start),
+        slope=jax.tree.map(jnp.zeros_like, start),
+        way=jax.tree.map(jnp.zeros_like, start),
+        rate=jnp.ones((), dtype),
+        history={
+            name: jnp.full((setting.max_steps, *shape), jnp.nan, dtype)
+            for name, shape in columns.items()
+        },
+    )
+
+
+def _descend_to(
+    setting: Problem, state: State, data: Array | None, tolerance: Array, limit: Array
+) -> State:
+    """Goes on until the descent ends or has recorded so many steps.
+
+    One evaluation a turn, of a trial that is taken or tried again at half the length: a line search
+    of its own would be compiled as several more copies of theory and derivative.
+    """
+    searching = setting.optimizer is None
+    optimizer = optax.with_extra_args_support(setting.optimizer or QUASI_NEWTON)
+
+    def evaluate(position: Position):
+        values = setting.values(position)
+        theory = setting.theory(setting.network_at(values), data)
+        value = setting.objective(theory)
+        return value, dict(objective=value, lambda_max=theory.fisher.lambda_max, **values)
+
+    def turn(state: State) -> State:
+        trial = jax.tree.map(lambda at, way: at + state.rate * way, state.position, state.way)
+        (value, row), slope = jax.value_and_grad(evaluate, has_aux=True)(trial)
+        halved = state._replace(rate=state.rate / 2)
+        status = jnp.where(halved.rate < SHORTEST, STALLED, RUNNING)
+        halved = halved._replace(status=status.astype(int))
+        taken = _taken(setting, state, trial, value, slope, row, tolerance)
+        way: Any
+        way, memory = optimizer.update(
+            slope,
+            state.memory,
+            trial,
+            value=value,
+            grad=slope,
+            value_fn=lambda position: evaluate(position)[0],
+        )
+        way = _bounded(way, slope) if searching else way
+        taken = taken._replace(way=way, memory=memory)
+        enough = (value <= _sufficient(state)) | (state.step == 0)
+        return _select(enough, taken, halved) if searching else taken
+
+    def unfinished(state: State) -> Array:
+        return (state.status == RUNNING) & (state.step < limit)
+
+    return jax.lax.while_loop(unfinished, turn, state)
+
+
+def _sufficient(state: State) -> Array:
+    """What a trial's objective may be at most: a share of the linear decrease, or rounding."""
+    value = state.history["objective"][state.step - 1]
+    rounding = 8 * jnp.finfo(value.dtype).eps * jnp.maximum(1.0, jnp.abs(value))
+    return value + 1e-4 * state.rate * _dot(state.slope, state.way) + rounding
+
+
+def _bounded(way: Position, slope: Position) -> Position:
+    """At most LONGEST in any coordinate, and never uphill: then the gradient itself."""
+    uphill = _dot(way, slope) >= 0
+    way = jax.tree.map(lambda step, up: jnp.where(uphill, -up, step), way, slope)
+    scale = jnp.minimum(1.0, LONGEST / jnp.maximum(largest(way), jnp.finfo(float).tiny))
+    return jax.tree.map(lambda step: scale * step, way)
+
+
+def _taken(
+    setting: Problem,
+    state: State,
+    trial: Position,
+    value: Array,
+    slope: Position,
+    row: dict[str, Array],
+    tolerance: Array,
+) -> State:
+    """The state at a trial, which the history gains."""
+    columns = {name: column.at[state.step].set(row[name]) for name, column in state.history.items()}
+    status = _status(setting, trial, state.start, value, slope, tolerance)
+    return state._replace(
+        step=state.step + 1,
+        status=status,
+        position=trial,
+        slope=slope,
+        rate=jnp.ones_like(state.rate),
+        history=columns,
+    )
+
+
+def _select(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _dot(a: Position, b: Position) -> Array:
+    return jnp.sum(jnp.stack([jnp.sum(a[field] * b[field]) for field in a]))
+
+
+_descend = compiled(_descend_to, ("setting",))
+
+
+def _status(
+    setting: Problem,
+    position: Position,
+    start: Position,
+    value: Array,
+    slope: Position,
+    tolerance: Array,
+) -> Array:
+    steepest = largest(slope)
+    bounded = {field for field, *_ in setting.bounds}
+    moved = {field: at - start[field] for field, at in position.items() if field not in bounded}
+    far = [largest(part) > _reach(field) for field, part in moved.items()]
+    conditions = [
+        ~(jnp.isfinite(value) & jnp.isfinite(steepest)),
+        jnp.any(jnp.stack(far)) if far else jnp.zeros((), bool),
+        steepest <= tolerance * jnp.maximum(1.0, jnp.abs(value)),
+    ]
+    results = [jnp.asarray(status, int) for status in (NOT_FINITE, RUNAWAY, CONVERGED)]
+    return jnp.select(conditions, results, jnp.asarray(RUNNING, int))
+
+
+def _reach(field: str) -> float:
+    """How far a coordinate may go: a factor for those that are logarithms."""
+    return math.log(FAR) if field in POSITIVE else FAR
+
+
+def largest(tree: Any) -> Array:
+    """The largest absolute value among all numbers."""
+    return jnp.max(jnp.concatenate([jnp.abs(leaf) for leaf in jax.tree.leaves(tree)]))
+
+
+def _independent(setting: Problem, state: State, data: Array | None, tolerance: float) -> bool:
+    """Whether the objective, not being solved, is the same at the start and to both sides of it."""
+    value = float(state.history["objective"][0])
+    flat = FLAT * abs(value)
+    if state.status == NOT_FINITE or abs(value) <= tolerance or largest(state.slope) > flat:
+        return False
+    start, unravel = ravel_pytree(state.start)
+    for factor in (0.5, 2.0):
+        # each number by another amount: moving all alike may be the one thing that changes nothing
+        change = math.log(factor) * jnp.cos(jnp.arange(start.size))
+        moved = setting.values(unravel(start + change))
+        network = setting.network_at({field: at.tolist() for field, at in moved.items()})
+        if abs(float(setting.objective(setting.theory(network, data))) - value) > flat:
+            return False
+    return True
+
+
+def _last(state: State) -> dict[str, Any]:
+    """The last row of the history."""
+    return {name: column[state.step - 1] for name, column in state.history.items()}

@@ -1,0 +1,210 @@
+"""What :func:`meanfield_jax.tune` can descend: scalars of a theory, each to be made small.
+
+An objective of your own is any function from :class:`Theory` to a scalar, of JAX operations; best
+of order one, such as a logarithm of what matters.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.propagate import Theory
+from meanfield_jax.variants import has_batch_norm
+
+MARGIN = 1e-3
+"""How far above its floor a constraint ends, relative, where the objective presses by 1."""
+
+HOLD = 1e3
+"""Weight of the squared logarithm by which an output scale is held."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Objective:
+    """A scalar of a theory with its options; equal ones share what was compiled for them.
+
+    Attributes:
+        measure: Maps a theory and the options to a scalar.
+        options: Names and values.
+    """
+
+    measure: Callable[..., Array]
+    options: tuple[tuple[str, float], ...] = ()
+
+    def __call__(self, theory: Theory) -> Array:
+        """The objective's value, a scalar."""
+        return self.measure(theory, **dict(self.options))
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value:g}" for name, value in self.options)
+        return f"{self.measure.__name__.lstrip('_')}({options})"
+
+
+def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
+    r"""The largest stable learning rate is to be ``value``.
+
+    .. math:: (\log \eta_{max} - \log value)^2
+
+    Args:
+        value: The learning rate.
+        momentum: Of the heavy ball, in [0, 1).
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=mf.BatchNorm())
+        >>> tuned = mf.tune(net, mf.objectives.target_eta_max(0.1), over="gamma", shared=True)
+        >>> round(float(tuned.after.eta_max()), 4)
+        0.1
+    """
+    eta_max(1.0, momentum)  # pyright: ignore[reportArgumentType] - checks the momentum
+    return Objective(
+        _target_eta_max, (("value", _positive("value", value)), ("momentum", momentum))
+    )
+
+
+def _target_eta_max(theory: Theory, value: float, momentum: float) -> Array:
+    return (jnp.log(theory.eta_max(momentum)) - math.log(value)) ** 2
+
+
+def max_eta_max(min_output_variance: float = 1.0) -> Objective:
+    r"""The largest stable learning rate at which the outputs still vary over the inputs.
+
+    .. math:: \log \lambda_{max} + b(\log V - \log V_{min})
+
+    V is :func:`output_variance`, b the logarithmic barrier -m log(s), m = 1e-3, continued by a
+    parabola below s = m/2 so that any start will do. Without a floor there is no optimum:
+    lambda_max falls with the squared scale of the outputs, and a network of small outputs learns no
+    faster. The minimum has s = m / (d log lambda_max / d log V), about 0.1 % above the floor, and
+    never below it unless lambda_max grows faster than V^4.
+
+    Args:
+        min_output_variance: V_min.
+
+    Accuracy:
+        Ends 0.1 % above the floor (tests/test_tune.py).
+    """
+    floor = _positive("min_output_variance", min_output_variance)
+    return Objective(_max_eta_max, (("min_output_variance", floor),))
+
+
+def _max_eta_max(theory: Theory, min_output_variance: float) -> Array:
+    above = jnp.log(output_variance(theory)) - math.log(min_output_variance)
+    return jnp.log(theory.fisher.lambda_max) + _barrier(above, MARGIN)
+
+
+def _barrier(distance: Array, margin: float) -> Array:
+    """-margin log(distance), continued below margin / 2 by the parabola with its curvature."""
+    edge = margin / 2
+    inside = jnp.log(jnp.maximum(distance, edge))
+    beyond = (((distance - 2 * edge) / edge) ** 2 - 1) / 2 - math.log(edge)
+    return margin * jnp.where(distance > edge, -inside, beyond)
+
+
+def sharpness(output_variance: float = 1.0) -> Objective:
+    r"""The largest eigenvalue is to stand out as little as it can: pathological sharpness.
+
+    .. math:: \log \frac{\lambda_{max}}{\bar\lambda} + \frac{1000}{2} (\log V - \log V_0)^2
+
+    The ratio alone is blind to the scale of the outputs, which multiplies all eigenvalues, and only
+    falls on as the scale of the last layers grows and its biases cease to count. So the scale is
+    held: V is :func:`output_variance`, and ends within (d log ratio / d log V) / 1000 of V_0. One
+    shared number is then fixed by V_0 alone: tune one for each layer, or two fields.
+
+    Args:
+        output_variance: V_0.
+    """
+    scale = _positive("output_variance", output_variance)
+    return Objective(_sharpness, (("output_variance", scale),))
+
+
+def _sharpness(theory: Theory, output_variance: float) -> Array:
+    ratio = theory.fisher.lambda_max / theory.fisher.mean
+    return jnp.log(ratio) + HOLD / 2 * _log_square(_output_variance(theory) / output_variance)
+
+
+def equal_shares() -> Objective:
+    r"""The weights of all layers are to have the same share of the outlier, hence of lambda_max.
+
+    .. math:: L \sum_l p_l^2 - 1, \quad p_l = f_l / \sum_m f_m
+
+    f_l is what the weights of the l-th of L layers contribute (``Fisher.shares``). 0 where all are
+    equal; 1 / (L - 1) where one layer contributes nothing whatever the numbers (the first, for
+    i.i.d. inputs without limit) and the others are equal. With BatchNorm in training
+    (``statistics="batch"``) and many samples only the last layer contributes, and nothing can be
+    tuned; in evaluation a rectifier's shares depend on beta / gamma only.
+    """
+    return Objective(_equal_shares)
+
+
+def _equal_shares(theory: Theory) -> Array:
+    shares, layers = theory.fisher.shares, theory.order_parameters.layers
+    share = shares.weights[np.isin(shares.layers, layers)]
+    return len(layers) * jnp.sum((share / share.sum()) ** 2) - 1
+
+
+def unit_growth() -> Objective:
+    r"""Gradients are to keep their size from layer to layer, neither exploding nor vanishing.
+
+    .. math:: \frac{1}{L-1} \sum_l (\log growth_l)^2
+
+    The growth is :func:`growth`. tanh reaches 1 as gamma goes to 0 and it becomes linear; a
+    rectifier (1.467 with beta = 0, whatever gamma) as beta / gamma grows, so tune beta too. The
+    mean that all samples then share costs learning rate: FC 784-1000x3-10, .024 to .002.
+
+    Accuracy:
+        With the default tolerance the largest growth ends at 1.001 (one gamma for 30 layers of
+        tanh) to 1.006 (30 gammas); a smaller one comes closer (benchmarks/tune_speed.py).
+    """
+    return Objective(_unit_growth)
+
+
+def _unit_growth(theory: Theory) -> Array:
+    return jnp.mean(_log_square(growth(theory)))
+
+
+def growth(theory: Theory) -> Array:
+    r"""How much the squared gradient grows through each layer, towards the input; (layers - 1,).
+
+    .. math:: \frac{\tilde q^l s_l^2}{\tilde q^{l+1} s_{l+1}^2}
+
+    With BatchNorm s_l^2 = q - q_xy, the variance of a pre-activation over inputs: the gradient is
+    taken in the units in which the next BatchNorm sees it, so that a scale gamma that differs from
+    layer to layer, which a BatchNorm behind takes out again, counts for nothing; every layer then
+    has gamma^2 E[phi'^2] / Var(phi). Without BatchNorm s_l = 1, and it is chi_1.
+
+    Args:
+        theory: Of a chain of layers.
+
+    Source:
+        Yang et al. 2019 (arXiv:1902.08129): pi/(pi-1) for a rectifier.
+    """
+    order = theory.order_parameters
+    normalized = has_batch_norm(theory.network)
+    gradient = order.q_tilde * (order.q - order.q_xy if normalized else 1.0)
+    return gradient[:-1] / gradient[1:]
+
+
+def output_variance(theory: Theory) -> Array:
+    """The variance of one network's output over the inputs, q - q_xy of the last layer."""
+    order = theory.order_parameters
+    return order.q[-1] - order.q_xy[-1]
+
+
+# under the name of which an argument of sharpness hides it
+_output_variance = output_variance
+
+
+def _log_square(ratio: Array) -> Array:
+    return jnp.log(ratio) ** 2
+
+
+def _positive(argument: str, value: Any) -> float:
+    if isinstance(value, (int, float, np.number)) and 0 < value < math.inf:
+        return float(value)
+    raise problem(SpecError, argument, value, "not a positive number", "give e.g. 0.1")

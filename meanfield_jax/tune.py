@@ -1,0 +1,309 @@
+"""``tune``: gradient descent, through the theory, on the numbers of a specification."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import xarray as xr
+from jax import Array
+
+from meanfield_jax.descent import (
+    CONVERGED,
+    FAR,
+    FIELDS,
+    INDEPENDENT,
+    NOT_FINITE,
+    POSITIVE,
+    RUNAWAY,
+    STALLED,
+    TOLERANCE,
+    Leaf,
+    Objective,
+    Problem,
+    State,
+    descend,
+    largest,
+)
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.layers.base import check_positive_int
+from meanfield_jax.network import Network
+from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.propagate import Theory
+
+STATUS = ("max_steps", "converged", "stalled", "diverged", "diverged", "independent")
+"""By the code of a descent's end."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Tuning:
+    """What :func:`tune` returns.
+
+    Attributes:
+        network: The tuned specification.
+        before: Theory at the start.
+        after: Theory of the tuned one.
+        status: ``"converged"``, ``"max_steps"``, ``"stalled"``, ``"diverged"`` or
+            ``"independent"``, see :func:`tune`.
+        message: The same in words, with what to do about it.
+        history: By ``step``: objective, lambda_max, eta_max, and by ``layer`` too every field tuned
+            (NaN where a layer has none).
+    """
+
+    network: Network
+    before: Theory
+    after: Theory
+    status: str
+    message: str
+    history: xr.Dataset
+
+    def raise_if_failed(self) -> "Tuning":
+        """Returns itself.
+
+        Raises:
+            RuntimeError: the status is not ``"converged"``.
+        """
+        if self.status == "converged":
+            return self
+        raise RuntimeError(f"tune: {self.message}")
+
+    def __repr__(self) -> str:
+        ends = self.history.isel(step=[0, -1])
+
+        def change(values: xr.DataArray) -> str:
+            return " -> ".join(f"{value:.6g}" for value in values.values)
+
+        lines = [f"Tuning of {self.history.objective.long_name}: {self.message}"]
+        lines += [f"  {name}  {change(ends[name])}" for name in SCALARS]
+        for layer in ends.layer.values:
+            parts = (
+                f"{field} {change(ends[field].sel(layer=layer))}"
+                for field in FIELDS
+                if field in ends and np.isfinite(ends[field].sel(layer=layer)).all()
+            )
+            lines.append(f"  {layer}  {', '.join(parts)}")
+        return "\n".join(lines)
+
+
+SCALARS = ("objective", "lambda_max", "eta_max")
+
+
+def tune(
+    network: Network,
+    objective: Objective,
+    *,
+    over: str | Sequence[str] = "gamma",
+    shared: bool = False,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    data: Array | None = None,
+    statistics: str = "batch",
+    num_samples: int | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    max_steps: int = 200,
+    tolerance: float | None = None,
+    momentum: float = 0.9,
+    progress: bool = False,
+) -> Tuning:
+    """Changes numbers of a network until an objective of its theory is least.
+
+    The descent is one compiled loop, and is compiled once for each structure and objective: 6 s for
+    three layers, minutes for thirty written out, 13 s for thirty in a :class:`Repeat`; run again,
+    from any numbers, it takes milliseconds to seconds (benchmarks/tune_speed.py). gamma
+    and the variances move on a logarithmic scale, beta on its own, and those with ``bounds`` on
+    that of a sigmoid between them, which no step leaves. Float64 under ``jax.enable_x64()``.
+
+    Args:
+        network: The specification, with the numbers to start from. Inside a :class:`Repeat` one
+            number serves all repetitions: to tune one for each, write the layers out, as ``mlp``
+            does.
+        objective: A function from :class:`Theory` to a scalar: one of ``mf.objectives``, or yours.
+        over: The fields to tune: gamma, beta, weight_var, bias_var.
+        shared: Whether all layers get the same value (at first the mean of theirs).
+        bounds: For some of the fields (low, high).
+        data: A batch, for the theory of these very inputs, see :func:`analyze`.
+        statistics: As in :func:`analyze`.
+        num_samples: As in :func:`analyze`.
+        optimizer: Any of optax; None: L-BFGS, each step halved until the objective falls.
+        max_steps: Most steps.
+        tolerance: It has converged where no derivative of the objective with respect to the
+            coordinates (the logarithm of gamma, beta itself) is larger, in units of
+            max(1, |objective|); None: 1e-5, or in float32 the square root of eps, 3.5e-4.
+        momentum: Of eta_max in the history.
+        progress: Whether to show step and objective on a terminal.
+
+    Returns:
+        The tuned network, its theory and the history. The status is ``"diverged"`` where a number
+        without bounds left its start by a factor of 100 (the objective has no minimum nearby, such
+        as eta_max alone), or the objective was not finite, ``"independent"`` where the objective is
+        not solved and does not depend on what is tuned, and ``"stalled"`` where no step makes it
+        smaller though its derivative is not 0: a kink, or rounding.
+
+    Raises:
+        SpecError: for fields, numbers or options that make no sense.
+        DataError: for data that does not fit.
+
+    Accuracy:
+        A learning rate as target is met to 5e-6, in float32 to 2e-4 (tests/test_tune.py).
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=mf.BatchNorm())
+        >>> tuned = mf.tune(net, lambda theory: (theory.fisher.lambda_max / 50 - 1) ** 2)
+        >>> tuned.status, round(float(tuned.after.fisher.lambda_max), 1)
+        ('converged', 50.0)
+    """
+    check_positive_int("max_steps", max_steps)
+    eta_max(1.0, momentum)  # pyright: ignore[reportArgumentType] - checks the momentum
+    network.validate()
+    if any(np.shape(number) for number in jax.tree.leaves(network)):
+        cause, remedy = "some of its numbers are arrays", "tune one network at a time"
+        raise problem(SpecError, "network", network, cause, remedy)
+    network = jax.tree.map(float, network)
+    fields = _checked_fields(network, over)
+    setting = Problem(
+        network=network,
+        leaves=_leaves(network, fields, shared),
+        bounds=_checked_bounds(bounds or {}, fields),
+        objective=objective,
+        optimizer=optimizer,
+        statistics=statistics,
+        num_samples=num_samples,
+        max_steps=max_steps,
+    )
+    before = setting.theory(network, data)
+    _check_scalar(objective, before)
+    start = setting.position(_start(setting))
+    # equal for all starts, so that they share what is compiled
+    ones = {field: np.ones(len(at)) for field, at in start.items()}
+    setting = dataclasses.replace(setting, network=setting.network_at(ones))
+    if tolerance is None:
+        tolerance = max(TOLERANCE, math.sqrt(jnp.finfo(before.kernel.dtype).eps))
+    state, values = descend(setting, start, data, tolerance, progress)
+    tuned = setting.network_at(values)
+    return Tuning(
+        network=tuned,
+        before=before,
+        after=setting.theory(tuned, data),
+        status=STATUS[state.status],
+        message=_message(setting, state, tolerance),
+        history=_history(setting, state, momentum),
+    )
+
+
+def _checked_fields(network: Network, over: str | Sequence[str]) -> tuple[str, ...]:
+    """The fields named, in the order of ``FIELDS``."""
+    named = (over,) if isinstance(over, str) else tuple(over)
+    present = {leaf.field for leaf in _leaves(network, FIELDS, shared=False)}
+    for field in named or ("",):
+        if field not in present:
+            cause = "no layer of this network has such a number"
+            remedy = f"use one or more of {', '.join(name for name in FIELDS if name in present)}"
+            raise problem(SpecError, "over", over, cause, remedy)
+    return tuple(field for field in FIELDS if field in named)
+
+
+def _checked_bounds(
+    bounds: Mapping[str, tuple[float, float]], fields: Sequence[str]
+) -> tuple[tuple[str, float, float], ...]:
+    for field, ends in bounds.items():
+        name = f"bounds[{field!r}]"
+        if field not in fields:
+            raise problem(SpecError, name, ends, "not tuned", f"use one of {', '.join(fields)}")
+        least = 0.0 if field in POSITIVE else -math.inf
+        if not (len(ends) == 2 and least <= ends[0] < ends[1] < math.inf and ends[0] > -math.inf):
+            cause = "not two finite numbers, the lower one first"
+            cause += " and not negative" * (field in POSITIVE)
+            raise problem(SpecError, name, ends, cause, "give e.g. (0.05, 5)")
+    return tuple((field, float(low), float(high)) for field, (low, high) in bounds.items())
+
+
+def _leaves(network: Network, fields: Sequence[str], shared: bool) -> tuple[Leaf, ...]:
+    """The numbers with these names, first layer to last."""
+    leaves, count = [], dict.fromkeys(fields, 0)
+    for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(network)):
+        field = path[-1].name
+        if field in count:
+            layer = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+            leaves.append(Leaf(index, field, layer, 0 if shared else count[field]))
+            count[field] += 1
+    return tuple(leaves)
+
+
+def _start(setting: Problem) -> dict[str, np.ndarray]:
+    """The numbers to start from, by field: those of the network, the mean of those that share."""
+    numbers, values = jax.tree.leaves(setting.network), {}
+    bounds = {field: ends for field, *ends in setting.bounds}
+    for leaf in setting.leaves:
+        value = numbers[leaf.position]
+        low, high = bounds.get(leaf.field, (0.0 if leaf.field in POSITIVE else -math.inf, math.inf))
+        if not low < value < high:
+            name = f"{leaf.layer}.{leaf.field}"
+            remedy = "start from a number between them, or do not tune it"
+            raise problem(SpecError, name, value, f"not above {low:g} and below {high:g}", remedy)
+        values.setdefault(leaf.field, {}).setdefault(leaf.place, []).append(value)
+    return {
+        field: np.array([np.mean(same) for same in places.values()])
+        for field, places in values.items()
+    }
+
+
+def _check_scalar(objective: Objective, theory: Theory) -> None:
+    value = objective(theory)
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        cause, remedy = f"its value is {value!r}", "return one real number, such as a mean"
+        raise problem(SpecError, "objective", objective, cause, remedy)
+
+
+def _history(setting: Problem, state: State, momentum: float) -> xr.Dataset:
+    layers = list(dict.fromkeys(leaf.layer for leaf in setting.leaves))
+    columns = {name: column[: state.step] for name, column in state.history.items()}
+    rate = eta_max(columns["lambda_max"], momentum)
+    data: dict[str, Any] = {
+        "objective": ("step", columns["objective"], dict(long_name=_name(setting.objective))),
+        "lambda_max": ("step", columns["lambda_max"]),
+        "eta_max": ("step", np.asarray(rate), dict(momentum=momentum)),
+    }
+    for field in state.position:
+        values = np.full((int(state.step), len(layers)), np.nan)
+        for leaf in setting.leaves:
+            if leaf.field == field:
+                values[:, layers.index(leaf.layer)] = columns[field][:, leaf.place]
+        data[field] = (("step", "layer"), values)
+    return xr.Dataset(data, dict(step=np.arange(int(state.step)), layer=layers))
+
+
+def _name(objective: Objective) -> str:
+    return getattr(objective, "__name__", None) or repr(objective)
+
+
+def _message(setting: Problem, state: State, tolerance: float) -> str:
+    fields, steps = tuple(state.position), int(state.step)
+    names, last = " and ".join(fields), f"step {steps - 1}"
+    others = [name for name in ("beta", *FIELDS) if name in _present(setting) - set(fields)]
+    if state.status == CONVERGED:
+        return f"converged at {last}"
+    if state.status == NOT_FINITE:
+        return f"the objective is not finite at {last}; start elsewhere or give bounds"
+    if state.status == RUNAWAY:
+        return (
+            f"{names} left the start by a factor of {FAR:g} by {last} and the objective still "
+            "falls: it has no minimum nearby; give bounds, or hold something fixed, as "
+            "objectives.max_eta_max (a floor on the outputs) and objectives.target_eta_max do"
+        )
+    if state.status == INDEPENDENT:
+        more = f"; tune {others[0]} as well: over={(*fields, others[0])!r}" if others else ""
+        return f"the objective does not depend on {names}{more}"
+    steepest = float(largest(state.slope))
+    if state.status == STALLED:
+        return f"no step from {last} makes the objective smaller, derivative {steepest:.1e}"
+    reached = f"derivative {steepest:.1e}, tolerance {tolerance:.1e}"
+    return f"not converged at {last}: {reached}; raise max_steps"
+
+
+def _present(setting: Problem) -> set[str]:
+    """All fields of the network that can be tuned."""
+    return {leaf.field for leaf in _leaves(setting.network, FIELDS, shared=False)}
