@@ -37,6 +37,7 @@ from meanfield_jax.layers import (
 )
 from meanfield_jax.network import Network, cnn, mlp
 from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_validation
+from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory, analyze
 
@@ -49,6 +50,8 @@ __all__ = [
     "DataError",
     "Dense",
     "FisherOperator",
+    "FixedPoint",
+    "FixedPointStatus",
     "Flatten",
     "GlobalMeanPool",
     "Layer",
@@ -69,6 +72,7 @@ __all__ = [
     "data",
     "eta_max",
     "fisher_operator",
+    "fixed_point",
     "functional",
     "load_sweep",
     "measured_boundary",
