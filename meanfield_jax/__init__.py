@@ -39,6 +39,7 @@ from meanfield_jax.network import Network, cnn, mlp
 from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_validation
 from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.phase_diagram import phase_diagram
 from meanfield_jax.theory.propagate import Theory, analyze
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ __all__ = [
     "load_sweep",
     "measured_boundary",
     "mlp",
+    "phase_diagram",
     "plot_spectrum",
     "plot_sweep",
     "plot_validation",

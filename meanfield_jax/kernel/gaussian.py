@@ -232,7 +232,9 @@ def _quadrature_jvp(phi, num_nodes, primals, tangents):
     def at_fixed_correlation(std_a, std_b, mean):
         return rule(phi, num_nodes, std_a, std_b, correlation, mean)
 
-    moments, dots = jax.jvp(at_fixed_correlation, (*fixed, mean), (*fixed_dot, mean_dot))
+    # by itself, not as a by-product of the next line: higher derivatives come through here again
+    moments = _quadrature(phi, num_nodes, *primals)
+    _, dots = jax.jvp(at_fixed_correlation, (*fixed, mean), (*fixed_dot, mean_dot))
     _, along = jax.jvp(
         lambda c: rule(phi, num_nodes, *fixed, c, mean), (correlation,), (correlation_dot,)
     )

@@ -6,6 +6,7 @@ hundred multiplications, whatever the function.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,11 @@ ORDER = 10
 SCALE, WIDTH, NUM_VARIANCES = 8.0, 0.25, 82
 """Cells of equal width in log(1 + SCALE variance), up to a variance of 1e8."""
 
-NUM_CORRELATIONS = 12
-"""Cells of either sign, each half as far from |c| = 1 as the one before."""
+HALVINGS = 11
+MIDDLE = 0.25
+"""The cells in c: |c| <= MIDDLE, and of either sign so many, each half as far from |c| = 1."""
+
+NUM_CORRELATIONS = 1 + 2 * HALVINGS
 
 NUM_TERMS = 512
 """Terms of Mehler's series behind the table, and nodes of their coefficients."""
@@ -67,26 +71,25 @@ def _place(variance: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
     s = jnp.log1p(SCALE * variance) / WIDTH
     row = jnp.clip(jnp.floor(jax.lax.stop_gradient(s)), 0, NUM_VARIANCES - 1)
     side = jnp.where(c >= 0, 1.0, -1.0)
-    rest = 1 - side * c
-    last = NUM_CORRELATIONS - 1
-    halvings = -jnp.log2(jnp.maximum(jax.lax.stop_gradient(rest), 2.0**-last))
-    column = jnp.clip(jnp.floor(halvings), 0, last)
-    left = jnp.where(column == last, 0.0, 1.0)
-    width = jnp.where(column == last, 2.0**-last, 2.0 ** -(column + 1))
-    at = (2 * (s - row) - 1, 2 * (rest / width - left) - 1)
-    cell = (row * 2 + (side > 0)) * NUM_CORRELATIONS + column
+    rest = (1 - side * c) / (1 - MIDDLE)
+    halvings = jnp.ceil(-jnp.log2(jnp.maximum(jax.lax.stop_gradient(rest), 2.0**-HALVINGS)))
+    column = jnp.clip(halvings, 0, HALVINGS)
+    last = jnp.where(column == HALVINGS, 1.0, 0.0)
+    scaled = rest * 2.0 ** (column - last) - (1 - last)
+    # one cell for both signs in the middle, where odd functions have their fixed points
+    at = (2 * (s - row) - 1, jnp.where(column == 0, c / MIDDLE, 2 * scaled - 1))
+    cell = row * NUM_CORRELATIONS + column + jnp.where((side < 0) & (column > 0), HALVINGS, 0.0)
     return cell.astype(int), at
 
 
 def _polynomial(coefficients: Array, x: Array, y: Array) -> Array:
-    """Horner's scheme in both variables; coefficients (..., ORDER, ORDER)."""
-    total = 0.0
-    for i in reversed(range(ORDER)):
-        row = 0.0
-        for j in reversed(range(ORDER)):
-            row = row * y + coefficients[..., i, j]
-        total = total * x + row
-    return total
+    """The sum over coefficients_ij x^i y^j."""
+    rows = jnp.sum(coefficients * _powers(y)[..., None, :], -1)
+    return jnp.sum(rows * _powers(x), -1)
+
+
+def _powers(x: Array) -> Array:
+    return jnp.stack(list(itertools.accumulate([x] * (ORDER - 1), jnp.multiply, initial=jnp.ones_like(x))), -1)
 
 
 def _values(function, x: np.ndarray) -> np.ndarray:
@@ -99,20 +102,19 @@ def _tables(phi: Nonlinearity) -> np.ndarray:
     nodes = np.cos(np.pi * (np.arange(ORDER) + 0.5) / ORDER)
     s = WIDTH * (np.arange(NUM_VARIANCES)[:, None] + (1 + nodes) / 2)
     variance = np.expm1(s.ravel()) / SCALE
-    last = NUM_CORRELATIONS - 1
-    width = 2.0 ** -np.minimum(np.arange(NUM_CORRELATIONS) + 1, last)
-    left = np.where(np.arange(NUM_CORRELATIONS) == last, 0.0, 1.0)
-    rest = width[:, None] * (left[:, None] + (1 + nodes) / 2)
-    c = np.stack([rest - 1, 1 - rest]).ravel()
+    halvings = np.arange(1, HALVINGS + 1)[:, None]
+    last = halvings == HALVINGS
+    rest = (1 - MIDDLE) * 2.0 ** (last - halvings) * ((1 + nodes) / 2 + ~last)
+    c = np.concatenate([MIDDLE * nodes[None], 1 - rest, rest - 1]).ravel()
 
     a = _coefficients(phi, np.sqrt(variance))
     powers = np.vander(c, NUM_TERMS, increasing=True).T
     moments = np.stack([(a[i] * a[j]) @ powers for i, j in ((0, 0), (1, 1), (2, 2), (3, 1))])
     moments[0] -= _values(phi.function, np.zeros(1)) ** 2
     moments[0] /= variance[:, None]
-    blocks = moments.reshape(4, NUM_VARIANCES, ORDER, 2, NUM_CORRELATIONS, ORDER)
+    blocks = moments.reshape(4, NUM_VARIANCES, ORDER, NUM_CORRELATIONS, ORDER)
     inverse = np.linalg.inv(np.vander(nodes, increasing=True))
-    cells = np.einsum("ia,jb,mvasub->mvsuij", inverse, inverse, blocks)
+    cells = np.einsum("ia,jb,mvaub->mvuij", inverse, inverse, blocks)
     return cells.reshape(4, -1, ORDER, ORDER)
 
 

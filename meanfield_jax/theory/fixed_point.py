@@ -19,7 +19,7 @@ from meanfield_jax.layers.combine import ends_in_weights
 from meanfield_jax.network import check_numbers, walk
 from meanfield_jax.theory.propagate import check_num_samples, drop_zero_offsets
 
-MAX_STEPS = 256
+MAX_STEPS = 100
 
 LARGEST_CHANGE = 16.0
 """Of q in one step, as a factor."""
@@ -191,7 +191,8 @@ def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
     largest = eps**-0.5
     solution = optx.fixed_point(
         _improved,
-        optx.FixedPointIteration(rtol=64 * eps, atol=eps**2),
+        # Newton's error behind a step of this size is its square
+        optx.FixedPointIteration(rtol=eps**0.5, atol=16 * eps),
         (jnp.ones((), start.dtype), jnp.zeros((), start.dtype)),
         (block, start),
         max_steps=MAX_STEPS,
@@ -199,11 +200,12 @@ def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
         throw=False,
     )
     q, c = solution.value
-    c = jnp.where(q > eps, c, 1.0)
-    chi_q, chi_c = _slopes(block, start, q, c)[1:]
+    c = jnp.where(q > 64 * eps, c, 1.0)
+    behind, chi_q, chi_c = _slopes(block, start, q, c)
     chi_1 = _slopes(block, start, q, jnp.ones_like(c))[2]
     gap = jnp.minimum(jnp.abs(1 - chi_q), jnp.abs(1 - chi_c))
-    found = (q < largest / 2) & (solution.result == optx.RESULTS.successful)
+    left = jnp.abs(behind.same - q) + jnp.abs(behind.other - q * c)
+    found = (q < largest / 2) & (left <= eps**0.5 * (q + eps**0.5))
     attractive = jnp.where(gap > 16 * eps**0.5, FixedPointStatus.CONVERGED, 1)
     status = jnp.where(found, attractive, FixedPointStatus.NO_FIXED_POINT)
     return FixedPoint(q, c, chi_q, chi_c, chi_1, _growth(block, start, q, c), status)
@@ -212,12 +214,13 @@ def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
 def _slopes(block: Layer, start: EnsembleKernel, q: Array, c: Array) -> tuple[Pair, Array, Array]:
     """The second moments behind the block, and each one's derivative in itself."""
 
-    def moments(cov: Pair) -> tuple[Pair, Pair]:
-        behind = block.propagate(start.replace(cov=cov), None)[0].cov
-        return behind, behind
+    def moments(cov: Pair) -> Pair:
+        return block.propagate(start.replace(cov=cov), None)[0].cov
 
-    jacobian, behind = jax.jacfwd(moments, has_aux=True)(Pair(q, q * c))
-    return behind, jacobian.same.same, jacobian.other.other
+    cov, one, zero = Pair(q, q * c), jnp.ones_like(q), jnp.zeros_like(q)
+    behind, along_q = jax.jvp(moments, (cov,), (Pair(one, zero),))
+    _, along_xy = jax.jvp(moments, (cov,), (Pair(zero, one),))
+    return behind, along_q.same, along_xy.other
 
 
 def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
