@@ -37,6 +37,7 @@ from meanfield_jax.layers import (
 )
 from meanfield_jax.network import Network, cnn, mlp
 from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_validation
+from meanfield_jax.theory.batch_growth import batch_growth
 from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.phase_diagram import phase_diagram
@@ -67,6 +68,7 @@ __all__ = [
     "TopEigenvalues",
     "Training",
     "analyze",
+    "batch_growth",
     "build",
     "calibrate",
     "cnn",
