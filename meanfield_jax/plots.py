@@ -200,10 +200,13 @@ def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
     shown = dataset.xi_c.transpose("weight_var", "bias_var")
     where = (dataset.bias_var, dataset.weight_var, shown)
     mesh = axes.pcolormesh(*where, norm=norm, cmap="viridis", shading="nearest", rasterized=True)
-    label = "depth scale of correlations xi_c (layers)"
+    label = "depth scale of correlations xi_c (blocks)"
     figure.colorbar(mesh, ax=axes, label=label, extend="both")
-    axes.plot(dataset.bias_var, dataset.critical_weight_var, color="white", lw=2.5)
-    axes.plot(dataset.bias_var, dataset.critical_weight_var, color="black", lw=1, label="chi_1 = 1")
+    line = (dataset.bias_var, dataset.critical_weight_var)
+    # ReLU's is one point
+    marker = "o" if np.isfinite(line[1]).sum() == 1 else None
+    axes.plot(*line, color="white", lw=2.5, marker=marker, clip_on=False)
+    axes.plot(*line, color="black", lw=1, marker=marker, ms=4, clip_on=False, label="chi_1 = 1")
     for phase, name in ((dataset.chi_1 < 1, "ordered"), (dataset.chi_1 > 1, "chaotic")):
         if phase.any():
             rows, columns = np.nonzero(phase.transpose("weight_var", "bias_var").values)

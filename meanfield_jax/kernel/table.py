@@ -57,11 +57,25 @@ def tabulated(phi: Nonlinearity) -> Nonlinearity:
     tables = _tables(phi)
     offset = float(_values(phi.function, np.zeros(1))[0] ** 2)
 
+    def read(moment: int, variance: Array, c: Array) -> Array:
+        cell, at = _place(variance, c)
+        return _polynomial(jnp.asarray(tables[moment], c.dtype)[cell], *at)
+
+    @jax.custom_jvp
+    def product(variance: Array, c: Array) -> Array:
+        return read(0, variance, c)
+
+    @product.defjvp
+    def product_jvp(primals, tangents):
+        """In c by Price's theorem, which keeps the digits that a polynomial's derivative loses."""
+        (variance, c), (variance_dot, c_dot) = primals, tangents
+        _, along = jax.jvp(lambda variance: read(0, variance, c), (variance,), (variance_dot,))
+        return product(variance, c), along + read(1, variance, c) * c_dot
+
     def closed_form(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
         variance, c = variance_a, clipped(safe.divide(covariance, variance_a))
-        cell, at = _place(variance, c)
-        product, *rest = (_polynomial(jnp.asarray(table, c.dtype)[cell], *at) for table in tables)
-        return Moments(offset + variance * product, *rest)
+        rest = (read(moment, variance, c) for moment in (1, 2, 3))
+        return Moments(offset + variance * product(variance, c), *rest)
 
     return dataclasses.replace(phi, closed_form=closed_form)
 
@@ -89,7 +103,9 @@ def _polynomial(coefficients: Array, x: Array, y: Array) -> Array:
 
 
 def _powers(x: Array) -> Array:
-    return jnp.stack(list(itertools.accumulate([x] * (ORDER - 1), jnp.multiply, initial=jnp.ones_like(x))), -1)
+    return jnp.stack(
+        list(itertools.accumulate([x] * (ORDER - 1), jnp.multiply, initial=jnp.ones_like(x))), -1
+    )
 
 
 def _values(function, x: np.ndarray) -> np.ndarray:

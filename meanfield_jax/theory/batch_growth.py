@@ -1,6 +1,5 @@
 """Exploding gradients behind BatchNorm on a small batch, exactly."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -69,7 +68,7 @@ def batch_growth(
     # x and y are sqrt(n) u_a and sqrt(n) u_b
     x, weight = _component(_kinks(phi, gamma, beta), num_samples - 1)
     slope_a, value_a = phi.derivative(gamma * x + beta), phi.function(gamma * x + beta)
-    # given x, y = c x + rest, the rest a component of the sphere that is left, of one dimension less
+    # given x, y = c x + rest, the rest a component of the sphere that is left
     c = -1 / (num_samples - 1)
     left = num_samples - 1 - x**2
     radius = jnp.sqrt(left * (1 - c**2) / (num_samples - 2))

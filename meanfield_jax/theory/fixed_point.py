@@ -267,5 +267,3 @@ def _growth(block: Layer, start: EnsembleKernel, q: Array, c: Array) -> Array:
     # the map is affine: its own parameters add to what comes in
     (a, b), (d, e) = jax.jacfwd(tangents)(Pair(jnp.zeros_like(q), jnp.zeros_like(q)))
     return (a + e) / 2 + safe.sqrt((a - e) ** 2 / 4 + b * d)
-
-

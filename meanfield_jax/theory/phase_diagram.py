@@ -54,13 +54,13 @@ def phase_diagram(
         Over (weight_var, bias_var): q, c, chi_q, chi_c, chi_1, growth, xi_q, xi_c, xi_gradient
         (in blocks) and status, a :class:`FixedPointStatus`; NaN where there is no fixed point.
         Over bias_var: critical_weight_var, the smallest within the grid at which chi_1 = 1, to
-        1e-9; NaN where there is none.
+        1e-8 (tanh); NaN where there is none.
 
     Raises:
         SpecError: for axes that are no ascending list of variances, and as :func:`fixed_point`.
 
     Accuracy:
-        As :func:`fixed_point`, cell by cell; slopes of smooth functions to 1e-7
+        As :func:`fixed_point`, cell by cell; smooth functions to 1e-8
         (tests/test_fixed_point.py). 512 x 512 cells take seconds on two cores
         (benchmarks/phase_speed.py).
 
