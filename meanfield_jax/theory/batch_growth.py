@@ -66,10 +66,14 @@ def batch_growth(
     gamma, beta = jnp.asarray(gamma, float), jnp.asarray(beta, float)
     share = 1 / num_samples
     # x and y are sqrt(n) u_a and sqrt(n) u_b
-    x, weight = _component(_kinks(phi, gamma, beta), num_samples - 1)
+    c = -1 / (num_samples - 1)
+    kinks = _kinks(phi, gamma, beta)
+    # b's kink enters and leaves the range that a leaves to b
+    reach = jnp.sqrt((1 - c**2) * jnp.maximum(num_samples - 1 - kinks**2, 0))
+    kinks = jnp.concatenate([kinks, c * kinks - reach, c * kinks + reach], -1)
+    x, weight = _component(kinks, num_samples - 1)
     slope_a, value_a = phi.derivative(gamma * x + beta), phi.function(gamma * x + beta)
     # given x, y = c x + rest, the rest a component of the sphere that is left
-    c = -1 / (num_samples - 1)
     left = num_samples - 1 - x**2
     radius = jnp.sqrt(left * (1 - c**2) / (num_samples - 2))
     w, inner = _component(_kinks(phi, gamma * radius, beta + gamma * c * x), num_samples - 2)
