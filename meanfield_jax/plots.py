@@ -211,8 +211,8 @@ def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
         if phase.any():
             rows, columns = np.nonzero(phase.transpose("weight_var", "bias_var").values)
             at = (dataset.bias_var.values[columns].mean(), dataset.weight_var.values[rows].mean())
-            style = dict(color="white", ha="center", va="center", fontsize=12)
-            axes.text(*at, name, bbox=dict(fc="black", alpha=0.35, lw=0), **style)
+            box = dict(fc="black", alpha=0.35, lw=0)
+            axes.text(*at, name, color="white", ha="center", va="center", fontsize=12, bbox=box)
     axes.set(xlabel="variance of biases sigma_b^2", ylabel="variance of weights sigma_w^2")
     if np.isfinite(dataset.critical_weight_var).any():
         axes.legend(fontsize=8, loc="lower right")

@@ -298,6 +298,7 @@ def test_the_picture_shows_both_phases():
 # ---- BatchNorm on a small batch
 
 
+@pytest.mark.slow
 def test_growth_behind_batch_norm_with_relu_as_published():
     printed = "3.0841 2.0038 1.7882 1.5900 1.5220 1.4931 1.4797 1.4732"
     sizes = (4, 6, 8, 16, 32, 64, 128, 256)

@@ -21,6 +21,9 @@ from meanfield_jax.theory.propagate import check_num_samples, drop_zero_offsets
 
 MAX_STEPS = 100
 
+MARGIN = 16.0
+"""Slopes closer to 1 than this, in units of sqrt(eps), are taken to be 1."""
+
 LARGEST_CHANGE = 16.0
 """Of q in one step, as a factor."""
 
@@ -136,7 +139,7 @@ def fixed_point(
         >>> block = mf.Sequential((mf.Dense(100, 1.5, 0.05), mf.Activation("tanh")))
         >>> point = mf.fixed_point(block)
         >>> print(f"{point.q:.4f} {point.c:.4f} {point.chi_1:.4f} {point.depth_scales.xi_c:.2f}")
-        0.4313 1.0000 0.9179 11.68
+        0.4180 1.0000 0.9386 15.79
 
     Source:
         Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232), whose
@@ -174,7 +177,7 @@ def _flat(block: Layer) -> tuple[Layer, ...]:
     return (block,)
 
 
-def _checked_width(block: Sequential) -> int:
+def _checked_width(block: Layer) -> int:
     """The units at the end of the block, at which it must be able to begin again."""
     width = [inner.width for _, inner in walk(block) if isinstance(inner, Dense)][-1]
     behind = block.output(Signal((width,), gaussian=True))
@@ -206,7 +209,7 @@ def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
     gap = jnp.minimum(jnp.abs(1 - chi_q), jnp.abs(1 - chi_c))
     left = jnp.abs(behind.same - q) + jnp.abs(behind.other - q * c)
     found = (q < largest / 2) & (left <= eps**0.5 * (q + eps**0.5))
-    attractive = jnp.where(gap > 16 * eps**0.5, FixedPointStatus.CONVERGED, 1)
+    attractive = jnp.where(gap > MARGIN * eps**0.5, FixedPointStatus.CONVERGED, 1)
     status = jnp.where(found, attractive, FixedPointStatus.NO_FIXED_POINT)
     return FixedPoint(q, c, chi_q, chi_c, chi_1, _growth(block, start, q, c), status)
 
@@ -242,7 +245,10 @@ def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
     bounds = jnp.minimum(LARGEST_CHANGE * q, eps**-0.5), q / LARGEST_CHANGE
     q_new = _clipped(q_new, bounds[1], bounds[0])
     c_new = _clipped(_step(c, correlation, slope_c, jnp.ones_like(c)), -1.0, 1.0)
-    return q_new, _clipped(c_new, jnp.where(c_new > 1 - eps**0.5, 1.0, -1.0), 1.0)
+    c_new = _clipped(c_new, jnp.where(c_new > 1 - eps**0.5, 1.0, -1.0), 1.0)
+    # c = 1 is a fixed point also where it repels, and a step may overshoot while q still moves
+    repelled = (c == 1) & (slope_c > 1 + MARGIN * eps**0.5)
+    return q_new, jnp.where(repelled, 0.0, c_new)
 
 
 def _step(value: Array, behind: Array, slope: Array, scale: Array) -> Array:
