@@ -1,6 +1,7 @@
 """Fixed points of blocks, depth scales, phase diagrams, growth behind BatchNorm."""
 
 import functools
+import json
 import math
 
 import jax
@@ -13,6 +14,7 @@ import scipy.special
 from tolerance import assert_close, assert_printed, standard_error, tolerance
 
 import meanfield_jax as mf
+from meanfield_jax.cli import main
 from meanfield_jax.kernel.gaussian import NONLINEARITIES, expectations
 from meanfield_jax.kernel.table import tabulated
 
@@ -346,6 +348,28 @@ def test_growth_on_a_small_batch_is_that_of_a_random_one(
     error = standard_error((grown - ratio * variance) / variance.mean())
     expected = mf.batch_growth(activation, num_samples, gamma=gamma, beta=beta)
     assert_close(ratio, float(expected), "monte_carlo", standard_error=error)
+
+
+# ---- the command line
+
+
+@pytest.mark.slow
+def test_the_command_prints_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ranges = ["--weight-var", "1:3:5", "--bias-var", "0.05:0.5:2"]
+    assert main(["phase", "--activation", "erf", *ranges, "--json", "--output", "phase.png"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    edge = printed["variables"]["critical_weight_var"]["values"]
+    np.testing.assert_allclose(edge, [1.376, 2.234], atol=1e-3)
+    assert (tmp_path / "phase.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["phase", "--activation", "erf", *ranges, "--norm", "batch"]) == 0
+    assert "none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["1:3", "3:1:5", "1:3:1", "a:b:c"])
+def test_a_range_that_is_none_gets_one_line(text, capsys):
+    assert main(["phase", "--weight-var", text]) == 2
+    assert f"--weight-var='{text}'" in capsys.readouterr().err
 
 
 # ---- what cannot be used
