@@ -4,7 +4,8 @@ A network is data: one pass over it gives the theory, the same data builds the F
 the toolkit measures whether the two agree. The names below follow that way::
 
     spec      Network, mlp, cnn and the layers
-    theory    analyze -> Theory (order_parameters, fisher, eta_max)
+    theory    analyze -> Theory (order_parameters, fisher, eta_max);
+              fixed_point, phase_diagram, batch_growth: blocks repeated without end
     network   build, functional, calibrate
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
@@ -42,7 +43,11 @@ from meanfield_jax.layers import (
 )
 from meanfield_jax.network import Network, cnn, mlp
 from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_tuning, plot_validation
+from meanfield_jax.plots import plot_phase_diagram, plot_spectrum, plot_sweep, plot_validation
+from meanfield_jax.theory.batch_growth import batch_growth
+from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.phase_diagram import phase_diagram
 from meanfield_jax.theory.propagate import Theory, analyze
 from meanfield_jax.tune import Tuning, tune
 
@@ -55,6 +60,8 @@ __all__ = [
     "DataError",
     "Dense",
     "FisherOperator",
+    "FixedPoint",
+    "FixedPointStatus",
     "Flatten",
     "GlobalMeanPool",
     "Layer",
@@ -70,12 +77,14 @@ __all__ = [
     "Training",
     "Tuning",
     "analyze",
+    "batch_growth",
     "build",
     "calibrate",
     "cnn",
     "data",
     "eta_max",
     "fisher_operator",
+    "fixed_point",
     "functional",
     "learning_rate_for",
     "load_sweep",
@@ -83,6 +92,8 @@ __all__ = [
     "mlp",
     "optimizer",
     "objectives",
+    "phase_diagram",
+    "plot_phase_diagram",
     "plot_spectrum",
     "plot_sweep",
     "plot_tuning",

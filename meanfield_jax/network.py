@@ -91,13 +91,7 @@ class Network:
         Raises:
             SpecError: one line with path, value, cause and remedy of each problem.
         """
-        problems = [
-            f"{path}/{type(inner).__name__}.{field}={value!r}: {cause}; {remedy}"
-            for path, inner in walk(self.body)
-            for field, value, cause, remedy in _number_problems(inner)
-        ]
-        if problems:
-            raise SpecError(" | ".join(problems))
+        check_numbers(self.body)
 
     def to_json(self, indent: int | None = 2) -> str:
         """The specification as JSON text; :meth:`from_json` reads it back."""
@@ -137,6 +131,17 @@ class Network:
         ]
         head = f"Network: {self.input_shape} -> {signal.shape}, {self.num_parameters:,} parameters"
         return "\n  ".join([head, *lines])
+
+
+def check_numbers(layer: Layer) -> None:
+    """Raises SpecError naming every known number inside the layer that makes no sense."""
+    problems = [
+        f"{path}/{type(inner).__name__}.{field}={value!r}: {cause}; {remedy}".lstrip("/")
+        for path, inner in walk(layer)
+        for field, value, cause, remedy in _number_problems(inner)
+    ]
+    if problems:
+        raise SpecError(" | ".join(problems))
 
 
 def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:

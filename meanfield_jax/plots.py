@@ -188,6 +188,40 @@ def draw_sweep(
         axes.legend(fontsize=7, loc="upper right")
 
 
+def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
+    """Depth scale of correlations over the variances of weights and biases, on a logarithmic scale.
+
+    Args:
+        dataset: What :func:`meanfield_jax.phase_diagram` returned.
+
+    Returns:
+        A figure: white where there is no fixed point, a line where chi_1 = 1.
+    """
+    figure = Figure(figsize=(6.6, 4.8), layout="constrained")
+    axes = figure.subplots()
+    norm = LogNorm(0.3, 300, clip=True)
+    shown = dataset.xi_c.transpose("weight_var", "bias_var")
+    where = (dataset.bias_var, dataset.weight_var, shown)
+    mesh = axes.pcolormesh(*where, norm=norm, cmap="viridis", shading="nearest", rasterized=True)
+    label = "depth scale of correlations xi_c (blocks)"
+    figure.colorbar(mesh, ax=axes, label=label, extend="both")
+    line = (dataset.bias_var, dataset.critical_weight_var)
+    # ReLU's is one point
+    marker = "o" if np.isfinite(line[1]).sum() == 1 else None
+    axes.plot(*line, color="white", lw=2.5, marker=marker, clip_on=False)
+    axes.plot(*line, color="black", lw=1, marker=marker, ms=4, clip_on=False, label="chi_1 = 1")
+    for phase, name in ((dataset.chi_1 < 1, "ordered"), (dataset.chi_1 > 1, "chaotic")):
+        if phase.any():
+            rows, columns = np.nonzero(phase.transpose("weight_var", "bias_var").values)
+            at = (dataset.bias_var.values[columns].mean(), dataset.weight_var.values[rows].mean())
+            box = dict(fc="black", alpha=0.35, lw=0)
+            axes.text(*at, name, color="white", ha="center", va="center", fontsize=12, bbox=box)
+    axes.set(xlabel="variance of biases sigma_b^2", ylabel="variance of weights sigma_w^2")
+    if np.isfinite(dataset.critical_weight_var).any():
+        axes.legend(fontsize=8, loc="lower right")
+    return figure
+
+
 def _edges(centers: np.ndarray) -> np.ndarray:
     """Borders of the cells around these values, in the middle on a logarithmic axis."""
     positive = centers.min() > 0

@@ -61,7 +61,7 @@ def with_width(network: Network, width: int) -> Network:
         weights = isinstance(inner, (Dense, Conv))
         return dataclasses.replace(inner, width=width) if weights else inner
 
-    return Network(network.input_shape, (*_rebuilt(Sequential(tuple(hidden)), change).layers, last))
+    return Network(network.input_shape, (*rebuilt(Sequential(tuple(hidden)), change).layers, last))
 
 
 def with_depth(network: Network, depth: int) -> Network:
@@ -81,18 +81,18 @@ def with_depth(network: Network, depth: int) -> Network:
 
 
 def _changed(network: Network, change: Callable[[Layer], Layer | None]) -> Network:
-    return Network(network.input_shape, _rebuilt(network.body, change).layers)
+    return Network(network.input_shape, rebuilt(network.body, change).layers)
 
 
-def _rebuilt(inner: Any, change) -> Any:
+def rebuilt(inner: Any, change) -> Any:
     """A layer with ``change`` applied to every layer inside that is no combinator."""
     if isinstance(inner, Sequential):
-        parts = (_rebuilt(part, change) for part in inner.layers)
+        parts = (rebuilt(part, change) for part in inner.layers)
         return Sequential(tuple(part for part in parts if part is not None))
     if isinstance(inner, Residual):
-        return Residual(_rebuilt(inner.branch, change))
+        return Residual(rebuilt(inner.branch, change))
     if isinstance(inner, Repeat):
-        return Repeat(_rebuilt(inner.block, change), inner.times)
+        return Repeat(rebuilt(inner.block, change), inner.times)
     return change(inner)
 
 

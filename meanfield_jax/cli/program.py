@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import tyro
 
 from meanfield_jax.cli.analyze import Analyze
+from meanfield_jax.cli.phase import Phase
 from meanfield_jax.cli.plot import Plot
 from meanfield_jax.cli.reproduce import Reproduce
 from meanfield_jax.cli.spectrum import Spectrum
@@ -21,6 +22,7 @@ from meanfield_jax.errors import DataError, SpecError
 # in the order of --help; a command is a dataclass of options with a method run()
 COMMANDS = {
     "analyze": Analyze,
+    "phase": Phase,
     "validate": Validate,
     "spectrum": Spectrum,
     "sweep": Sweep,

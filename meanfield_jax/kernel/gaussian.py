@@ -62,6 +62,10 @@ class Nonlinearity:
     kinks: tuple[float, ...] = ()
     closed_form: Callable[[Array, Array, Array], Moments] | None = None
 
+    def __call__(self, x: Array) -> Array:
+        """phi(x), elementwise."""
+        return self.function(x)
+
     def derivative(self, x: Array) -> Array:
         """phi'(x), elementwise."""
         return jax.jvp(self.function, (x,), (jnp.ones_like(x),))[1]
@@ -99,7 +103,7 @@ def expectations(
         return phi.closed_form(variance_a, variance_b, covariance)
     mean = jnp.zeros_like(covariance, shape=()) if mean is None else mean
     std_a, std_b = safe.sqrt(variance_a), safe.sqrt(variance_b)
-    correlation = _clipped(safe.divide(covariance, std_a * std_b))
+    correlation = clipped(safe.divide(covariance, std_a * std_b))
     entries = jnp.broadcast_arrays(std_a, std_b, correlation)
     moments = jax.lax.map(
         lambda entry: _quadrature(phi, NUM_NODES, *entry, mean),
@@ -134,7 +138,7 @@ def batch_expectations(
         return phi.closed_form(variance_a, variance_b, covariance)
     mean = jnp.zeros_like(covariance, shape=()) if mean is None else mean
     std_a, std_b = safe.sqrt(variance_a), safe.sqrt(variance_b)
-    c = _clipped(safe.divide(covariance, std_a * std_b))
+    c = clipped(safe.divide(covariance, std_a * std_b))
     first, second = _coefficients(phi, std_a, mean), _coefficients(phi, std_b, mean)
     pairs = ((0, 0), (1, 1), (2, 2), (3, 1))
 
@@ -187,7 +191,7 @@ def quadrature_error(
     return float(max(changes))
 
 
-def _clipped(correlation: Array) -> Array:
+def clipped(correlation: Array) -> Array:
     """The value within [-1, 1]; rounding beyond the ends does not cut the derivative."""
     return correlation + jax.lax.stop_gradient(jnp.clip(correlation, -1.0, 1.0) - correlation)
 
@@ -228,7 +232,9 @@ def _quadrature_jvp(phi, num_nodes, primals, tangents):
     def at_fixed_correlation(std_a, std_b, mean):
         return rule(phi, num_nodes, std_a, std_b, correlation, mean)
 
-    moments, dots = jax.jvp(at_fixed_correlation, (*fixed, mean), (*fixed_dot, mean_dot))
+    # by itself, not as a by-product of the next line: higher derivatives come through here again
+    moments = _quadrature(phi, num_nodes, *primals)
+    _, dots = jax.jvp(at_fixed_correlation, (*fixed, mean), (*fixed_dot, mean_dot))
     _, along = jax.jvp(
         lambda c: rule(phi, num_nodes, *fixed, c, mean), (correlation,), (correlation_dot,)
     )
@@ -282,7 +288,7 @@ def _rectifier(slope: float) -> Nonlinearity:
 
     def closed_form(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
         scale = safe.sqrt(variance_a * variance_b)
-        c = _clipped(safe.divide(covariance, scale))
+        c = clipped(safe.divide(covariance, scale))
         angle = jnp.pi / 2 + safe.asin(c)
         first = (safe.sqrt(1.0 - c**2) + c * angle) / jnp.pi
         product = (1 - slope) ** 2 / 2 * first + slope * c

@@ -17,15 +17,16 @@ class Activation(Layer):
     BatchNorm just before. Needs Gaussian pre-activations.
 
     Attributes:
-        function: A name (relu, leaky_relu, tanh, erf, gelu, silu, identity) or any elementwise
-            function of JAX operations, whose expectations are then taken by quadrature.
+        function: A name (relu, leaky_relu, tanh, erf, gelu, silu, identity), any elementwise
+            function of JAX operations, whose expectations are then taken by quadrature, or a
+            :class:`Nonlinearity` with closed forms of your own.
         kinks: For a function of your own: the points where it or its derivative jumps.
 
     Source:
         theory: Wei et al. 2019, section 3; closed forms as in kernel/gaussian.py.
     """
 
-    function: str | Callable[[Array], Array] = static()
+    function: str | Callable[[Array], Array] | Nonlinearity = static()
     kinks: tuple[float, ...] = static(())
 
     def __post_init__(self):
@@ -41,6 +42,8 @@ class Activation(Layer):
     @property
     def nonlinearity(self) -> Nonlinearity:
         """The function with its kinks and closed forms."""
+        if isinstance(self.function, Nonlinearity):
+            return self.function
         if callable(self.function):
             return Nonlinearity(self.function, self.kinks)
         return NONLINEARITIES[self.function]

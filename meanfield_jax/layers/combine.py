@@ -100,7 +100,7 @@ class Residual(Layer):
             remedy = f"end the branch with shape {signal.shape}"
             cause = f"its branch leaves shape {behind.shape}"
             raise problem(SpecError, "Residual input shape", signal.shape, cause, remedy)
-        if not _ends_in_weights(self.branch):
+        if not ends_in_weights(self.branch):
             cause, remedy = "does not end in random weights", "end it with Dense or Conv"
             raise problem(SpecError, "Residual.branch", type(self.branch).__name__, cause, remedy)
         return Signal(signal.shape, signal.gaussian and behind.gaussian)
@@ -226,12 +226,13 @@ def _sum(first: Array | None, second: Array | None) -> Array | None:
     return first + second
 
 
-def _ends_in_weights(inner: Layer) -> bool:
+def ends_in_weights(inner: Layer) -> bool:
+    """Whether the last thing it does, BatchNorm aside, is to apply random weights."""
     if isinstance(inner, Sequential) and inner.layers:
         last = inner.layers[-1]
         if isinstance(last, BatchNorm):
-            return _ends_in_weights(Sequential(inner.layers[:-1]))
-        return _ends_in_weights(last)
+            return ends_in_weights(Sequential(inner.layers[:-1]))
+        return ends_in_weights(last)
     if isinstance(inner, Repeat):
-        return _ends_in_weights(inner.block)
+        return ends_in_weights(inner.block)
     return isinstance(inner, (Dense, Conv))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from meanfield_jax.errors import DataError, SpecError, check_choice, check_data,
 from meanfield_jax.kernel.gram import batch_kernel
 from meanfield_jax.kernel.state import STATISTICS, Pair, input_kernel
 from meanfield_jax.layers import BatchNorm, Conv, GlobalMeanPool
-from meanfield_jax.layers.base import Kernel, Matrix, Record, Rows, Tap
+from meanfield_jax.layers.base import Kernel, Layer, Matrix, Record, Rows, Tap
 from meanfield_jax.network import Network, walk
 from meanfield_jax.theory.fisher import Fisher, Shares
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.likelihood import class_information, mean_information, of_outputs
+
+Spec = TypeVar("Spec", Network, Layer)
 
 MAX_ENTRIES = 2**28
 """Most numbers of one matrix over a batch and the pairs of its positions."""
@@ -180,13 +182,13 @@ def analyze(
     """
     network.validate()
     check_choice("statistics", statistics, STATISTICS)
-    known = _drop_zero_offsets(network)
+    known = drop_zero_offsets(network)
     if data is not None:
         x = _checked_data(network, data, num_samples)
         classes = class_information(network, likelihood, probabilities, len(x))
         theory = _on_data(known, statistics, x, classes, _modulus(known, x, statistics))
     else:
-        _check_num_samples(network, num_samples)
+        check_num_samples(network.body, num_samples)
         classes = class_information(network, likelihood, probabilities, None)
         theory = _iid(known, statistics, num_samples, classes)
     return dataclasses.replace(theory, network=network)
@@ -201,19 +203,19 @@ def _checked_data(network: Network, data: Any, num_samples) -> Array:
     if x.shape[1:] != network.input_shape:
         remedy = f"give (samples, {', '.join(map(str, network.input_shape))})"
         raise problem(DataError, "data.shape", x.shape, "not the network's inputs", remedy)
-    least = _least_samples(network)
+    least = _least_samples(network.body)
     if len(x) < least:
         cause = f"theory needs {least} samples or more for this network"
         raise problem(DataError, "data.shape", x.shape, cause, "give more samples")
     return x.astype(jnp.result_type(float, *jax.tree.leaves(network)))
 
 
-def _least_samples(network: Network) -> int:
+def _least_samples(layer: Layer) -> int:
     """With BatchNorm 4: the inverse variance of fewer Gaussian values has no expectation."""
-    return 4 if any(isinstance(inner, BatchNorm) for _, inner in walk(network.body)) else 1
+    return 4 if any(isinstance(inner, BatchNorm) for _, inner in walk(layer)) else 1
 
 
-def _drop_zero_offsets(network: Network) -> Network:
+def drop_zero_offsets(network: Spec) -> Spec:
     """Offsets that are known to be 0 become None, and with them the need for quadrature."""
 
     def drop(path, leaf):
@@ -223,13 +225,14 @@ def _drop_zero_offsets(network: Network) -> Network:
     return jax.tree_util.tree_map_with_path(drop, network)
 
 
-def _check_num_samples(network: Network, num_samples) -> None:
+def check_num_samples(layer: Layer, num_samples) -> None:
+    """Raises SpecError where a known number of samples is too small for the layer."""
     if num_samples is None or isinstance(num_samples, Tracer):
         return
     if not np.all(np.asarray(num_samples) >= 1):
         remedy = "give a whole number >= 1, or None for the limit"
         raise problem(SpecError, "num_samples", num_samples, "not a number of samples", remedy)
-    least = _least_samples(network)
+    least = _least_samples(layer)
     if not np.all(np.asarray(num_samples) >= least):
         cause = "a BatchNorm's inverse variance has no expectation on so few samples"
         raise problem(SpecError, "num_samples", num_samples, cause, f"give at least {least}")

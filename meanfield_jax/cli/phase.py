@@ -1,0 +1,90 @@
+"""``meanfield-jax phase``."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from meanfield_jax.cli.output import check_folder, plain, write_png
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.layers import Activation, BatchNorm, Dense, Sequential
+from meanfield_jax.plots import plot_phase_diagram
+from meanfield_jax.theory.fixed_point import FixedPointStatus
+from meanfield_jax.theory.phase_diagram import phase_diagram
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Order and chaos of a deep network [Dense, norm, activation], over its variances."""
+
+    activation: str = "tanh"
+    """relu, leaky_relu, tanh, erf, gelu, silu or identity."""
+    norm: Literal["none", "batch"] = "none"
+    """A layer before each activation."""
+    gamma: float = 1.0
+    """Scale of BatchNorm."""
+    num_samples: int | None = None
+    """n, the batch of BatchNorm [the limit of many]."""
+    weight_var: str = "0.5:4:128"
+    """lowest:highest:count of the variance of a weight times the fan-in."""
+    bias_var: str = "0:1:128"
+    """lowest:highest:count of the variance of a bias."""
+    output: Path | None = None
+    """A picture to write."""
+    json: bool = False
+    """Print JSON instead of the table."""
+
+    def run(self) -> None:
+        """Computes, draws, prints the table."""
+        if self.output is not None:
+            check_folder(self.output)
+        norm = [BatchNorm(self.gamma)] if self.norm == "batch" else []
+        block = Sequential((Dense(1), *norm, Activation(self.activation)))
+        with jax.enable_x64():
+            dataset = phase_diagram(
+                block,
+                weight_var=_axis("--weight-var", self.weight_var),
+                bias_var=_axis("--bias-var", self.bias_var),
+                num_samples=self.num_samples,
+            )
+        written = self.output and write_png(self.output, plot_phase_diagram(dataset))
+        if self.json:
+            print(json.dumps(plain(dataset), indent=2))
+        else:
+            console = Console()
+            console.print(_critical_table(dataset))
+            for status, count in zip(*np.unique(dataset.status, return_counts=True), strict=True):
+                console.print(f"{count} of {dataset.status.size}: {FixedPointStatus(status).name}")
+        if written:
+            print(f"wrote {written}", file=sys.stderr)
+
+
+def _axis(option: str, text: str) -> np.ndarray:
+    """The values of lowest:highest:count."""
+    try:
+        lowest, highest, count = text.split(":")
+        values = np.linspace(float(lowest), float(highest), int(count))
+    except ValueError:
+        raise problem(SpecError, option, text, "not understood", "write 0.5:4:128") from None
+    if values.size < 2 or not values[0] < values[-1]:
+        remedy = "put the lower end first and count at least 2"
+        raise problem(SpecError, option, text, "no range", remedy)
+    return values
+
+
+def _critical_table(dataset) -> Table:
+    table = Table(title="Edge of chaos, chi_1 = 1", box=SIMPLE_HEAD)
+    for name in ("bias_var", "weight_var"):
+        table.add_column(name, justify="right")
+    step = max(1, dataset.sizes["bias_var"] // 8)
+    for value in dataset.critical_weight_var[::step]:
+        known = np.isfinite(value.item())
+        table.add_row(f"{value.bias_var:.4g}", f"{value:.6g}" if known else "none")
+    return table

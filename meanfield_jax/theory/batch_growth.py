@@ -1,0 +1,116 @@
+"""Exploding gradients behind BatchNorm on a small batch, exactly."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.gaussian import Nonlinearity
+from meanfield_jax.layers import Activation
+
+NUM_NODES = 96
+"""Of Gauss-Legendre on each piece between kinks."""
+
+REACH = 8.5
+"""In standard deviations, where the weight of a component is cut on large batches."""
+
+
+def batch_growth(
+    activation: str | Activation,
+    num_samples: int,
+    *,
+    gamma: float | Array = 1.0,
+    beta: float | Array = 0.0,
+) -> Array:
+    r"""The growth of squared gradients per block [Dense, BatchNorm, activation], batch of n.
+
+    A unit's normalized values on the batch are sqrt(n) u, u uniform on the unit sphere of the
+    n - 1 dimensions orthogonal to (1, ..., 1). With phi taken at gamma sqrt(n) u + beta,
+
+    .. math:: \frac{n \gamma^2}{n-3} \frac{E[\phi_a'^2 (1 - 1/n - u_a^2)]
+        + E[\phi_a' \phi_b' (1/n + u_a u_b)]}{E[\phi_a^2] - E[\phi_a \phi_b]}
+
+    for two samples a, b of the batch. The variances of weights and biases drop out, and eps = 0.
+    :func:`fixed_point` has the same as ``growth``, for any block, but with u taken to be Gaussian:
+    exact for n -> infinity and for functions that are linear on either side of 0.
+
+    Args:
+        activation: A name, or an :class:`Activation`.
+        num_samples: n, at least 4: of fewer Gaussian values the inverse variance diverges.
+        gamma: Scale of the BatchNorm.
+        beta: Its offset.
+
+    Returns:
+        The growth, (); differentiable in gamma and beta.
+
+    Raises:
+        SpecError: for fewer than 4 samples.
+
+    Accuracy:
+        1e-9 relative for named activations (tests/test_fixed_point.py); with kinks and a batch of
+        4 or 5 1e-6.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> print(f"{mf.batch_growth('relu', 8):.4f} {mf.batch_growth('tanh', 8):.4f}")
+        1.7882 1.3585
+
+    Source:
+        Yang et al. 2019 (arXiv:1902.08129), sections 3 and 4. Departure: one formula for all
+        functions, from the Jacobian (sqrt(n)/|Hz|) (H - u u^T) of the normalized values.
+    """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 4:
+        cause = "a BatchNorm's inverse variance has no expectation on so few samples"
+        raise problem(SpecError, "num_samples", num_samples, cause, "give a whole number >= 4")
+    phi = (Activation(activation) if isinstance(activation, str) else activation).nonlinearity
+    gamma, beta = jnp.asarray(gamma, float), jnp.asarray(beta, float)
+    share = 1 / num_samples
+    # x and y are sqrt(n) u_a and sqrt(n) u_b
+    c = -1 / (num_samples - 1)
+    kinks = _kinks(phi, gamma, beta)
+    # b's kink enters and leaves the range that a leaves to b
+    reach = jnp.sqrt((1 - c**2) * jnp.maximum(num_samples - 1 - kinks**2, 0))
+    kinks = jnp.concatenate([kinks, c * kinks - reach, c * kinks + reach], -1)
+    x, weight = _component(kinks, num_samples - 1)
+    slope_a, value_a = phi.derivative(gamma * x + beta), phi.function(gamma * x + beta)
+    # given x, y = c x + rest, the rest a component of the sphere that is left
+    left = num_samples - 1 - x**2
+    radius = jnp.sqrt(left * (1 - c**2) / (num_samples - 2))
+    w, inner = _component(_kinks(phi, gamma * radius, beta + gamma * c * x), num_samples - 2)
+    y = c * x[:, None] + radius[:, None] * w
+    slope_b, value_b = phi.derivative(gamma * y + beta), phi.function(gamma * y + beta)
+
+    def mean(at_a: Array, at_b: Array | None = None) -> Array:
+        return jnp.sum(weight * at_a * (1.0 if at_b is None else jnp.sum(inner * at_b, -1)))
+
+    same = mean(slope_a**2 * (1 - share - share * x**2))
+    other = share * (mean(slope_a, slope_b) + mean(slope_a * x, slope_b * y))
+    variance = mean(value_a**2) - mean(value_a, value_b)
+    return num_samples / (num_samples - 3) * gamma**2 * (same + other) / variance
+
+
+def _kinks(phi: Nonlinearity, scale: Array, mean: Array) -> Array:
+    """Where scale x + mean is a kink, (..., kinks)."""
+    shape = jnp.broadcast_shapes(scale.shape, mean.shape)
+    points = [jnp.broadcast_to((kink - mean) / scale, shape) for kink in phi.kinks]
+    return jnp.stack(points, -1) if points else jnp.zeros((*shape, 0))
+
+
+def _component(kinks: Array, dimension: int) -> tuple[Array, Array]:
+    """Nodes and weights of a component of a uniform vector of length sqrt(dimension).
+
+    Its density (1 - x^2/d)^((d-3)/2) becomes cos(t)^(d-2) with x = sqrt(d) sin(t), which has no
+    singularity for d >= 2; integrated between the kinks.
+    """
+    reach = min(np.pi / 2, REACH / np.sqrt(dimension))
+    root = np.sqrt(dimension)
+    edges = [jnp.full(kinks.shape[:-1], sign * reach)[..., None] for sign in (-1, 1)]
+    inside = jnp.clip(jnp.sort(kinks, -1) / root, -np.sin(reach), np.sin(reach))
+    edges = jnp.concatenate([edges[0], jnp.arcsin(inside), edges[1]], -1)
+    node, weight = (jnp.asarray(v, kinks.dtype) for v in np.polynomial.legendre.leggauss(NUM_NODES))
+    half = (edges[..., 1:] - edges[..., :-1])[..., None] / 2
+    t = edges[..., :-1, None] + half * (1 + node)
+    density = half * weight * jnp.cos(t) ** (dimension - 2)
+    shape = (*kinks.shape[:-1], -1)
+    density = density.reshape(shape)
+    return root * jnp.sin(t).reshape(shape), density / density.sum(-1, keepdims=True)

@@ -1,0 +1,275 @@
+"""Where a deep network of equal blocks ends up, and how fast: fixed points and depth scales."""
+
+import dataclasses
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optimistix as optx
+from jax import Array, lax
+
+from meanfield_jax.errors import SpecError, check_choice, problem
+from meanfield_jax.kernel import safe
+from meanfield_jax.kernel.state import STATISTICS, EnsembleKernel, Pair, input_kernel
+from meanfield_jax.layers import Conv, Dense, Layer, Residual, Sequential
+from meanfield_jax.layers.base import Signal
+from meanfield_jax.layers.combine import ends_in_weights
+from meanfield_jax.network import check_numbers, walk
+from meanfield_jax.theory.propagate import check_num_samples, drop_zero_offsets
+
+MAX_STEPS = 100
+
+MARGIN = 16.0
+"""Slopes closer to 1 than this, in units of sqrt(eps), are taken to be 1."""
+
+LARGEST_CHANGE = 16.0
+"""Of q in one step, as a factor."""
+
+
+class FixedPointStatus(enum.IntEnum):
+    """What a deep network's signal comes to."""
+
+    CONVERGED = 0
+    """A fixed point that attracts exponentially."""
+    MARGINAL = 1
+    """One that attracts more slowly or not at all: a slope is 1. Depth scales are infinite
+    there and derivatives in the block's numbers do not exist (they come out finite)."""
+    NO_FIXED_POINT = 2
+    """q grows without bound."""
+
+
+class DepthScales(NamedTuple):
+    """Layers over which a distance to the fixed point, or a gradient, changes by a factor e.
+
+    Attributes:
+        xi_q: Of q, -1/log |chi_q|.
+        xi_c: Of the correlation, -1/log |chi_c|.
+        xi_gradient: Of squared gradients, 1/|log growth|; they explode where growth is above 1.
+    """
+
+    xi_q: Array
+    xi_c: Array
+    xi_gradient: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedPoint:
+    """The fixed point of a block and the slopes there; NaN where there is none.
+
+    Attributes:
+        q: q*, the second moment of a pre-activation.
+        c: c*, the correlation of two inputs' pre-activations; 1 where q* is 0.
+        chi_q: d q'/d q, by which a small deviation of q is multiplied in a block.
+        chi_c: d q_xy'/d q_xy at c*, likewise for the correlation.
+        chi_1: The same at c = 1 (and q*): above 1 equal inputs drift apart (chaos), below 1
+            different ones become equal (order).
+        growth: By which squared gradients are multiplied going back through a block: the largest
+            eigenvalue of the block's map of tangents. Without normalization over the batch chi_1.
+        status: A :class:`FixedPointStatus` as integer.
+    """
+
+    q: Array
+    c: Array
+    chi_q: Array
+    chi_c: Array
+    chi_1: Array
+    growth: Array
+    status: Array
+
+    @property
+    def depth_scales(self) -> DepthScales:
+        """In layers (blocks); infinite where marginal, 0 where one block is enough."""
+        xi_q, xi_c, xi_gradient = (
+            1 / jnp.abs(jnp.log(jnp.abs(slope))) for slope in (self.chi_q, self.chi_c, self.growth)
+        )
+        return DepthScales(xi_q, xi_c, xi_gradient)
+
+    def raise_if_failed(self) -> "FixedPoint":
+        """Returns itself, or raises where there is no fixed point (host only).
+
+        Raises:
+            RuntimeError: q grows without bound.
+        """
+        failed = jnp.argwhere(self.status == FixedPointStatus.NO_FIXED_POINT)
+        if len(failed) == 0:
+            return self
+        where = f" in cell {tuple(failed[0].tolist())}" if self.status.ndim else ""
+        raise RuntimeError(
+            f"no fixed point{where}: q grows without bound; use a smaller weight_var, or normalize"
+        )
+
+
+def fixed_point(
+    block: Layer, *, statistics: str = "batch", num_samples: int | Array | None = None
+) -> FixedPoint:
+    r"""The fixed point of a block repeated without end, and its Jacobian's eigenvalues there.
+
+    .. math:: q^* = V(q^*), \quad c^* = C(q^*, c^*), \quad
+        \chi_q = V'(q^*), \quad \chi_c = \partial_c C(q^*, c^*), \quad
+        \chi_1 = \partial_c C(q^*, 1)
+
+    for [Dense, Activation]: V(q) = bias_var + weight_var E[phi(sqrt(q) z)^2]. The maps are the
+    block's own rule, whatever it is made of, and the slopes are their derivatives. The signal
+    starts at q = 1, c = 0; where there are several fixed points, the one is found that q moves
+    towards. Can be jitted, vmapped and differentiated (implicitly) in the block's numbers.
+
+    Args:
+        block: A layer on vectors with at least one Dense, such as
+            ``Sequential((Dense(1000), BatchNorm(), Activation("tanh")))``. Wherever it starts, the
+            state is quoted behind its last random weights, at the pre-activations.
+        statistics: As in :func:`analyze`; matters with BatchNorm.
+        num_samples: n, the batch of a BatchNorm; None for the limit n -> infinity.
+
+    Returns:
+        q*, c*, slopes and status, () each; in the dtype of the block's numbers.
+
+    Raises:
+        SpecError: for a block that cannot be repeated, or numbers that make no sense.
+
+    Accuracy:
+        Of the quadrature; 1e-8 of q*, c* and the slopes for tanh, erf, gelu, silu and relu at
+        variances up to 9 (tests/test_fixed_point.py), worse by 1/(1 - slope) near marginality,
+        where c* within sqrt(eps) of 1 is taken to be 1. q* above 1/sqrt(eps) counts as none.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> block = mf.Sequential((mf.Dense(100, 1.5, 0.05), mf.Activation("tanh")))
+        >>> point = mf.fixed_point(block)
+        >>> print(f"{point.q:.4f} {point.c:.4f} {point.chi_1:.4f} {point.depth_scales.xi_c:.2f}")
+        0.4180 1.0000 0.9386 15.79
+
+    Source:
+        Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232), whose
+        xi_q, xi_c these are. Gradient growth with BatchNorm: Yang et al. 2019 (arXiv:1902.08129).
+    """
+    check_choice("statistics", statistics, STATISTICS)
+    check_numbers(block)
+    check_num_samples(block, num_samples)
+    block = drop_zero_offsets(_ending_in_weights(block))
+    dtype = jnp.result_type(float, *jax.tree.leaves(block))
+    start = input_kernel((_checked_width(block),), num_samples, statistics, False, dtype)
+    behind = jax.eval_shape(lambda: block.propagate(start, None)[0])
+    if jax.tree.structure(behind) != jax.tree.structure(start):
+        cause = "a BatchNorm right behind its last random weights sits inside another layer"
+        raise problem(SpecError, "block", block, cause, "put it outside, behind that layer")
+    found = _found(block, start)
+    none = found.status == FixedPointStatus.NO_FIXED_POINT
+    values = jax.tree.map(lambda value: jnp.where(none, jnp.nan, value), found)
+    return dataclasses.replace(values, status=found.status)
+
+
+def _ending_in_weights(block: Layer) -> Sequential:
+    """The block begun elsewhere: behind its last random weights."""
+    layers = _flat(block)
+    ends = [i + 1 for i, la in enumerate(layers) if isinstance(la, Residual) or ends_in_weights(la)]
+    if not ends or any(isinstance(inner, Conv) for _, inner in walk(block)):
+        cause, remedy = "no block of layers on vectors with random weights", "put a Dense into it"
+        raise problem(SpecError, "block", block, cause, remedy)
+    return Sequential((*layers[ends[-1] :], *layers[: ends[-1]]))
+
+
+def _flat(block: Layer) -> tuple[Layer, ...]:
+    if isinstance(block, Sequential):
+        return tuple(inner for layer in block.layers for inner in _flat(layer))
+    return (block,)
+
+
+def _checked_width(block: Layer) -> int:
+    """The units at the end of the block, at which it must be able to begin again."""
+    width = [inner.width for _, inner in walk(block) if isinstance(inner, Dense)][-1]
+    behind = block.output(Signal((width,), gaussian=True))
+    if behind != Signal((width,), gaussian=True):
+        cause = f"it turns ({width},) into {behind.shape}"
+        raise problem(SpecError, "block", block, cause, "let it end with the shape it begins with")
+    return width
+
+
+@jax.jit
+def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
+    """The fixed point, with numbers also where there is none: those at the largest q."""
+    eps = float(jnp.finfo(start.dtype).eps)
+    largest = eps**-0.5
+    solution = optx.fixed_point(
+        _improved,
+        # Newton's error behind a step of this size is its square
+        optx.FixedPointIteration(rtol=eps**0.5, atol=16 * eps),
+        (jnp.ones((), start.dtype), jnp.zeros((), start.dtype)),
+        (block, start),
+        max_steps=MAX_STEPS,
+        adjoint=optx.ImplicitAdjoint(linear_solver=lx.SVD(rcond=1e-3)),
+        throw=False,
+    )
+    q, c = solution.value
+    c = jnp.where(q > 64 * eps, c, 1.0)
+    behind, chi_q, chi_c = _slopes(block, start, q, c)
+    chi_1 = _slopes(block, start, q, jnp.ones_like(c))[2]
+    gap = jnp.minimum(jnp.abs(1 - chi_q), jnp.abs(1 - chi_c))
+    left = jnp.abs(behind.same - q) + jnp.abs(behind.other - q * c)
+    found = (q < largest / 2) & (left <= eps**0.5 * (q + eps**0.5))
+    attractive = jnp.where(gap > MARGIN * eps**0.5, FixedPointStatus.CONVERGED, 1)
+    status = jnp.where(found, attractive, FixedPointStatus.NO_FIXED_POINT)
+    return FixedPoint(q, c, chi_q, chi_c, chi_1, _growth(block, start, q, c), status)
+
+
+def _slopes(block: Layer, start: EnsembleKernel, q: Array, c: Array) -> tuple[Pair, Array, Array]:
+    """The second moments behind the block, and each one's derivative in itself."""
+
+    def moments(cov: Pair) -> Pair:
+        return block.propagate(start.replace(cov=cov), None)[0].cov
+
+    cov, one, zero = Pair(q, q * c), jnp.ones_like(q), jnp.zeros_like(q)
+    behind, along_q = jax.jvp(moments, (cov,), (Pair(one, zero),))
+    _, along_xy = jax.jvp(moments, (cov,), (Pair(zero, one),))
+    return behind, along_q.same, along_xy.other
+
+
+def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
+    """One step: where the block leads, and on, as far as its slope there says.
+
+    Newton's step in each variable but for its direction, which is always the block's own:
+    (V(q) - q) / |1 - V'(q)|. So fixed points that repel are no goal, and one that attracts slowly
+    is reached as fast as any. Away from the solution the step's size is a constant to derivatives,
+    which then are those of V(q) = q.
+    """
+    block, start = args
+    q, c = state
+    behind, slope_q, slope_xy = _slopes(block, start, q, c)
+    eps = float(jnp.finfo(q.dtype).eps)
+    correlation = safe.divide(behind.other, behind.same)
+    slope_c = slope_xy * safe.divide(q, behind.same)
+    q_new = _step(q, behind.same, slope_q, q + eps)
+    # factor by factor, since q may have to go through many orders of magnitude
+    bounds = jnp.minimum(LARGEST_CHANGE * q, eps**-0.5), q / LARGEST_CHANGE
+    q_new = _clipped(q_new, bounds[1], bounds[0])
+    c_new = _clipped(_step(c, correlation, slope_c, jnp.ones_like(c)), -1.0, 1.0)
+    c_new = _clipped(c_new, jnp.where(c_new > 1 - eps**0.5, 1.0, -1.0), 1.0)
+    # c = 1 is a fixed point also where it repels, and a step may overshoot while q still moves
+    repelled = (c == 1) & (slope_c > 1 + MARGIN * eps**0.5)
+    return q_new, jnp.where(repelled, 0.0, c_new)
+
+
+def _step(value: Array, behind: Array, slope: Array, scale: Array) -> Array:
+    eps = float(jnp.finfo(value.dtype).eps)
+    step = (behind - value) / lax.stop_gradient(jnp.maximum(jnp.abs(1 - slope), eps))
+    rounding = jnp.abs(behind - value) <= 16 * eps * scale
+    return value + step - lax.stop_gradient(jnp.where(rounding, step, 0.0))
+
+
+def _clipped(value: Array, lower: Array | float, upper: Array | float) -> Array:
+    """Within the bounds, with the derivative it would have without."""
+    return value + lax.stop_gradient(jnp.clip(value, lower, upper) - value)
+
+
+def _growth(block: Layer, start: EnsembleKernel, q: Array, c: Array) -> Array:
+    """The largest eigenvalue of the block's map of tangents, whose entries are not negative."""
+
+    def tangents(tangent: Pair) -> Pair:
+        kernel = start.replace(cov=Pair(q, q * c), tangent=tangent)
+        return block.propagate(kernel, None)[0].settled_tangent
+
+    # the map is affine: its own parameters add to what comes in
+    (a, b), (d, e) = jax.jacfwd(tangents)(Pair(jnp.zeros_like(q), jnp.zeros_like(q)))
+    return (a + e) / 2 + safe.sqrt((a - e) ** 2 / 4 + b * d)

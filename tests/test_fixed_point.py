@@ -1,0 +1,407 @@
+"""Fixed points of blocks, depth scales, phase diagrams, growth behind BatchNorm."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.optimize
+import scipy.special
+from tolerance import assert_close, assert_printed, standard_error, tolerance
+
+import meanfield_jax as mf
+from meanfield_jax.cli import main
+from meanfield_jax.kernel.gaussian import NONLINEARITIES, expectations
+from meanfield_jax.kernel.table import tabulated
+
+FUNCTIONS = {
+    "tanh": (np.tanh, lambda x: 1 / np.cosh(x) ** 2),
+    "erf": (scipy.special.erf, lambda x: 2 / np.sqrt(np.pi) * np.exp(-(x**2))),
+    "gelu": (
+        lambda x: x * scipy.special.ndtr(x),
+        lambda x: scipy.special.ndtr(x) + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi),
+    ),
+    "silu": (
+        lambda x: x * scipy.special.expit(x),
+        lambda x: scipy.special.expit(x) * (1 + x * scipy.special.expit(-x)),
+    ),
+    "relu": (lambda x: np.maximum(x, 0), lambda x: 1.0 * (x > 0)),
+}
+TANH_EDGE = {0.01: 1.42421, 0.05: 1.76095, 0.1: 1.98607, 0.5: 2.84317}
+
+
+@pytest.fixture(autouse=True)
+def _exact(x64):
+    """Everything here is float64 unless it says otherwise."""
+
+
+def block(weight_var, bias_var, activation="tanh", *norm) -> mf.Sequential:
+    return mf.Sequential((mf.Dense(100, weight_var, bias_var), *norm, mf.Activation(activation)))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def points(weight_var, bias_var, activation) -> mf.FixedPoint:
+    def at(cell):
+        return mf.fixed_point(block(*cell, activation))
+
+    return jax.lax.map(at, (weight_var, bias_var), batch_size=10)
+
+
+# ---- oracles
+
+
+def mean(function, q) -> float:
+    """E[function(sqrt(q) z)] by scipy; split at 0, where ReLU bends."""
+
+    def density(z):
+        return function(math.sqrt(q) * z) * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+    parts = [scipy.integrate.quad(density, *ends, epsabs=1e-13) for ends in ((-12, 0), (0, 12))]
+    return sum(part[0] for part in parts)
+
+
+def pair_mean(function, q, c) -> float:
+    """E[function(u) function(v)] for a smooth function, by the trapezoidal rule."""
+    step = 0.05
+    x = np.arange(-9.0, 9.0 + step / 2, step)
+    weight = step * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    y = c * x[:, None] + math.sqrt(1 - c * c) * x
+    return weight * function(math.sqrt(q) * x) @ (function(math.sqrt(q) * y) @ weight)
+
+
+def variance_by_scipy(activation, weight_var, bias_var) -> tuple[float, float]:
+    """q* and chi_1."""
+    phi, slope = FUNCTIONS[activation]
+
+    def grown(q):
+        return bias_var + weight_var * mean(lambda x: phi(x) ** 2, q)
+
+    q = scipy.optimize.brentq(lambda q: grown(q) - q, 1e-9, 1e3, xtol=1e-13, rtol=1e-13)
+    return q, weight_var * mean(lambda x: slope(x) ** 2, q)
+
+
+def by_scipy(activation, weight_var, bias_var) -> dict[str, float]:
+    phi, slope = FUNCTIONS[activation]
+    q, chi_1 = variance_by_scipy(activation, weight_var, bias_var)
+    if chi_1 < 1:
+        return dict(q=q, c=1.0, chi_1=chi_1, chi_c=chi_1, growth=chi_1)
+
+    def gap(c):
+        return (bias_var + weight_var * pair_mean(phi, q, c)) / q - c
+
+    c = scipy.optimize.brentq(gap, 0.0, 1 - 1e-6, xtol=1e-13, rtol=1e-13)
+    return dict(q=q, c=c, chi_1=chi_1, chi_c=weight_var * pair_mean(slope, q, c), growth=chi_1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_a_hundred_fixed_points_are_those_of_scipy(activation):
+    rng = np.random.default_rng(1)
+    highest = 4.0 if activation in ("tanh", "erf") else 1.8
+    weight_var, bias_var = rng.uniform(0.3, highest, 100), rng.uniform(0.02, 0.6, 100)
+    found = points(jnp.asarray(weight_var), jnp.asarray(bias_var), activation)
+    assert (np.asarray(found.status) == mf.FixedPointStatus.CONVERGED).all()
+    expected = [by_scipy(activation, *cell) for cell in zip(weight_var, bias_var, strict=True)]
+    # rounding of the oracle is magnified where the correlation map is almost parallel to c
+    worse = 1 / np.abs(1 - np.asarray(found.chi_c))
+    for name in expected[0]:
+        values = np.array([one[name] for one in expected])
+        difference = np.abs(np.asarray(getattr(found, name)) - values)
+        assert (difference <= tolerance("quadrature", np.abs(values) + worse)).all(), name
+
+
+# ---- identities and known values
+
+
+@pytest.mark.slow
+def test_the_edge_of_chaos_of_tanh():
+    bias_var = np.array(list(TANH_EDGE))
+    grid = mf.phase_diagram(
+        block(1.0, 0.0), weight_var=np.linspace(0.5, 4, 15), bias_var=np.array([0.0, *bias_var])
+    )
+    edge = grid.critical_weight_var.values
+    np.testing.assert_allclose(edge, [1.0, *TANH_EDGE.values()], atol=1e-5)
+    for weight_var, b in zip(edge[1:], bias_var, strict=True):
+        assert abs(variance_by_scipy("tanh", weight_var, b)[1] - 1) < 1e-9
+    assert grid.critical_weight_var.dims == ("bias_var",)
+    ordered = grid.chi_1.values < 1
+    np.testing.assert_array_equal(ordered[:, 1:], (grid.c.values == 1)[:, 1:])
+
+
+@pytest.mark.slow
+def test_the_edge_of_relu_is_a_point():
+    axes = dict(weight_var=np.linspace(1, 3, 9), bias_var=np.array([0.0, 0.5]))
+    grid = mf.phase_diagram(block(1.0, 0.0, "relu"), **axes)
+    np.testing.assert_allclose(grid.critical_weight_var, [2.0, np.nan])
+    below = grid.sel(bias_var=0.5).isel(weight_var=slice(0, 4))
+    assert_close(below.q, 0.5 / (1 - below.weight_var / 2), "rounding", 10.0)
+    assert np.isnan(grid.q.sel(weight_var=3.0)).all()
+
+
+@pytest.mark.slow
+def test_every_status_is_reached():
+    cases = {
+        mf.FixedPointStatus.CONVERGED: [block(1.5, 0.5, "relu"), block(3.0, 0.05)],
+        mf.FixedPointStatus.MARGINAL: [block(2.0, 0.0, "relu"), block(1.0, 0.0)],
+        mf.FixedPointStatus.NO_FIXED_POINT: [
+            block(2.0, 0.5, "relu"),
+            block(2.5, 0.0, "relu"),
+            mf.Residual(mf.Sequential((mf.Activation("relu"), mf.Dense(9, 1.0, 0.1)))),
+        ],
+    }
+    for status, blocks in cases.items():
+        for one in blocks:
+            point = mf.fixed_point(one)
+            assert point.status == status, one
+            failed = status == mf.FixedPointStatus.NO_FIXED_POINT
+            assert bool(jnp.isnan(point.q)) == failed
+            if failed:
+                with pytest.raises(RuntimeError, match="without bound"):
+                    point.raise_if_failed()
+            else:
+                assert point.raise_if_failed() is point
+    edge = mf.phase_diagram(
+        block(1.0, 0.0), weight_var=np.linspace(1, 2, 3), bias_var=np.array([0.05])
+    ).critical_weight_var.item()
+    assert mf.fixed_point(block(edge, 0.05)).status == mf.FixedPointStatus.MARGINAL
+    assert jnp.isinf(mf.fixed_point(block(2.0, 0.0, "relu")).depth_scales.xi_c)
+
+
+def test_where_a_block_begins_does_not_matter():
+    dense, phi, norm = mf.Dense(100, 2.5, 0.1), mf.Activation("tanh"), mf.BatchNorm()
+    expected = mf.fixed_point(mf.Sequential((dense, norm, phi)))
+    for layers in ((norm, phi, dense), (phi, dense, norm), (mf.Sequential((phi, dense)), norm)):
+        for one, other in zip(
+            jax.tree.leaves(mf.fixed_point(mf.Sequential(layers))),
+            jax.tree.leaves(expected),
+            strict=True,
+        ):
+            assert_close(one, other, "rounding", 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["q", "c", "chi_q", "chi_c", "chi_1", "growth"])
+@pytest.mark.parametrize("cell", [(3.0, 0.05), (1.5, 0.05), (1.8, 0.05)])
+def test_implicit_derivatives_are_central_differences(name, cell):
+    def value(weight_var, bias_var):
+        return getattr(mf.fixed_point(block(weight_var, bias_var)), name)
+
+    gradient = np.array(jax.grad(value, (0, 1))(*cell))
+    step = 3e-5
+    for index, derivative in enumerate(gradient):
+        up, down = (
+            value(*(v + sign * step * (index == i) for i, v in enumerate(cell))) for sign in (1, -1)
+        )
+        size = 1 + np.abs(gradient).max()
+        assert abs(derivative - (up - down) / (2 * step)) <= 1e-6 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["tanh", "relu", "erf"])
+def test_derivatives_stay_finite_as_the_correlation_becomes_1(activation):
+    def chi(weight_var):
+        return variance_by_scipy(activation, weight_var, 0.05)[1] - 1
+
+    edge = 2.0 if activation == "relu" else scipy.optimize.brentq(chi, 1.1, 2.5)
+
+    def value(weight_var):
+        point = mf.fixed_point(block(weight_var, 0.05, activation))
+        return jnp.stack([point.q, point.c, point.chi_c, point.growth])
+
+    slopes = jax.jit(jax.vmap(jax.jacfwd(value)))(edge - np.array([0.3, 1e-2, 1e-4, 1e-6]))
+    assert jnp.isfinite(slopes).all()
+    if activation != "relu":  # whose q* grows to 1e5 here
+        assert jnp.abs(slopes[:, 1]).max() < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+def test_depth_scales_are_those_of_a_deep_network(activation):
+    weight_var, bias_var = (2.5, 0.1) if activation == "tanh" else (1.8, 0.2)
+    times, phi = 60, mf.Activation(activation)
+    dense = mf.Dense(50, weight_var, bias_var)
+    deep = mf.Network(
+        (50,),
+        (dense, mf.Repeat(mf.Sequential((phi, dense)), times), phi, mf.Dense(1)),
+    )
+    order = mf.analyze(deep).order_parameters
+    point = mf.fixed_point(mf.Sequential((dense, phi)))
+    q, c = np.asarray(order.q), np.asarray(order.q_xy / order.q)
+    for values, limit, slope in ((q, point.q, point.chi_q), (c, point.c, point.chi_c)):
+        distance = np.abs(values[:-1] - float(limit))
+        # where the distance is small, but not yet rounding
+        late = np.flatnonzero((distance < 1e-4) & (distance > 1e-7))
+        ratios = distance[late[1:]] / distance[late[:-1]]
+        np.testing.assert_allclose(ratios, float(slope), rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "norm", [(), (mf.BatchNorm(1.3, 0.2),), (mf.BatchNorm(0.7),)], ids=["none", "offset", "batch"]
+)
+def test_growth_is_that_of_a_deep_network(norm):
+    dense, phi = mf.Dense(50, 1.9, 0.3), mf.Activation("relu")
+    layers = (dense, *norm, phi)
+    deep = mf.Network((50,), (*layers, mf.Repeat(mf.Sequential(layers), 30), mf.Dense(1)))
+    for num_samples in (None, 12) if norm else (None,):
+        order = mf.analyze(deep, num_samples=num_samples).order_parameters
+        ratios = np.asarray(order.q_tilde[5:15] / order.q_tilde[6:16])
+        point = mf.fixed_point(mf.Sequential(layers), num_samples=num_samples)
+        np.testing.assert_allclose(ratios, float(point.growth), rtol=1e-5)
+
+
+# ---- the phase diagram
+
+
+def test_the_table_holds_the_moments():
+    rng = np.random.default_rng(2)
+    q, c = (jnp.asarray(rng.uniform(*ends, 60)) for ends in ((0.01, 9), (-1, 1)))
+    c = jnp.concatenate([c[:55], jnp.array([0.0, 0.25, 0.999, 1 - 1e-6, 1.0])])
+    for name in ("tanh", "silu"):
+        phi = NONLINEARITIES[name]
+        closed_form = tabulated(phi).closed_form
+        assert closed_form is not None
+        read, exact, scale = (
+            closed_form(q, q, q * c),
+            expectations(phi, q, q, q * c, None),
+            closed_form(q, q, q),
+        )
+        for moment in ("product", "derivative"):
+            difference = jnp.abs(getattr(read, moment) - getattr(exact, moment))
+            assert jnp.max(difference / getattr(scale, moment)) < 2e-8
+
+
+@pytest.mark.slow
+def test_a_phase_diagram_is_its_fixed_points():
+    weight_var, bias_var = np.array([0.7, 1.7, 3.3]), np.array([0.0, 0.05, 0.4])
+    for name in ("tanh", "relu"):
+        grid = mf.phase_diagram(block(1.0, 1.0, name), weight_var=weight_var, bias_var=bias_var)
+        cells = (jnp.asarray(v.ravel()) for v in np.meshgrid(weight_var, bias_var, indexing="ij"))
+        found = points(*cells, name)
+        values = dict(vars(found), **found.depth_scales._asdict())
+        for key, value in values.items():
+            expected = np.asarray(value).reshape(3, 3)
+            np.testing.assert_allclose(grid[key], expected, rtol=1e-8, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.slow
+def test_the_picture_shows_both_phases():
+    axes = dict(weight_var=np.linspace(0.5, 4, 12), bias_var=np.linspace(0, 0.5, 9))
+    for name in ("tanh", "relu"):
+        figure = mf.plot_phase_diagram(mf.phase_diagram(block(1.0, 1.0, name), **axes))
+        shown = {text.get_text() for text in figure.axes[0].texts}
+        assert shown == ({"ordered", "chaotic"} if name == "tanh" else {"ordered"})
+
+
+# ---- BatchNorm on a small batch
+
+
+@pytest.mark.slow
+def test_growth_behind_batch_norm_with_relu_as_published():
+    printed = "3.0841 2.0038 1.7882 1.5900 1.5220 1.4931 1.4797 1.4732"
+    sizes = (4, 6, 8, 16, 32, 64, 128, 256)
+    assert_printed([mf.batch_growth("relu", n) for n in sizes], printed)
+    normed = block(2.0, 0.3, "relu", mf.BatchNorm(eps=0.0))
+    for n in sizes:
+        assert_close(mf.fixed_point(normed, num_samples=n).growth, mf.batch_growth("relu", n),
+                     "quadrature_edge")  # fmt: skip
+        assert_close(mf.batch_growth("identity", n), (n - 2) / (n - 3), "quadrature")
+
+
+@pytest.mark.parametrize(
+    ("activation", "limit"), [("relu", math.pi / (math.pi - 1)), ("tanh", 1.17781), ("erf", None)]
+)
+def test_growth_on_many_samples_is_the_limit(activation, limit):
+    normed = block(2.0, 0.3, activation, mf.BatchNorm(1.0, eps=0.0))
+    expected = mf.fixed_point(normed).growth
+    if limit is not None:
+        assert_close(expected, limit, "printed", printed="1.17781")
+    errors = [abs(mf.batch_growth(activation, n) - expected) for n in (10**4, 10**5)]
+    assert errors[0] < 10 / 10**4
+    assert errors[1] < 0.11 * errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("activation", "function"), [("tanh", jnp.tanh), ("relu", jax.nn.relu)])
+@pytest.mark.parametrize(("num_samples", "gamma", "beta"), [(8, 1.0, 0.0), (6, 2.0, 0.4)])
+def test_growth_on_a_small_batch_is_that_of_a_random_one(
+    activation, function, num_samples, gamma, beta
+):
+    draws = jax.random.normal(jax.random.key(0), (100_000, num_samples))
+    centre = jnp.eye(num_samples) - 1 / num_samples
+
+    def normalized(z):
+        z = z - z.mean()
+        return function(gamma * z / jnp.sqrt(jnp.mean(z**2)) + beta)
+
+    def one(z):
+        jacobian, value = centre @ jax.jacfwd(normalized)(z) @ centre, centre @ normalized(z)
+        return jnp.stack([jnp.sum(jacobian**2), jnp.sum(value**2)])
+
+    grown, variance = np.asarray(jax.jit(jax.vmap(one))(draws)).T
+    ratio = grown.mean() / variance.mean()
+    # of a ratio of means, by its linearization
+    error = standard_error((grown - ratio * variance) / variance.mean())
+    expected = mf.batch_growth(activation, num_samples, gamma=gamma, beta=beta)
+    assert_close(ratio, float(expected), "monte_carlo", standard_error=error)
+
+
+# ---- the command line
+
+
+@pytest.mark.slow
+def test_the_command_prints_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ranges = ["--weight-var", "1:3:5", "--bias-var", "0.05:0.5:2"]
+    assert main(["phase", "--activation", "erf", *ranges, "--json", "--output", "phase.png"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    edge = printed["variables"]["critical_weight_var"]["values"]
+    np.testing.assert_allclose(edge, [1.376, 2.234], atol=1e-3)
+    assert (tmp_path / "phase.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["phase", "--activation", "erf", *ranges, "--norm", "batch"]) == 0
+    assert "none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["1:3", "3:1:5", "1:3:1", "a:b:c"])
+def test_a_range_that_is_none_gets_one_line(text, capsys):
+    assert main(["phase", "--weight-var", text]) == 2
+    assert f"--weight-var='{text}'" in capsys.readouterr().err
+
+
+# ---- what cannot be used
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: mf.fixed_point(mf.Activation("tanh")), ["block=", "Dense"]),
+        (lambda: mf.fixed_point(mf.Sequential((mf.Conv(3), mf.Activation("tanh")))), ["vectors"]),
+        (
+            lambda: mf.fixed_point(
+                mf.Sequential((mf.Dense(3), mf.Activation("tanh"), mf.Flatten()))
+            ),
+            ["Flatten"],
+        ),
+        (lambda: mf.fixed_point(block(-1.0, 0.1)), ["weight_var=-1.0", "not negative"]),
+        (lambda: mf.fixed_point(block(1.0, 0.1), statistics="bach"), ["statistics='bach'"]),
+        (
+            lambda: mf.fixed_point(block(1.0, 0.1, "tanh", mf.BatchNorm()), num_samples=3),
+            ["num_samples=3", "at least 4"],
+        ),
+        (
+            lambda: mf.phase_diagram(block(1.0, 0.1), weight_var=[2.0, 1.0], bias_var=[0.1]),
+            ["weight_var=", "ascending"],
+        ),
+        (lambda: mf.batch_growth("relu", 3), ["num_samples=3", ">= 4"]),
+    ],
+)
+def test_a_mistake_gets_one_line(call, words):
+    with pytest.raises(mf.SpecError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
