@@ -11,8 +11,6 @@ the toolkit measures whether the two agree. The names below follow that way::
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
     use       optimizer, learning_rate_for: the learning rate of a specification, of any model;
               train: many runs at once, over scales, learning rates and seeds;
-              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store
-    use       train: many runs at once, over scales, learning rates and seeds;
               sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store;
               tune, objectives, plot_tuning: descend the theory's gradient over gamma, beta, ...
 """
@@ -42,8 +40,13 @@ from meanfield_jax.layers import (
     Sequential,
 )
 from meanfield_jax.network import Network, cnn, mlp
-from meanfield_jax.plots import plot_spectrum, plot_sweep, plot_tuning, plot_validation
-from meanfield_jax.plots import plot_phase_diagram, plot_spectrum, plot_sweep, plot_validation
+from meanfield_jax.plots import (
+    plot_phase_diagram,
+    plot_spectrum,
+    plot_sweep,
+    plot_tuning,
+    plot_validation,
+)
 from meanfield_jax.theory.batch_growth import batch_growth
 from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
@@ -90,8 +93,8 @@ __all__ = [
     "load_sweep",
     "measured_boundary",
     "mlp",
-    "optimizer",
     "objectives",
+    "optimizer",
     "phase_diagram",
     "plot_phase_diagram",
     "plot_spectrum",

@@ -62,7 +62,7 @@ def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
         >>> round(float(tuned.after.eta_max()), 4)
         0.1
     """
-    eta_max(1.0, momentum)  # pyright: ignore[reportArgumentType] - checks the momentum
+    eta_max(1.0, momentum)  # checks the momentum
     return Objective(
         _target_eta_max, (("value", _positive("value", value)), ("momentum", momentum))
     )

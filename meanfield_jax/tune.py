@@ -157,7 +157,7 @@ def tune(
         ('converged', 50.0)
     """
     check_positive_int("max_steps", max_steps)
-    eta_max(1.0, momentum)  # pyright: ignore[reportArgumentType] - checks the momentum
+    eta_max(1.0, momentum)  # checks the momentum
     network.validate()
     if any(np.shape(number) for number in jax.tree.leaves(network)):
         cause, remedy = "some of its numbers are arrays", "tune one network at a time"

@@ -7,7 +7,7 @@ from jax.core import Tracer
 from meanfield_jax.errors import SpecError, problem
 
 
-def eta_max(lambda_max: Array, momentum: float | Array = 0.9) -> Array:
+def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array | float:
     """eta_max = 2 (1 + momentum) / lambda_max.
 
     Heavy-ball gradient descent on a quadratic is stable if and only if eta < eta_max.
