@@ -1,5 +1,6 @@
 """The largest stable learning rate of an eigenvalue, and the eigenvalue of a learning rate."""
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
@@ -7,7 +8,7 @@ from jax.core import Tracer
 from meanfield_jax.errors import SpecError, problem
 
 
-def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array | float:
+def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
     """eta_max = 2 (1 + momentum) / lambda_max.
 
     Heavy-ball gradient descent on a quadratic is stable if and only if eta < eta_max.
@@ -38,4 +39,4 @@ def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array |
         value = np.asarray(momentum)
         if not np.all((value >= 0) & (value < 1)):
             raise problem(SpecError, "momentum", momentum, "outside [0, 1)", "give e.g. 0.9")
-    return 2 * (1 + momentum) / lambda_max
+    return 2 * (1 + momentum) / jnp.asarray(lambda_max)
