@@ -33,7 +33,7 @@ WEIGHT_VARS = np.array([1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0])
 BIAS_VAR = 0.05
 DEPTHS = np.arange(10, 101, 10)
 NORM_DEPTHS = np.array([5, 10, 15, 20, 30, 40, 60])
-GROWTH = {"relu": 1.466942, "tanh": 1.17781}
+ACTIVATIONS = {"relu": "#0072B2", "tanh": "#D55E00"}
 WIDTH, NUM_SAMPLES, BATCH_SIZE, EPOCHS = 100, 1000, 100, 20
 SEEDS = np.arange(2)
 SCALES = 6.0
@@ -50,24 +50,11 @@ def network_of(depth: int, activation: str, norm: mf.BatchNorm | None, **varianc
     return mf.Network((784,), (*block, mf.Repeat(mf.Sequential(block), depth - 1), last))
 
 
-def depth_scale(weight_var: float, bias_var: float) -> float:
-    """xi_c = -1/log chi of tanh, chi the slope of the correlation map at its fixed point."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
-    weights = weights / weights.sum()
-    u, v = np.meshgrid(nodes, nodes, indexing="ij")
-    pairs = np.outer(weights, weights)
-
-    def step(q: float, c: float, function) -> float:
-        second = c * u + np.sqrt(1 - c**2) * v
-        return float(np.sum(pairs * function(np.sqrt(q) * u) * function(np.sqrt(q) * second)))
-
-    q, c = 1.0, 0.5
-    for _ in range(2000):
-        q = bias_var + weight_var * step(q, 1.0, np.tanh)
-    for _ in range(2000):
-        c = min((bias_var + weight_var * step(q, c, np.tanh)) / q, 1.0)
-    chi = weight_var * step(q, c, lambda z: 1 / np.cosh(z) ** 2)
-    return float(-1 / np.log(chi))
+def depth_scale(weight_var: float) -> float:
+    """xi_c of tanh without BatchNorm."""
+    block = mf.Sequential((mf.Dense(WIDTH, weight_var, BIAS_VAR), mf.Activation("tanh")))
+    with jax.enable_x64():
+        return float(mf.fixed_point(block).depth_scales.xi_c)
 
 
 def vanilla(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -107,7 +94,7 @@ def learned(network: mf.Network, x: np.ndarray, labels: np.ndarray, **numbers) -
 def normalized(x: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """By activation and rule: accuracies, (depths,)."""
     found = {}
-    for activation in GROWTH:
+    for activation in ACTIVATIONS:
         for per_layer in (False, True):
             name = f"{activation}, {'rates by layer' if per_layer else 'one rate'}"
             values = []
@@ -137,7 +124,7 @@ def rows_of(accuracy: np.ndarray) -> list[dict]:
     """A row for each weight_var."""
     rows = []
     for column, weight_var in enumerate(WEIGHT_VARS.tolist()):
-        scale = SCALES * depth_scale(weight_var, BIAS_VAR)
+        scale = SCALES * depth_scale(weight_var)
         depth = failing_depth(accuracy[:, column], DEPTHS)
         counts = bool(DEPTHS[0] < scale < DEPTHS[-1])
         holds = not counts or bool(scale / GOAL <= depth <= scale * GOAL)
@@ -167,12 +154,13 @@ def picture(accuracy: np.ndarray, norms: dict[str, np.ndarray]) -> Figure:
     left.set(title=f"tanh, no BatchNorm, bias_var {BIAS_VAR:g}")
     left.legend(loc="upper right", fontsize=8, labelcolor="white", frameon=False)
     for name, values in norms.items():
-        color = "#0072B2" if name.startswith("relu") else "#D55E00"
+        color = ACTIVATIONS[name.partition(",")[0]]
         style = "o--" if "by layer" in name else "o-"
         right.plot(NORM_DEPTHS, values, style, color=color, mfc="white", label=name)
-    for activation, color in (("relu", "#0072B2"), ("tanh", "#D55E00")):
-        scale = SCALES / np.log(GROWTH[activation])
-        right.axvline(scale, color=color, lw=1, ls=":", label=f"6 / log {GROWTH[activation]:.3f}")
+    for activation, color in ACTIVATIONS.items():
+        growth = float(mf.batch_growth(activation, BATCH_SIZE))
+        label = f"6 / log {growth:.3f}"
+        right.axvline(SCALES / np.log(growth), color=color, lw=1, ls=":", label=label)
     right.set(ylim=(0, 1), xlabel="hidden layers", title="BatchNorm, weight_var 2")
     right.legend(fontsize=8, frameon=False)
     return figure

@@ -104,3 +104,11 @@ def test_what_makes_no_sense_is_refused(digits, options, words):
     with pytest.raises((mf.SpecError, mf.DataError)) as error:
         mf.train(arguments.pop("network"), arguments.pop("data"), **arguments)
     assert all(word in str(error.value) for word in words)
+
+
+def test_repeated_blocks_are_trained_and_evaluated(digits):
+    block = (mf.Dense(40), mf.BatchNorm(), mf.Activation("relu"))
+    repeated = mf.Network((64,), (*block, mf.Repeat(mf.Sequential(block), 2), mf.Dense(10)))
+    found = mf.train(repeated, digits, test=digits, learning_rate=0.02, epochs=6)
+    assert float(found.test_loss[-1]) < 0.2 * float(found.loss[0])
+    assert float(found.test_accuracy[-1]) > 0.6

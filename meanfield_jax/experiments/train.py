@@ -298,9 +298,14 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
         if test is None:
             return None
         params, state, *_, diverged_at = carry
-        model = nnx.merge(graphdef, params, state, copy=True)
-        model.eval()
-        outputs = _in_batches(model, test[0], batch_size)
+
+        def apply(x: Array) -> Array:
+            # merged here: Flax allows no module from outside a scan in one
+            model = nnx.merge(graphdef, params, state, copy=True)
+            model.eval()
+            return model(x)
+
+        outputs = _in_batches(apply, test[0], batch_size)
         hits = jnp.argmax(outputs, -1) == jnp.argmax(test[1], -1)
         values = (_loss(recipe.loss, outputs, test[1]), hits.mean())
         return tuple(jnp.where(diverged_at < 0, value, jnp.nan) for value in values)
