@@ -114,18 +114,19 @@ def sharpness(output_variance: float = 1.0) -> Objective:
     The ratio alone is blind to the scale of the outputs, which multiplies all eigenvalues, and only
     falls on as the scale of the last layers grows and its biases cease to count. So the scale is
     held: V is :func:`output_variance`, and ends within (d log ratio / d log V) / 1000 of V_0. One
-    shared number is then fixed by V_0 alone: tune one for each layer, or two fields.
+    shared number is then fixed by V_0 alone: tune one for each layer, or two fields. Give bounds:
+    the ratio may fall for ever as one layer's scale grows and another's shrinks.
 
     Args:
         output_variance: V_0.
     """
     scale = _positive("output_variance", output_variance)
-    return Objective(_sharpness, (("output_variance", scale),))
+    return Objective(_sharpness, (("variance", scale),))
 
 
-def _sharpness(theory: Theory, output_variance: float) -> Array:
+def _sharpness(theory: Theory, variance: float) -> Array:
     ratio = theory.fisher.lambda_max / theory.fisher.mean
-    return jnp.log(ratio) + HOLD / 2 * _log_square(_output_variance(theory) / output_variance)
+    return jnp.log(ratio) + HOLD / 2 * _log_square(output_variance(theory) / variance)
 
 
 def equal_shares() -> Objective:
@@ -194,10 +195,6 @@ def output_variance(theory: Theory) -> Array:
     """The variance of one network's output over the inputs, q - q_xy of the last layer."""
     order = theory.order_parameters
     return order.q[-1] - order.q_xy[-1]
-
-
-# under the name of which an argument of sharpness hides it
-_output_variance = output_variance
 
 
 def _log_square(ratio: Array) -> Array:
