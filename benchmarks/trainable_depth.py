@@ -148,7 +148,7 @@ def picture(accuracy: np.ndarray, norms: dict[str, np.ndarray]) -> Figure:
     mesh = left.pcolormesh(WEIGHT_VARS, DEPTHS, accuracy, vmin=0, vmax=1, cmap="cividis")
     figure.colorbar(mesh, ax=left, label="accuracy on the training images")
     fine = np.linspace(WEIGHT_VARS[0], WEIGHT_VARS[-1], 81)
-    scale = [SCALES * depth_scale(value, BIAS_VAR) for value in fine]
+    scale = [SCALES * depth_scale(value) for value in fine]
     left.plot(fine, scale, color="white", lw=2, label="6 xi_c (theory)")
     left.set(ylim=(DEPTHS[0] - 5, DEPTHS[-1] + 5), xlabel="weight_var", ylabel="hidden layers")
     left.set(title=f"tanh, no BatchNorm, bias_var {BIAS_VAR:g}")
