@@ -11,6 +11,7 @@ import pytest
 import scipy.integrate
 import scipy.optimize
 import scipy.special
+from oracles import SMOOTH
 from tolerance import assert_close, assert_printed, standard_error, tolerance
 
 import meanfield_jax as mf
@@ -18,19 +19,7 @@ from meanfield_jax.cli import main
 from meanfield_jax.kernel.gaussian import NONLINEARITIES, expectations
 from meanfield_jax.kernel.table import tabulated
 
-FUNCTIONS = {
-    "tanh": (np.tanh, lambda x: 1 / np.cosh(x) ** 2),
-    "erf": (scipy.special.erf, lambda x: 2 / np.sqrt(np.pi) * np.exp(-(x**2))),
-    "gelu": (
-        lambda x: x * scipy.special.ndtr(x),
-        lambda x: scipy.special.ndtr(x) + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi),
-    ),
-    "silu": (
-        lambda x: x * scipy.special.expit(x),
-        lambda x: scipy.special.expit(x) * (1 + x * scipy.special.expit(-x)),
-    ),
-    "relu": (lambda x: np.maximum(x, 0), lambda x: 1.0 * (x > 0)),
-}
+FUNCTIONS = SMOOTH | dict(relu=(lambda x: np.maximum(x, 0), lambda x: 1.0 * (x > 0)))
 TANH_EDGE = {0.01: 1.42421, 0.05: 1.76095, 0.1: 1.98607, 0.5: 2.84317}
 
 

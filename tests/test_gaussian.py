@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.special
+from oracles import SMOOTH
 from tolerance import assert_close, tolerance
 
 from meanfield_jax.kernel import safe
@@ -22,18 +23,6 @@ from meanfield_jax.kernel.gaussian import (
 VARIANCES = (0.1, 1.0, 9.0)
 CORRELATIONS = (-0.9, 0.0, 0.5, 0.999)
 CLOSED = [name for name, phi in NONLINEARITIES.items() if phi.closed_form]
-SMOOTH = {
-    "tanh": (np.tanh, lambda x: 1 / np.cosh(x) ** 2),
-    "gelu": (
-        lambda x: x * scipy.special.ndtr(x),
-        lambda x: scipy.special.ndtr(x) + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi),
-    ),
-    "silu": (
-        lambda x: x * scipy.special.expit(x),
-        lambda x: scipy.special.expit(x) * (1 + x * scipy.special.expit(-x)),
-    ),
-    "erf": (scipy.special.erf, lambda x: 2 / np.sqrt(np.pi) * np.exp(-(x**2))),
-}
 KINKED = {
     "relu": (lambda x: np.maximum(x, 0), lambda x: 1.0 * (x > 0), (0.0,)),
     "leaky_relu": (lambda x: np.maximum(x, 0.1 * x), lambda x: np.where(x > 0, 1, 0.1), (0.0,)),
