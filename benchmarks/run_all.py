@@ -1,6 +1,6 @@
-"""Runs the five benchmarks of speed one after the other; exit status 1 when any claim is false.
+"""Runs the seven benchmarks of speed one after the other; exit status 1 when any claim is false.
 
-Run: ``python run_all.py`` (about 35 minutes on 2 cores).
+Run: ``python run_all.py`` (about 50 minutes on 2 cores).
 """
 
 import subprocess
@@ -13,6 +13,8 @@ SCRIPTS = (
     "theory_grid.py",
     "theory_on_data.py",
     "sweep_speed.py",
+    "phase_speed.py",
+    "tune_speed.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``meanfield-jax analyze | validate | spectrum``.
+"""The command line: ``meanfield-jax COMMAND``, a file a command; program.py lists them.
 
 Exit status: 0 done, 1 a computation or file failed, 2 the command was not understood. Errors are
 one line on stderr; with ``--json`` stdout has the result and nothing else.
