@@ -3,7 +3,7 @@
 A network is data: one pass over it gives the theory, the same data builds the Flax network, and
 the toolkit measures whether the two agree. The names below follow that way::
 
-    spec      Network, mlp, cnn and the layers
+    spec      Network, mlp, cnn, preact_resnet and the layers
     theory    analyze -> Theory (order_parameters, fisher, eta_max);
               fixed_point, phase_diagram, batch_growth: blocks repeated without end
     network   build, functional, calibrate
@@ -39,7 +39,7 @@ from meanfield_jax.layers import (
     Residual,
     Sequential,
 )
-from meanfield_jax.network import Network, cnn, mlp
+from meanfield_jax.network import Network, cnn, mlp, preact_resnet
 from meanfield_jax.plots import (
     plot_phase_diagram,
     plot_spectrum,
@@ -101,6 +101,7 @@ __all__ = [
     "plot_sweep",
     "plot_tuning",
     "plot_validation",
+    "preact_resnet",
     "spectral_density",
     "sweep",
     "top_eigenvalues",

@@ -20,6 +20,8 @@ from meanfield_jax.layers import (
     Flatten,
     GlobalMeanPool,
     Layer,
+    Norm,
+    Residual,
     Sequential,
 )
 from meanfield_jax.layers.base import Signal, check_positive_int
@@ -153,6 +155,11 @@ def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
         yield from walk(inner, f"{path}/{name}" if path else name)
 
 
+def normalizes_over_batch(layer: Layer) -> bool:
+    """Whether any layer inside normalizes by statistics of the batch."""
+    return any(isinstance(inner, Norm) and inner.over_batch for _, inner in walk(layer))
+
+
 def mlp(
     widths: Sequence[int],
     *,
@@ -184,7 +191,7 @@ def mlp(
     """
     layers: list[Layer] = []
     for width in widths:
-        layers += [Dense(width, weight_var, bias_var), *_after(norm, activation)]
+        layers += _around(norm, Dense(width, weight_var, bias_var), activation)
     return Network((inputs,), (*layers, Dense(outputs, weight_var, bias_var)))
 
 
@@ -231,13 +238,74 @@ def cnn(
     layers: list[Layer] = []
     for width in channels:
         conv = Conv(width, kernel, stride, padding, weight_var, bias_var)
-        layers += [conv, *_after(norm, activation)]
+        layers += _around(norm, conv, activation)
     return Network(inputs, (*layers, heads[head], Dense(outputs, weight_var, bias_var)))
 
 
-def _after(norm: Layer | None, activation) -> list[Layer]:
+def preact_resnet(
+    channels: Sequence[int],
+    *,
+    blocks: int = 2,
+    inputs: tuple[int, ...] = (32, 32, 3),
+    outputs: int = 10,
+    activation: str | Callable[[Array], Array] | Activation = "relu",
+    norm: Layer | None = None,
+    weight_var: float | Array = 2.0,
+    bias_var: float | Array = 0.0,
+) -> Network:
+    """A residual network that normalizes before weights, as He et al. 2016 (arXiv:1603.05027).
+
+    A 3x3 convolution of stride 1; for each number of channels residual blocks x + Conv(phi(norm(
+    Conv(phi(norm(x)))))), led by [norm, phi, Conv of stride 2] to it from the stage before; at the
+    end norm, phi, the mean over positions, Dense(outputs).
+
+    Departure: a change of resolution is not a residual block, so that there is no projected
+    shortcut, and biases are drawn, with variance 0, where He et al. have none.
+
+    Args:
+        channels: Channels of each stage; each stage after the first halves the resolution.
+        blocks: Residual blocks of each stage.
+        inputs: (height, width, channels) of the images.
+        outputs: Output units C.
+        activation: A name, a function, or an :class:`Activation`.
+        norm: A layer put before each activation, such as ``BatchNorm(gamma=1.0)``.
+        weight_var: sigma_w^2 of every layer.
+        bias_var: sigma_b^2 of every layer.
+
+    Returns:
+        The specification.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> mf.preact_resnet([16, 32, 64], blocks=3, norm=mf.BatchNorm()).num_parameters
+        316778
+    """
+    check_positive_int("blocks", blocks)
+
+    def conv(width: int, stride: int = 1) -> Conv:
+        return Conv(width, 3, stride, "SAME", weight_var, bias_var)
+
+    def before(weights: Conv) -> tuple[Layer, ...]:
+        return (*_around(norm, None, activation), weights)
+
+    def residual(width: int) -> Residual:
+        inner = _around(norm, conv(width), activation)
+        return Residual(Sequential((*_around(norm, None, activation), *inner, conv(width))))
+
+    first, *rest = channels
+    layers: list[Layer] = [conv(first), *[residual(first)] * blocks]
+    for width in rest:
+        layers += [*before(conv(width, stride=2)), *[residual(width)] * blocks]
+    layers += [*_around(norm, None, activation), GlobalMeanPool()]
+    return Network(inputs, (*layers, Dense(outputs, weight_var, bias_var)))
+
+
+def _around(norm: Layer | None, weights: Layer | None, activation) -> tuple[Layer, ...]:
+    """Weights (if any), normalization and activation."""
     phi = activation if isinstance(activation, Activation) else Activation(activation)
-    return [phi] if norm is None else [norm, phi]
+    if norm is not None:
+        return norm.around(weights, phi)
+    return (phi,) if weights is None else (weights, phi)
 
 
 def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:

@@ -1,4 +1,4 @@
-"""The same network with something changed: scales, variances, widths, depth, no BatchNorm."""
+"""The same network with something changed: scales, variances, widths, depth, no norms."""
 
 import dataclasses
 import itertools
@@ -8,28 +8,33 @@ from typing import Any
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers import BatchNorm, Conv, Dense, Layer, Repeat, Residual, Sequential
+from meanfield_jax.layers import Conv, Dense, Layer, Norm, Sequential
 from meanfield_jax.layers.base import check_positive_int
-from meanfield_jax.network import Network, walk
+from meanfield_jax.network import Network, normalizes_over_batch, walk
 
 VANILLA = "vanilla"
 
 
+def has_norm(network: Network) -> bool:
+    """Whether any layer normalizes."""
+    return any(isinstance(inner, Norm) for _, inner in walk(network.body))
+
+
 def has_batch_norm(network: Network) -> bool:
-    """Whether any layer is a BatchNorm."""
-    return any(isinstance(inner, BatchNorm) for _, inner in walk(network.body))
+    """Whether any layer normalizes by statistics of the batch."""
+    return normalizes_over_batch(network.body)
 
 
 def with_gamma(network: Network, gamma: float | Array) -> Network:
-    """The network with this scale in every BatchNorm."""
+    """The network with this scale in every norm."""
     return with_norms(network, gamma=gamma)
 
 
 def with_norms(network: Network, **changes: Any) -> Network:
-    """The network with these fields changed in every BatchNorm."""
+    """The network with these fields changed in every norm."""
 
     def change(inner: Layer) -> Layer:
-        return dataclasses.replace(inner, **changes) if isinstance(inner, BatchNorm) else inner
+        return dataclasses.replace(inner, **changes) if isinstance(inner, Norm) else inner
 
     return _changed(network, change)
 
@@ -44,11 +49,11 @@ def with_weight_var(network: Network, weight_var: float | Array) -> Network:
     return _changed(network, change)
 
 
-def without_batch_norm(network: Network) -> Network:
-    """The network with its BatchNorms left out ("vanilla")."""
+def without_norms(network: Network) -> Network:
+    """The network with its norms left out ("vanilla")."""
 
     def change(inner: Layer) -> Layer | None:
-        return None if isinstance(inner, BatchNorm) else inner
+        return None if isinstance(inner, Norm) else inner
 
     return _changed(network, change)
 
@@ -61,7 +66,7 @@ def with_width(network: Network, width: int) -> Network:
         weights = isinstance(inner, (Dense, Conv))
         return dataclasses.replace(inner, width=width) if weights else inner
 
-    return Network(network.input_shape, (*rebuilt(Sequential(tuple(hidden)), change).layers, last))
+    return Network(network.input_shape, (*Sequential(tuple(hidden)).changed(change).layers, last))
 
 
 def with_depth(network: Network, depth: int) -> Network:
@@ -81,28 +86,16 @@ def with_depth(network: Network, depth: int) -> Network:
 
 
 def _changed(network: Network, change: Callable[[Layer], Layer | None]) -> Network:
-    return Network(network.input_shape, rebuilt(network.body, change).layers)
-
-
-def rebuilt(inner: Any, change) -> Any:
-    """A layer with ``change`` applied to every layer inside that is no combinator."""
-    if isinstance(inner, Sequential):
-        parts = (rebuilt(part, change) for part in inner.layers)
-        return Sequential(tuple(part for part in parts if part is not None))
-    if isinstance(inner, Residual):
-        return Residual(rebuilt(inner.branch, change))
-    if isinstance(inner, Repeat):
-        return Repeat(rebuilt(inner.block, change), inner.times)
-    return change(inner)
+    return Network(network.input_shape, network.body.changed(change).layers)
 
 
 def variants_of(network: Network, gammas: Iterable[float]) -> dict[str, Network]:
-    """The network as it is, or without BatchNorm and with each scale, by label."""
+    """The network as it is, or without its norms and with each scale, by label."""
     gammas = list(gammas)
     if not gammas:
         return {"network": network}
-    if not has_batch_norm(network):
-        remedy = "give a network with BatchNorm, or no gammas"
-        raise problem(SpecError, "gammas", gammas, "the network has no BatchNorm", remedy)
-    variants = {VANILLA: without_batch_norm(network)}
+    if not has_norm(network):
+        remedy = "give a network with BatchNorm or another norm, or no gammas"
+        raise problem(SpecError, "gammas", gammas, "the network has no norm", remedy)
+    variants = {VANILLA: without_norms(network)}
     return variants | {f"gamma={gamma:g}": with_gamma(network, gamma) for gamma in gammas}

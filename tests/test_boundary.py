@@ -11,7 +11,7 @@ from tolerance import assert_close, standard_error
 
 import meanfield_jax as mf
 from meanfield_jax.experiments import boundary
-from meanfield_jax.variants import with_gamma, without_batch_norm
+from meanfield_jax.variants import with_gamma, without_norms
 
 LINEAR = mf.Network((5,), (mf.Dense(2),))
 
@@ -67,7 +67,7 @@ def test_answers_after_a_cell_has_ended_do_not_count(answer):
 
 SCALED = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm())
 GAMMAS = (0.5, 2.0)
-ALONE = (without_batch_norm(SCALED), *(with_gamma(SCALED, gamma) for gamma in GAMMAS))
+ALONE = (without_norms(SCALED), *(with_gamma(SCALED, gamma) for gamma in GAMMAS))
 
 
 def test_every_draw_is_the_network_of_its_seed():
@@ -110,7 +110,7 @@ def test_under_vmap_as_elsewhere_than_on_cpu_it_is_the_same():
         (dict(num_steps=0), ("num_steps=0", "at least 1")),
         (dict(tol=0.0), ("tol=0.0", "above 0")),
         (dict(residual=0.0), ("residual=0.0", "above 0")),
-        (dict(gammas=(1.0,)), ("gammas=[1.0]", "no BatchNorm")),
+        (dict(gammas=(1.0,)), ("gammas=[1.0]", "no norm")),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, words):

@@ -474,7 +474,7 @@ def _training_outputs(model, x):
 
 def norms(axes: str, shape):
     spec = mf.BatchNorm(1.3, 0.2, axes=axes)
-    own = in_double(BatchNormModule(spec, spec.parameter_shape(shape)))
+    own = in_double(BatchNormModule(spec, shape))
     theirs = nnx.BatchNorm(shape[-1], momentum=0.99, epsilon=1e-5, rngs=nnx.Rngs(0))
     theirs.scale[...] = jnp.full(shape[-1], 1.3)
     theirs.bias[...] = jnp.full(shape[-1], 0.2)

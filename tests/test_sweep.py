@@ -247,7 +247,7 @@ def test_a_store_in_use_is_refused(digits, tmp_path):
         (dict(grid=dict(batch_size=[50, 101])), ("batch_size=101", "100 samples")),
         (dict(grid=dict(depth=[0])), ("depth=0", "whole number >= 1")),
         (dict(chunk_cells=0), ("chunk_cells=0", "at least 1")),
-        (dict(network=mf.mlp([4], inputs=64, outputs=10)), ("gamma=", "no BatchNorm")),
+        (dict(network=mf.mlp([4], inputs=64, outputs=10)), ("gamma=", "no norm")),
     ],
 )
 def test_what_makes_no_sense_is_refused(digits, tmp_path, changes, words):

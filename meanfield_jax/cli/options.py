@@ -12,7 +12,7 @@ from meanfield_jax import data
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import BatchNorm
 from meanfield_jax.network import Network, cnn, mlp
-from meanfield_jax.variants import with_gamma, without_batch_norm
+from meanfield_jax.variants import with_gamma, without_norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,4 +93,4 @@ class DataOptions:
 
 def chosen(network: Network, gamma: float, vanilla: bool) -> Network:
     """The network at this scale of its BatchNorms, or without them."""
-    return without_batch_norm(network) if vanilla else with_gamma(network, gamma)
+    return without_norms(network) if vanilla else with_gamma(network, gamma)

@@ -15,7 +15,7 @@ from meanfield_jax.cli.output import ComputationError, check_folder, plain, writ
 from meanfield_jax.experiments.validate import spectrum_table, validate
 from meanfield_jax.experiments.validate import table as validation_table
 from meanfield_jax.plots import plot_validation
-from meanfield_jax.variants import has_batch_norm
+from meanfield_jax.variants import has_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Validate:
         dataset = validate(
             network,
             x,
-            gammas=self.gammas if has_batch_norm(network) else (),
+            gammas=self.gammas if has_norm(network) else (),
             draws=self.draws,
             theory=self.theory,
             num_eigenvalues=self.num_eigenvalues,

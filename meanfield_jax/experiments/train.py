@@ -17,16 +17,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
-from meanfield_jax.layers.batch_norm import BatchNormModule
 from meanfield_jax.network import Network
-from meanfield_jax.variants import has_batch_norm, with_gamma, with_norms, with_weight_var
+from meanfield_jax.variants import has_norm, with_gamma, with_norms, with_weight_var
 
 LOSSES = ("squared", "cross_entropy")
 BLOW_UP = 1e3
 """Training has diverged when a loss is that many times the first one, or not finite."""
 
 RUNNING = 0.9
-"""Momentum of a BatchNorm's running statistics: short runs have few steps to settle them."""
+"""Momentum of running statistics: short runs have few steps to settle them."""
 
 Samples = tuple[Array | np.ndarray, Array | np.ndarray]
 """Inputs (n, ...), and labels or targets."""
@@ -129,7 +128,7 @@ def train(
         data: Inputs (n, *input_shape) and integer labels (n,) or targets (n, C).
         test: The same, to be evaluated after each epoch in evaluation mode (running statistics are
             averages with momentum 0.9).
-        gamma: Initial scale of every BatchNorm; None: as specified.
+        gamma: Initial scale of every norm; None: as specified.
         weight_var: sigma_w^2 of every layer of weights; None: as specified.
         learning_rate: Of the heavy ball, or what an ``optimizer`` that is a function takes; None:
             0.1.
@@ -140,7 +139,7 @@ def train(
         loss: ``"squared"``, (1/2n) sum ||f(x) - y||^2, or ``"cross_entropy"``.
         optimizer: Maps a learning rate to any optax optimizer, such as ``optax.adam``; or one that
             has its own rate, such as ``mf.optimizer(network)``.
-        train_gamma: Whether scale and offset of the BatchNorms learn.
+        train_gamma: Whether scale and offset of the norms learn.
 
     Returns:
         Curves and status; the same inputs give the same numbers.
@@ -197,9 +196,9 @@ def recipe_of(
 def check_cells(network: Network, numbers: dict[str, Array]) -> None:
     """Raises SpecError for numbers that no run can have."""
     known = {name: value for name, value in numbers.items() if not isinstance(value, Tracer)}
-    if "gamma" in numbers and not has_batch_norm(network):
+    if "gamma" in numbers and not has_norm(network):
         given = known["gamma"].tolist() if "gamma" in known else "traced"
-        raise problem(SpecError, "gamma", given, "the network has no BatchNorm", "leave it out")
+        raise problem(SpecError, "gamma", given, "the network has no norm", "leave it out")
     for name, values in known.items():
         if not np.all(np.isfinite(values)):
             raise problem(SpecError, name, values.tolist(), "not finite", "give finite numbers")
@@ -262,8 +261,8 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
         network = with_weight_var(network, cell.weight_var)
     model = build(network, rngs=nnx.Rngs(key_draw))
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, BatchNormModule):
-            module.momentum = RUNNING
+        if hasattr(module, "momentum"):
+            setattr(module, "momentum", RUNNING)  # noqa: B010
     graphdef, params, state = nnx.split(model, nnx.Param, nnx.Variable)
     rule = _rule(recipe.optimizer, cell)
 

@@ -7,6 +7,7 @@ from meanfield_jax.layers.combine import Repeat, Residual, Sequential
 from meanfield_jax.layers.conv import Conv
 from meanfield_jax.layers.dense import Dense
 from meanfield_jax.layers.head import Flatten, GlobalMeanPool
+from meanfield_jax.layers.norm import Norm
 
 __all__ = [
     "LAYERS",
@@ -17,6 +18,7 @@ __all__ = [
     "Flatten",
     "GlobalMeanPool",
     "Layer",
+    "Norm",
     "Repeat",
     "Residual",
     "Sequential",

@@ -130,6 +130,19 @@ class Layer:
         """The layers inside a combinator, by path below this one."""
         return {}
 
+    def changed(self, change: "Callable[[Layer], Layer | None]") -> Any:
+        """With ``change`` applied; a combinator applies it to the layers inside; None drops one."""
+        return change(self)
+
+    def around(self, weights: "Layer | None", activation: "Layer") -> "tuple[Layer, ...]":
+        """Weights, this layer as their normalization, and the activation, as presets use them.
+
+        Args:
+            weights: Dense or Conv; None where none come right before.
+            activation: What follows.
+        """
+        return (self, activation) if weights is None else (weights, self, activation)
+
     def value_problems(self) -> Iterator[Problem]:
         """Yields (field, value, cause, remedy) for each number that makes no sense."""
         yield from ()

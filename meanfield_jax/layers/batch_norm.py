@@ -1,32 +1,21 @@
 """BatchNorm: normalization over the batch, with the three meanings of its Fisher matrix."""
 
-import math
-from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.state import PUBLISHED
-from meanfield_jax.layers.base import (
-    Injection,
-    Kernel,
-    Layer,
-    Matrix,
-    Problem,
-    Shape,
-    layer,
-    static,
-    variance_problems,
-)
+from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer, static
+from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
 
 
 @layer
-class BatchNorm(Layer):
+class BatchNorm(Norm):
     """gamma (z - mean) / sqrt(variance + eps) + beta, mean and variance over the batch.
 
     What is differentiated decides the Fisher matrix (``statistics`` of :func:`analyze`), with
@@ -38,13 +27,10 @@ class BatchNorm(Layer):
     * ``"wei2019"``: frozen with s^2 replaced by q = K_same, and padding taken as circular.
 
     Attributes:
-        gamma: Initial scale, the same for all channels.
-        beta: Initial offset.
-        eps: Added to the variance.
+        gamma, beta, eps, trainable: See :class:`Norm`.
         axes: ``"channel"``: statistics over batch and positions, one scale and offset a channel.
             ``"position"``: statistics over the batch only, a scale and offset for each position
             and channel. The same for vectors.
-        trainable: Whether scale and offset are parameters (of the Fisher matrix, of the module).
 
     Source:
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 4; exact centring and ``"batch"``:
@@ -60,11 +46,9 @@ class BatchNorm(Layer):
         lambda_max at n = 300, 0.03 % at n = 1000 (FC 784-1000x3-10).
     """
 
-    gamma: float | Array = 1.0
-    beta: float | Array = 0.0
-    eps: float | Array = 1e-5
+    over_batch: ClassVar[bool] = True
+
     axes: str = static("channel")
-    trainable: bool = static(True)
 
     def __post_init__(self):
         if self.axes not in ("channel", "position"):
@@ -72,12 +56,11 @@ class BatchNorm(Layer):
                 SpecError, "BatchNorm.axes", self.axes, "unknown", "use 'channel' or 'position'"
             )
 
-    def parameter_shape(self, shape: Shape) -> Shape:
-        """The shape of scale, offset and statistics."""
-        return shape if self.axes == "position" else shape[-1:]
+    def meets_positions(self, vary: bool) -> bool:
+        return vary and self.axes == "channel"
 
-    def num_parameters(self, shape: Shape) -> int:
-        return 2 * math.prod(self.parameter_shape(shape)) if self.trainable else 0
+    def parameter_shape(self, shape: Shape) -> Shape:
+        return shape if self.axes == "position" else shape[-1:]
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
         over_positions = self.axes == "channel"
@@ -92,21 +75,9 @@ class BatchNorm(Layer):
             correlation, gain = spread.first, gain * spread.factor
         if kernel.statistics == "batch":
             tangent = kernel.center(tangent, over_positions)
-        behind = kernel.behind(
-            cov=jax.tree.map(lambda entry: self.gamma**2 * entry, correlation),
-            tangent=jax.tree.map(lambda entry: self.gamma**2 * gain * entry, tangent),
-            # None for an offset that is known to be 0
-            mean=None if self.beta is None else jnp.asarray(self.beta, kernel.dtype),
-        )
-        if spread is not None:
-            behind = behind.normalized(spread, over_positions)
-        if not self.trainable:
-            return behind, None
-        shared = kernel.shared(over_positions)
-        return behind, Injection(
-            offset=jax.tree.map(lambda entry: shared * jnp.ones_like(entry), correlation),
-            scale=jax.tree.map(lambda entry: shared * entry, correlation),
-        )
+        tangent = jax.tree.map(lambda entry: gain * entry, tangent)
+        behind, own = self.affine(kernel, correlation, tangent, kernel.shared(over_positions))
+        return (behind if spread is None else behind.normalized(spread, over_positions)), own
 
     def _gain(self, kernel: Kernel, spread: Matrix) -> Array:
         """1 / (s_a s_b) for every pair, s^2 from the matrix of which it is the diagonal."""
@@ -116,38 +87,31 @@ class BatchNorm(Layer):
         return a * b
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
-        return BatchNormModule(self, self.parameter_shape(shape))
-
-    def value_problems(self) -> Iterator[Problem]:
-        for field in ("gamma", "beta"):
-            value = getattr(self, field)
-            if not np.all(np.isfinite(value)):
-                yield field, value, "not a finite number", "give a finite number"
-        yield from variance_problems(self, "eps")
-
-
-def normalize(
-    x: Array, mean: Array, var: Array, scale: Array | float, bias: Array | float, eps: float
-) -> Array:
-    """Scale (x - mean) / sqrt(var + eps) + bias, broadcast over the leading axes."""
-    return (x - mean) * (scale * jax.lax.rsqrt(var + eps)) + bias
+        return BatchNormModule(self, shape)
 
 
 class BatchNormModule(nnx.Module):
     """The Flax module of :class:`BatchNorm`: batch statistics in training, running ones after.
 
     ``module.train()`` and ``module.eval()`` switch, as everywhere in Flax. Running statistics are
-    moving averages with the given momentum, from mean 0 and variance 1.
+    moving averages, from mean 0 and variance 1. Statistics of a batch in half precision are
+    float32.
+
+    Attributes:
+        momentum: Of the running statistics, .99.
+        axis_name: The mesh axis that samples are split over, inside ``jax.shard_map`` or a
+            ``jax.vmap`` with that name; under ``jax.jit`` alone statistics are those of the whole
+            batch anyway. Set with ``model.set_attributes(axis_name="data")``.
     """
 
-    def __init__(self, spec: BatchNorm, shape: Shape, *, momentum: float = 0.99):
-        variable = nnx.Param if spec.trainable else nnx.Variable
-        self.scale = variable(jnp.full(shape, spec.gamma, jnp.float32))
-        self.bias = variable(jnp.full(shape, spec.beta, jnp.float32))
-        self.mean = nnx.BatchStat(jnp.zeros(shape))
-        self.var = nnx.BatchStat(jnp.ones(shape))
+    def __init__(self, spec: BatchNorm, shape: Shape):
+        self.scale, self.bias = spec.parameters(shape)
+        size = spec.parameter_shape(shape)
+        self.mean = nnx.BatchStat(jnp.zeros(size))
+        self.var = nnx.BatchStat(jnp.ones(size))
         self.eps = float(spec.eps)
-        self.momentum = momentum
+        self.momentum = 0.99
+        self.axis_name: str | None = None
         self.use_running_average = False
 
     def __call__(self, x: Array) -> Array:
@@ -156,8 +120,7 @@ class BatchNormModule(nnx.Module):
             mean, var = self.mean[...], self.var[...]
         else:
             axes = tuple(range(x.ndim - self.mean[...].ndim))
-            mean = x.mean(axes)
-            var = jnp.square(x - mean).mean(axes)
+            mean, var = batch_statistics(x, axes, self.axis_name)
             self._average(self.mean, mean)
             self._average(self.var, var)
         return normalize(x, mean, var, self.scale[...], self.bias[...], self.eps)
@@ -165,3 +128,15 @@ class BatchNormModule(nnx.Module):
     def _average(self, running: nnx.BatchStat, new: Array) -> None:
         moved = self.momentum * running[...] + (1 - self.momentum) * new
         running[...] = jax.lax.stop_gradient(moved)
+
+
+def batch_statistics(x: Array, axes: tuple[int, ...], axis_name: str | None) -> tuple[Array, Array]:
+    """Mean and variance over axes, and over the batches of all devices of a mesh axis."""
+
+    def average(values: Array) -> Array:
+        mean = values.mean(axes)
+        return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+
+    x = x.astype(statistics_dtype(x))
+    mean = average(x)
+    return mean, average(jnp.square(x - jnp.expand_dims(mean, axes)))

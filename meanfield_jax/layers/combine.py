@@ -20,9 +20,9 @@ from meanfield_jax.layers.base import (
     layer,
     static,
 )
-from meanfield_jax.layers.batch_norm import BatchNorm
 from meanfield_jax.layers.conv import Conv
 from meanfield_jax.layers.dense import Dense
+from meanfield_jax.layers.norm import Norm
 
 
 @layer
@@ -76,6 +76,10 @@ class Sequential(Layer):
     def children(self) -> Mapping[str, Layer]:
         return {f"layers/{index}": inner for index, inner in enumerate(self.layers)}
 
+    def changed(self, change) -> "Sequential":
+        parts = (inner.changed(change) for inner in self.layers)
+        return Sequential(tuple(part for part in parts if part is not None))
+
     def _shapes(self, shape: Shape) -> list[Shape]:
         # whether units are Gaussian was checked before; shapes do not depend on it
         return [signal.shape for signal in self.signals(Signal(shape, gaussian=True))[:-1]]
@@ -83,7 +87,7 @@ class Sequential(Layer):
 
 @layer
 class Residual(Layer):
-    """x + branch(x), the branch ending in random weights (Dense or Conv, BatchNorm behind or not).
+    """x + branch(x), the branch ending in random weights (Dense or Conv, a norm behind or not).
 
     Rule: covariances and tangents of x and branch(x) add up, since the branch's last weights are
     independent of x and have mean zero.
@@ -127,6 +131,9 @@ class Residual(Layer):
 
     def children(self) -> Mapping[str, Layer]:
         return {"branch": self.branch}
+
+    def changed(self, change) -> Layer:
+        return Residual(self.branch.changed(change) or Sequential())
 
 
 @layer
@@ -183,6 +190,9 @@ class Repeat(Layer):
     def children(self) -> Mapping[str, Layer]:
         return {"block": self.block}
 
+    def changed(self, change) -> Layer:
+        return Repeat(self.block.changed(change) or Sequential(), self.times)
+
 
 class ResidualModule(nnx.Module):
     """x + branch(x)."""
@@ -227,10 +237,10 @@ def _sum(first: Array | None, second: Array | None) -> Array | None:
 
 
 def ends_in_weights(inner: Layer) -> bool:
-    """Whether the last thing it does, BatchNorm aside, is to apply random weights."""
+    """Whether the last thing it does, a norm aside, is to apply random weights."""
     if isinstance(inner, Sequential) and inner.layers:
         last = inner.layers[-1]
-        if isinstance(last, BatchNorm):
+        if isinstance(last, Norm):
             return ends_in_weights(Sequential(inner.layers[:-1]))
         return ends_in_weights(last)
     if isinstance(inner, Repeat):

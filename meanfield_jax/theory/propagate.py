@@ -16,9 +16,9 @@ from jax.core import Tracer
 from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
 from meanfield_jax.kernel.gram import batch_kernel
 from meanfield_jax.kernel.state import STATISTICS, Pair, input_kernel
-from meanfield_jax.layers import BatchNorm, Conv, GlobalMeanPool
+from meanfield_jax.layers import Conv, Dense, GlobalMeanPool, Norm
 from meanfield_jax.layers.base import Kernel, Layer, Matrix, Record, Rows, Tap
-from meanfield_jax.network import Network, walk
+from meanfield_jax.network import Network, normalizes_over_batch, walk
 from meanfield_jax.theory.fisher import Fisher, Shares
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.likelihood import class_information, mean_information, of_outputs
@@ -212,7 +212,7 @@ def _checked_data(network: Network, data: Any, num_samples) -> Array:
 
 def _least_samples(layer: Layer) -> int:
     """With BatchNorm 4: the inverse variance of fewer Gaussian values has no expectation."""
-    return 4 if any(isinstance(inner, BatchNorm) for _, inner in walk(layer)) else 1
+    return 4 if normalizes_over_batch(layer) else 1
 
 
 def drop_zero_offsets(network: Spec) -> Spec:
@@ -377,7 +377,7 @@ def _theory(
     rows["q_tilde"] = backs["same"][0]
     rows["q_tilde_xy"], rows["q_tilde_ab"] = backs["other"][1], backs["unequal"][1]
     labels = network.body.labels(records, "")
-    linear = np.array([not isinstance(inner, BatchNorm) for _, inner in labels])
+    linear = np.array([isinstance(inner, (Dense, Conv)) for _, inner in labels])
     paths = np.array([path for path, _ in labels])
     behind = jnp.cumsum(rows["inverse_width"][::-1])[::-1] - rows["inverse_width"]
     information = fisher["information"]
@@ -424,7 +424,7 @@ _on_data = compiled(_data_pass, ("statistics", "modulus"))
 
 
 def _positions_meet(network: Network, on_data: bool = False) -> bool:
-    """Whether pairs of distinct positions count: a mean over positions of maps that vary.
+    """Whether pairs of distinct positions count: in a mean over positions, by a head or a norm.
 
     Images do, and zero padding makes i.i.d. maps vary. Leaving the pairs out then costs 5 % of
     lambda_max (32x32x3, 3x3 stride 2, 30-60-90 channels).
@@ -432,9 +432,10 @@ def _positions_meet(network: Network, on_data: bool = False) -> bool:
     layers = [inner for _, inner in walk(network.body)]
     convs = [inner for inner in layers if isinstance(inner, Conv)]
     pooled = any(isinstance(inner, GlobalMeanPool) for inner in layers)
-    averaged = any(isinstance(inner, BatchNorm) and inner.axes == "channel" for inner in layers)
     vary = any(inner.padding == "SAME" for inner in convs) or (on_data and bool(convs))
-    return pooled or (averaged and vary)
+    return pooled or any(
+        isinstance(inner, Norm) and inner.meets_positions(vary) for inner in layers
+    )
 
 
 def _map_records(function, records, *rest):
