@@ -7,7 +7,8 @@ the toolkit measures whether the two agree. The names below follow that way::
     theory    analyze -> Theory (order_parameters, fisher, eta_max);
               fixed_point, phase_diagram, batch_growth: blocks repeated without end
     network   build, functional, calibrate
-    measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density
+    measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density;
+              diagnostics: activations, gradients, statistics of a model, inside
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
     use       optimizer, learning_rate_for: the learning rate of a specification, of any model;
               train: many runs at once, over scales, learning rates and seeds;
@@ -15,13 +16,14 @@ the toolkit measures whether the two agree. The names below follow that way::
               tune, objectives, plot_tuning: descend the theory's gradient over gamma, beta, ...
 """
 
-from meanfield_jax import data, objectives
+from meanfield_jax import data, diagnostics, objectives
 from meanfield_jax.empirical.density import SpectralDensity, spectral_density
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate, functional
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
+from meanfield_jax.experiments.compare import compare
 from meanfield_jax.experiments.optimizer import learning_rate_for, optimizer
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.experiments.sweep import sweep
@@ -29,18 +31,26 @@ from meanfield_jax.experiments.train import Training, train
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.layers import (
     Activation,
+    BatchGroupNorm,
     BatchNorm,
     Conv,
+    CrossIterationBatchNorm,
     Dense,
     Flatten,
     GlobalMeanPool,
+    GroupNorm,
+    InstanceEnhancementBatchNorm,
+    InstanceNorm,
     Layer,
+    LayerNorm,
+    ProxyNorm,
     Repeat,
     Residual,
     Sequential,
 )
 from meanfield_jax.network import Network, cnn, mlp, preact_resnet
 from meanfield_jax.plots import (
+    plot_comparison,
     plot_phase_diagram,
     plot_spectrum,
     plot_sweep,
@@ -58,8 +68,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "BatchGroupNorm",
     "BatchNorm",
     "Conv",
+    "CrossIterationBatchNorm",
     "DataError",
     "Dense",
     "FisherOperator",
@@ -67,8 +79,13 @@ __all__ = [
     "FixedPointStatus",
     "Flatten",
     "GlobalMeanPool",
+    "GroupNorm",
+    "InstanceEnhancementBatchNorm",
+    "InstanceNorm",
     "Layer",
+    "LayerNorm",
     "Network",
+    "ProxyNorm",
     "Repeat",
     "Residual",
     "Sequential",
@@ -84,7 +101,9 @@ __all__ = [
     "build",
     "calibrate",
     "cnn",
+    "compare",
     "data",
+    "diagnostics",
     "eta_max",
     "fisher_operator",
     "fixed_point",
@@ -96,6 +115,7 @@ __all__ = [
     "objectives",
     "optimizer",
     "phase_diagram",
+    "plot_comparison",
     "plot_phase_diagram",
     "plot_spectrum",
     "plot_sweep",

@@ -121,7 +121,9 @@ class Network:
         for index, inner in enumerate(self.layers):
             behind = inner.output(signal)
             count = f"{inner.num_parameters(signal.shape):,}"
-            rows.append((f"layers/{index}", repr(inner), str(behind.shape), count))
+            own, *inside = walk(inner, f"layers/{index}")
+            rows.append((own[0], _without_children(inner), str(behind.shape), count))
+            rows += [(path, _without_children(part), "", "") for path, part in inside]
             signal = behind
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
@@ -132,7 +134,16 @@ class Network:
             for row in rows
         ]
         head = f"Network: {self.input_shape} -> {signal.shape}, {self.num_parameters:,} parameters"
-        return "\n  ".join([head, *lines])
+        return "\n  ".join([head, *map(str.rstrip, lines)])
+
+
+def _without_children(layer: Layer) -> str:
+    """The layer's own line; a combinator's without what is inside."""
+    if not layer.children():
+        return repr(layer)
+    own = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}  # pyright: ignore[reportArgumentType]
+    fields = (f"{k}={v!r}" for k, v in own.items() if not isinstance(v, (Layer, tuple)))
+    return f"{type(layer).__name__}({', '.join(fields)})"
 
 
 def check_numbers(layer: Layer) -> None:
@@ -147,11 +158,9 @@ def check_numbers(layer: Layer) -> None:
 
 
 def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
-    """Every layer that is no combinator, with its path."""
-    children = layer.children()
-    if not children:
-        yield path, layer
-    for name, inner in children.items():
+    """Every layer with its path, combinators before what is inside them."""
+    yield path, layer
+    for name, inner in layer.children().items():
         yield from walk(inner, f"{path}/{name}" if path else name)
 
 
@@ -310,10 +319,10 @@ def _around(norm: Layer | None, weights: Layer | None, activation) -> tuple[Laye
 
 def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
     """The layer's own value problems, after its numbers were found to be numbers."""
-    known = True
+    known, held = True, {path.partition("/")[0] for path in inner.children()}
     for field in dataclasses.fields(inner):  # pyright: ignore[reportArgumentType]
         value = getattr(inner, field.name)
-        if field.metadata.get("static") or isinstance(value, Layer):
+        if field.metadata.get("static") or field.name in held:
             continue
         if isinstance(value, Tracer):
             known = False

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
+from meanfield_jax.experiments.compare import ABBREVIATIONS
 from meanfield_jax.experiments.diagram import averaged
 from meanfield_jax.theory.propagate import Theory
 from meanfield_jax.tune import Tuning
@@ -21,6 +22,18 @@ LABEL = {
     "frozen": "theory, evaluation mode",
     "wei2019": "as published (Wei et al. 2019)",
 }
+# the same with black and grey, for up to nine norms
+NORM_COLORS = (
+    "#777777",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#000000",
+    "#E69F00",
+    "#8F7A00",
+)
 LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
 
 
@@ -279,6 +292,52 @@ def _shares(theory: Theory) -> np.ndarray:
     shares = theory.fisher.shares
     total = np.asarray(shares.weights + shares.biases + shares.norm)
     return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
+
+
+def plot_comparison(dataset: xr.Dataset) -> Figure:
+    """The norms side by side: stability over batch size, and what is learnt with each.
+
+    Args:
+        dataset: What :func:`meanfield_jax.compare` returned.
+
+    Returns:
+        A figure with four panels: lambda_max over batch size (lines: theory, points: measured,
+        with standard errors over draws); training loss over learning rate at the middle batch
+        size (ticks at the top: eta_max by theory); over batch size the training loss and the test
+        accuracy at each one's own best rate. Points missing where all runs diverged.
+    """
+    figure = Figure(figsize=(11.5, 8.4), layout="constrained")
+    (stability, rates), (loss, accuracy) = figure.subplots(2, 2)
+    sizes = dataset.batch_size.values
+    middle = sizes[len(sizes) // 2]
+    for index, norm in enumerate(dataset.norm.values):
+        color, marker = NORM_COLORS[index % 9], "os^Dv<>pX"[index % 9]
+        points = dict(color=color, marker=marker, mfc="white", ms=6, lw=1.2)
+        at = dataset.sel(norm=norm)
+        stability.plot(sizes, at.predicted, color=color, lw=1.2)
+        measured = (sizes, at.measured.mean("draw"), np.nan_to_num(at.standard_error))
+        label = ABBREVIATIONS.get(norm, norm)
+        stability.errorbar(*measured, capsize=3, label=label, **(points | dict(ls="")))
+        row = at.sel(batch_size=middle)
+        rates.plot(dataset.learning_rate, row.loss.mean("seed", skipna=False), **points)
+        rates.plot(
+            row.eta_max, 0.97, "|", color=color, ms=14, mew=2, transform=rates.get_xaxis_transform()
+        )
+        loss.plot(sizes, at.best_loss, **points)
+        accuracy.plot(sizes, 100 * at.best_test_accuracy, **points)
+    for axes in (stability, loss, accuracy):
+        axes.set(xlabel="batch size", xscale="log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xticks([], minor=True)
+    stability.set(yscale="log", ylabel="lambda_max of F (lines: theory, points: measured)")
+    stability.legend(fontsize=8, ncols=3, frameon=False)
+    rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: eta_max by theory)")
+    rates.set(ylabel=f"training loss after {dataset.epochs} epochs")
+    loss.set(ylabel="training loss at each one's best rate")
+    accuracy.set(ylabel="test accuracy at the same rate, %")
+    for axes in (stability, rates, loss, accuracy):
+        axes.grid(alpha=0.25)
+    return figure
 
 
 def _count(axes, name: str) -> None:

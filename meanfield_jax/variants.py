@@ -8,7 +8,16 @@ from typing import Any
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers import Conv, Dense, Layer, Norm, Sequential
+from meanfield_jax.layers import (
+    Activation,
+    Conv,
+    Dense,
+    Layer,
+    Norm,
+    Repeat,
+    Residual,
+    Sequential,
+)
 from meanfield_jax.layers.base import check_positive_int
 from meanfield_jax.network import Network, normalizes_over_batch, walk
 
@@ -37,6 +46,38 @@ def with_norms(network: Network, **changes: Any) -> Network:
         return dataclasses.replace(inner, **changes) if isinstance(inner, Norm) else inner
 
     return _changed(network, change)
+
+
+def with_norm(network: Network, norm: Layer | None) -> Network:
+    """The network with every norm exchanged for this one; None leaves them out.
+
+    It stands between the weights before and the activation behind, as in the presets; where no
+    activation follows it takes the old norm's place.
+    """
+    if norm is None:
+        return without_norms(network)
+    return Network(network.input_shape, _exchanged(network.body, norm).layers)
+
+
+def _exchanged(inner: Any, norm: Layer) -> Any:
+    if isinstance(inner, Residual):
+        return Residual(_exchanged(inner.branch, norm))
+    if isinstance(inner, Repeat):
+        return Repeat(_exchanged(inner.block, norm), inner.times)
+    if not isinstance(inner, Sequential):
+        return inner
+    layers: list[Layer] = []
+    rest = list(inner.layers)
+    while rest:
+        part = rest.pop(0)
+        if not isinstance(part, Norm):
+            layers.append(_exchanged(part, norm))
+        elif rest and isinstance(rest[0], Activation):
+            weights = layers.pop() if layers and isinstance(layers[-1], (Dense, Conv)) else None
+            layers += norm.around(weights, rest.pop(0))
+        else:
+            layers.append(norm)
+    return Sequential(tuple(layers))
 
 
 def with_weight_var(network: Network, weight_var: float | Array) -> Network:

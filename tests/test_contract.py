@@ -41,6 +41,21 @@ EXAMPLES = {
     "Dense": lambda width: vector(dense(width), dense(width)),
     "Activation": lambda width: vector(dense(width), mf.Activation("erf")),
     "BatchNorm": lambda width: vector(dense(width), mf.BatchNorm(GAMMA), RELU),
+    "LayerNorm": lambda width: vector(dense(width), mf.LayerNorm(GAMMA), RELU),
+    "ProxyNorm": lambda width: vector(dense(width), mf.ProxyNorm(mf.LayerNorm(GAMMA))),
+    "BatchGroupNorm": lambda width: vector(
+        dense(width), mf.BatchGroupNorm(GAMMA, num_groups=width // 4), RELU
+    ),
+    "InstanceEnhancementBatchNorm": lambda width: vector(
+        dense(width), mf.InstanceEnhancementBatchNorm(GAMMA), RELU
+    ),
+    "CrossIterationBatchNorm": lambda width: vector(
+        dense(width), mf.CrossIterationBatchNorm((dense(width), mf.BatchNorm(GAMMA))), RELU
+    ),
+    "GroupNorm": lambda width: image(
+        width, conv(width), mf.GroupNorm(GAMMA, num_groups=2), mf.Flatten()
+    ),
+    "InstanceNorm": lambda width: image(width, conv(width), mf.InstanceNorm(GAMMA), mf.Flatten()),
     "Conv": lambda width: image(width, conv(width, stride=2), mf.Flatten()),
     "Flatten": lambda width: image(width, mf.Flatten()),
     "GlobalMeanPool": lambda width: image(width, conv(width), RELU, mf.GlobalMeanPool()),
@@ -172,7 +187,7 @@ def test_the_flax_network_draws_the_declared_variances(name):
         elif kind == "bias" and f"{path.rpartition('/')[0]}/kernel" in drawn_values:
             expected, drawn = BIAS_VAR, value
         else:
-            np.testing.assert_array_equal(value, 0 if kind == "bias" else np.float32(GAMMA))
+            np.testing.assert_array_equal(value, np.float32(GAMMA) if kind == "scale" else 0)
             continue
         # the variance of a Gaussian's square is 2 (its variance)^2
         error = expected * math.sqrt(2 / value.size)
@@ -237,10 +252,10 @@ def tangents_on(name: str, keys, x, width: int):
 def test_on_a_batch_the_error_falls_as_the_width_doubles_twice(name):
     errors, noises = [], []
     for width in (8, 32):
+        *positions, channels = example(name, width).input_shape
         # the same second moments at every width
-        shared = jax.random.normal(jax.random.key(0), (16, 4))
-        x = jnp.tile(shared, math.prod(example(name, width).input_shape) // 4)
-        x = x.reshape(16, *example(name, width).input_shape)
+        shared = jax.random.normal(jax.random.key(0), (16, *positions, 4))
+        x = jnp.tile(shared, channels // 4)
         draws = tangents_on(name, jax.random.split(jax.random.key(1), 512), x, width)
         predicted = mf.analyze(example(name, width), data=x).kernel.tangent
         size = np.linalg.norm(predicted)

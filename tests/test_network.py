@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tolerance import assert_close
 
 import meanfield_jax as mf
 
@@ -19,6 +20,9 @@ PRESETS = {
     "cnn": mf.cnn([4, 6], inputs=(8, 8, 3)),
     "cnn_mean": mf.cnn([4], inputs=(8, 8, 3), head="mean", padding="CIRCULAR", norm=mf.BatchNorm()),
     "cnn_position": mf.cnn([4], inputs=(8, 8, 3), norm=mf.BatchNorm(axes="position")),
+    "preact_resnet": mf.preact_resnet(
+        [4, 6], blocks=1, inputs=(8, 8, 3), norm=mf.BatchNorm(), bias_var=0.1
+    ),
     "constant_scale": mf.mlp([30], inputs=8, outputs=3, norm=mf.BatchNorm(trainable=False)),
     "residual": mf.Network(
         (8,), (mf.Dense(8), mf.Residual(mf.Sequential((RELU, mf.Dense(8)))), mf.Dense(3))
@@ -404,10 +408,15 @@ def test_repr_shows_layers_shapes_and_counts():
         assert line.endswith(f" {count}")
 
 
-def test_repr_of_nested_layers_names_what_is_inside():
-    text = repr(PRESETS["repeated_residual"])
-    assert "Repeat(block=Residual(branch=Sequential(layers=(Activation(function='relu')," in text
-    assert "times=3" in text
+def test_repr_of_nested_layers_has_a_line_for_each_inside():
+    lines = [line.split() for line in repr(PRESETS["repeated_residual"]).splitlines()]
+    at = next(index for index, line in enumerate(lines) if line[1] == "Repeat(times=3)")
+    path = lines[at][0]
+    assert lines[at + 1][:2] == [
+        f"{path}/block/branch/layers/0",
+        "Activation(function='relu')",
+    ]
+    assert lines[at + 2][1].startswith("Conv(width=4")
 
 
 def test_repr_of_a_function_is_its_name():
@@ -469,7 +478,30 @@ def test_specifications_are_equal_and_hashable_by_their_numbers():
     assert jax.tree.structure(dense()) != jax.tree.structure(PRESETS["mlp"])
 
 
+def test_a_preact_resnet_normalizes_before_its_weights():
+    norm, relu = mf.BatchNorm(0.5), mf.Activation("relu")
+    network = mf.preact_resnet([4, 6], blocks=2, inputs=(8, 8, 3), outputs=3, norm=norm)
+    conv = [mf.Conv(width, 3, 1, "SAME", 2.0, 0.0) for width in (4, 6)]
+    branch = [mf.Residual(mf.Sequential((norm, relu, one, norm, relu, one))) for one in conv]
+    down = (norm, relu, mf.Conv(6, 3, 2, "SAME", 2.0, 0.0))
+    end = (norm, relu, mf.GlobalMeanPool(), mf.Dense(3, 2.0, 0.0))
+    expected = (conv[0], branch[0], branch[0], *down, branch[1], branch[1], *end)
+    assert network.layers == expected
+    refused(lambda: mf.preact_resnet([4], blocks=0), "blocks=0", "whole number")
+
+
 def test_presets_take_an_activation_layer_and_a_function():
     own = mf.Activation(lambda x: jnp.clip(x, -1, 1), kinks=(-1.0, 1.0))
     assert mf.mlp([4], inputs=8, outputs=3, activation=own).layers[1] is own
     assert mf.cnn([4], activation=jnp.tanh).layers[1].function is jnp.tanh
+
+
+@pytest.mark.slow
+def test_theory_of_a_preact_resnet_is_that_of_its_random_draws():
+    network = mf.preact_resnet([16, 32], blocks=1, inputs=(8, 8, 3), norm=mf.BatchNorm())
+    x = jax.random.normal(jax.random.key(0), (32, 8, 8, 3))
+    found = mf.validate(network, x, draws=4, theory="data").sel(network="network", mode="batch")
+    error = float(found.standard_error)
+    predicted = float(found.predicted.sel(statistics="batch"))
+    measured = float(found.measured_mean)
+    assert_close(measured, predicted, "monte_carlo", measured, standard_error=error, width=16)

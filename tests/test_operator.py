@@ -12,7 +12,6 @@ from tolerance import assert_close
 
 import meanfield_jax as mf
 from meanfield_jax.empirical.lanczos import top_eigenvalues
-from meanfield_jax.layers.batch_norm import BatchNormModule
 from meanfield_jax.layers.conv import convolve
 
 RELU = mf.Activation("relu")
@@ -474,7 +473,7 @@ def _training_outputs(model, x):
 
 def norms(axes: str, shape):
     spec = mf.BatchNorm(1.3, 0.2, axes=axes)
-    own = in_double(BatchNormModule(spec, shape))
+    own = in_double(spec.build(shape, nnx.Rngs(0)))
     theirs = nnx.BatchNorm(shape[-1], momentum=0.99, epsilon=1e-5, rngs=nnx.Rngs(0))
     theirs.scale[...] = jnp.full(shape[-1], 1.3)
     theirs.bias[...] = jnp.full(shape[-1], 0.2)

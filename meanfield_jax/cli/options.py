@@ -11,7 +11,7 @@ import numpy as np
 from meanfield_jax import data
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import BatchNorm
-from meanfield_jax.network import Network, cnn, mlp
+from meanfield_jax.network import Network, cnn, mlp, preact_resnet
 from meanfield_jax.variants import with_gamma, without_norms
 
 
@@ -19,10 +19,11 @@ from meanfield_jax.variants import with_gamma, without_norms
 class NetworkOptions:
     """Which network; the default is the paper's, 784-1000x3-10 or conv 30-60-90."""
 
-    net: Literal["mlp", "cnn"] = "mlp"
-    """Fully connected or convolutional (3x3, stride 2)."""
+    net: Literal["mlp", "cnn", "resnet"] = "mlp"
+    """Fully connected, convolutional (3x3, stride 2), or residual (two blocks a stage)."""
     widths: tuple[int, ...] = ()
-    """Units or channels of each hidden layer [mlp: 1000 1000 1000, cnn: 30 60 90]."""
+    """Units or channels of each layer or stage [mlp: 1000 1000 1000, cnn: 30 60 90, resnet: 16 32
+    64]."""
     activation: str = "relu"
     """relu, leaky_relu, tanh, erf, gelu, silu or identity."""
     weight_var: float = 2.0
@@ -32,7 +33,7 @@ class NetworkOptions:
     axes: Literal["channel", "position"] = "channel"
     """What BatchNorm's statistics belong to, for maps."""
     head: Literal["flatten", "mean"] = "flatten"
-    """What follows the last map."""
+    """What follows the last map of a cnn."""
     spec: Path | None = None
     """A network saved with Network.to_json, instead of all the above."""
 
@@ -54,6 +55,8 @@ class NetworkOptions:
         )
         if self.net == "mlp":
             return mlp(self.widths or (1000,) * 3, inputs=int(np.prod(shape)), **options)
+        if self.net == "resnet":
+            return preact_resnet(self.widths or (16, 32, 64), inputs=shape, **options)
         return cnn(self.widths or (30, 60, 90), inputs=shape, head=self.head, **options)
 
 
@@ -72,7 +75,7 @@ class DataOptions:
 
     def shape(self, net: str) -> tuple[int, ...]:
         """One sample's shape."""
-        return (32, 32, 3) if self.data == "gaussian" and net == "cnn" else data.shape_of(self.data)
+        return (32, 32, 3) if self.data == "gaussian" and net != "mlp" else data.shape_of(self.data)
 
     def load(
         self, network: Network, split: str = "train", num_samples: int | None = None

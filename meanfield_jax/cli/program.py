@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import tyro
 
 from meanfield_jax.cli.analyze import Analyze
+from meanfield_jax.cli.compare import Compare
 from meanfield_jax.cli.phase import Phase
 from meanfield_jax.cli.plot import Plot
 from meanfield_jax.cli.reproduce import Reproduce
@@ -25,6 +26,7 @@ COMMANDS = {
     "phase": Phase,
     "validate": Validate,
     "spectrum": Spectrum,
+    "compare": Compare,
     "sweep": Sweep,
     "plot": Plot,
     "tune": Tune,

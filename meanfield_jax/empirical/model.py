@@ -170,13 +170,18 @@ def calibrate(model: nnx.Module, x: Array) -> None:
         model: An NNX model with BatchNorm layers (of this package or of Flax); changed in place.
         x: The batch, (samples, *input_shape).
     """
+    nnx.update(model, batch_statistics(model, x))
+
+
+def batch_statistics(model: nnx.Module, x: Array) -> nnx.State:
+    """The running statistics as they would be if they were those of this batch."""
     copy = in_mode(model, "batch")
     modules: list[Any] = [module for _, module in nnx.iter_modules(copy)]
     for module in modules:
         if hasattr(module, "use_running_average"):
             module.momentum = 0.0
     graphdef, state = nnx.split(copy)
-    nnx.update(model, _statistics_after(graphdef, state, x))
+    return _statistics_after(graphdef, state, x)
 
 
 @jax.jit(static_argnums=0)

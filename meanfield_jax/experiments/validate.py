@@ -146,7 +146,7 @@ def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataA
     values = dict(
         spectrum_predicted=xr.DataArray(predicted, coords, dims),
         spectrum_measured=xr.DataArray(means, coords, ("network", "mode", "draw", "eigenvalue")),
-        spectrum_error=xr.DataArray(_standard_error(means, 2), coords, dims),
+        spectrum_error=xr.DataArray(standard_error(means, 2), coords, dims),
         trace_predicted=xr.DataArray(trace, dims=dims[:2]),
         trace_measured=xr.DataArray(traces, dims=("network", "mode", "draw")),
     )
@@ -156,7 +156,7 @@ def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataA
     return values
 
 
-def _standard_error(values: np.ndarray, axis: int) -> np.ndarray:
+def standard_error(values: np.ndarray, axis: int) -> np.ndarray:
     """Of the mean along the draws' axis; NaN for one draw."""
     draws = values.shape[axis]
     if draws == 1:
@@ -236,7 +236,7 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
         ratio=(("network", "statistics"), predicted / mean[:, spoken_of]),
         measured=(("network", "mode", "draw", "outlier"), measured),
         measured_mean=(("network", "mode"), mean),
-        standard_error=(("network", "mode"), _standard_error(means, 2)),
+        standard_error=(("network", "mode"), standard_error(means, 2)),
         largest=(("network", "mode"), largest),
         eta_max_measured=(("network", "mode"), eta_max(jnp.asarray(largest), momentum)),
     )

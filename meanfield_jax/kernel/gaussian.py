@@ -8,7 +8,7 @@ quadrature split at the kinks otherwise.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -139,7 +139,7 @@ def batch_expectations(
     mean = jnp.zeros_like(covariance, shape=()) if mean is None else mean
     std_a, std_b = safe.sqrt(variance_a), safe.sqrt(variance_b)
     c = clipped(safe.divide(covariance, std_a * std_b))
-    first, second = _coefficients(phi, std_a, mean), _coefficients(phi, std_b, mean)
+    first, second = hermite_coefficients(phi, std_a, mean), hermite_coefficients(phi, std_b, mean)
     pairs = ((0, 0), (1, 1), (2, 2), (3, 1))
 
     def term(total: Moments, both) -> tuple[Moments, None]:
@@ -164,8 +164,11 @@ def variance_expectations(phi: Nonlinearity, variance: Array, mean: Array | None
     return Moments(product, jnp.sum(weight * slope, -1), scale, scale)
 
 
-def _coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Array, ...]:
-    """Hermite coefficients of phi, phi', phi' x and phi' x^2, (terms, *std.shape) each."""
+def hermite_coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Array, ...]:
+    """Of phi, phi', phi' x and phi' x^2 of mean + std x, (terms, *std.shape) each.
+
+    In normalized Hermite polynomials of x ~ N(0, 1); the first coefficient is the expectation.
+    """
     x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
     u = mean + std[..., None] * x
     slope = phi.derivative(u)
@@ -178,6 +181,25 @@ def _coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Array, ..
 
     start = (jnp.zeros_like(u), jnp.ones_like(u))
     return jax.lax.scan(term, start, jnp.arange(NUM_TERMS, dtype=u.dtype))[1]
+
+
+def mehler(first: Sequence[Array], second: Sequence[Array], correlation: Array) -> Array:
+    """The sum of E[f(x) g(y)] over pairs of functions given by their Hermite coefficients.
+
+    Args:
+        first: Coefficients of each f, (terms, ...).
+        second: Of each g, likewise.
+        correlation: Of the Gaussian x and y, of the shape that the coefficients broadcast to.
+
+    Accuracy:
+        As :func:`batch_expectations`.
+    """
+
+    def term(total: Array, both) -> tuple[Array, None]:
+        return correlation * total + sum(a * b for a, b in zip(*both, strict=True)), None
+
+    both = (tuple(first), tuple(second))
+    return jax.lax.scan(term, jnp.zeros_like(correlation), both, reverse=True)[0]
 
 
 def quadrature_error(

@@ -91,7 +91,7 @@ class GramKernel:
         return self.replace(
             scale=zero if self.scale is None else self.scale,
             mean=jnp.zeros((), self.cov.dtype) if self.mean is None else self.mean,
-            projection=self.projection or Projection(zero, zero, zero, zero),
+            projection=self.projection or Projection(zero, zero, zero, zero, zero + 1),
             images=None,
         )
 
@@ -111,13 +111,40 @@ class GramKernel:
     def _projected_tangent(self) -> Array:
         if self.projection is None:
             return self.tangent
-        correlation, cross, _, weight = self.projection
+        correlation, cross, _, weight, _ = self.projection
         return self.tangent + weight * correlation - cross - self.transposed(cross)
 
     def transposed(self, matrix: Array) -> Array:
         """The matrix with the members of every pair exchanged."""
         turned = jnp.swapaxes(matrix, -1, -2)
         return turned if self.pairs is None else turned[self.pairs.swapped]
+
+    def position_means(self, matrix: Array) -> tuple[Array, Array, Array]:
+        """Means of every entry over the positions of its second member, its first, and both.
+
+        Of the shape of the matrix. Where pairs of positions are left out, those that are kept
+        stand for them.
+        """
+        if self.pairs is None:
+            return matrix, matrix, matrix
+        pairs, size = self.pairs, self.pairs.size
+        weighted = jnp.asarray(size * pairs.weights, matrix.dtype)[:, None, None] * matrix
+        rows, columns = (
+            jax.ops.segment_sum(weighted, numbers, size)[numbers]
+            for numbers in (pairs.first, pairs.second)
+        )
+        return rows, columns, jnp.broadcast_to(weighted.sum(0) / size, matrix.shape)
+
+    def own_product(self, left: Array, right: Array) -> Array:
+        """The mean over positions r of left[(a, p), (a, r)] right[(a, r), (b, q)]."""
+        own = jnp.diagonal(left, axis1=-2, axis2=-1)
+        if self.pairs is None:
+            return own[:, None] * right
+        result = right
+        for places in self.pairs.groups:
+            part = jnp.einsum("cpra,crqab->cpqab", own[places], right[places], precision="highest")
+            result = result.at[places].set(part / places.shape[1])
+        return result
 
     def diagonal(self, matrix: Array) -> Array:
         """The entries of a value with itself, ([positions,] n)."""
@@ -139,6 +166,11 @@ class GramKernel:
         own = self.diagonal(matrix)
         average = own.mean() if over_positions else own.mean(-1, keepdims=True)
         return jnp.broadcast_to(average, own.shape)
+
+    def sample_variance(self, matrix: Array) -> Array:
+        """The diagonal averaged over the positions of a sample, as a number of each value."""
+        own = self.diagonal(matrix)
+        return own if self.pairs is None else jnp.broadcast_to(own.mean(0), own.shape)
 
     def shared(self, over_positions: bool) -> Array | float:
         """1 where the two values of a pair share what BatchNorm has one of, else 0."""
@@ -249,6 +281,7 @@ class GramKernel:
                 cross=product(own, tangent) / num_samples,
                 own=jnp.sum(tangent * second, -2, keepdims=True) / num_samples,
                 weight=jnp.mean(tangent * spread.first, (-2, -1), keepdims=True),
+                stretch=1.0,
             )
             return self.replace(projection=projection)
         cross, own, weights = tangent, tangent[:, :1], []
@@ -259,12 +292,13 @@ class GramKernel:
             one_row = jnp.broadcast_to(jnp.mean(z * t, -2, keepdims=True), z.shape)
             own = own.at[places].set(_pieces(one_row, places)[..., :1, :])
             weights.append(jnp.mean(_square(spread.first, places) * t, (-2, -1)))
-        projection = Projection(second, cross, own, jnp.concatenate(weights).mean())
+        projection = Projection(second, cross, own, jnp.concatenate(weights).mean(), 1.0)
         return self.replace(projection=projection)
 
     def activated(self, phi: Nonlinearity) -> Self:
         """The kernel behind an elementwise function."""
-        moments = self._moments(phi)
+        stretch = 1.0 if self.projection is None else self.projection.stretch
+        moments = self._moments(phi, self.cov / stretch)
         tangent = self.tangent * moments.derivative
         if self.scale is not None:
             scale_a, scale_b = self.variances(self.scale)
@@ -273,10 +307,10 @@ class GramKernel:
             variances = self.variances(self.projection.correlation)
             both, cross = self.projection.behind(variances, moments)
             tangent += both - cross - self.transposed(cross)
-        return self.behind(moments.product, tangent)
+        return self.behind(moments.product * stretch, tangent)
 
-    def _moments(self, phi: Nonlinearity) -> Moments:
-        moments = batch_expectations(phi, *self.variances(self.cov), self.cov, self.mean)
+    def _moments(self, phi: Nonlinearity, cov: Array) -> Moments:
+        moments = batch_expectations(phi, *self.variances(self.cov), cov, self.mean)
         if phi.closed_form is not None and self.mean is None:
             return moments
         own = variance_expectations(phi, self.diagonal(self.cov), self.mean)

@@ -65,12 +65,15 @@ class Projection(NamedTuple):
         cross: E[z_hat_a v_b].
         own: E[z_hat_b v_b], broadcastable to it.
         weight: w, broadcastable to it.
+        stretch: By how much products of functions of z_hat_a and z_hat_b exceed those of Gaussian
+            ones, broadcastable to it: not 1 where each of the two has a deviation of its own.
     """
 
     correlation: Any
     cross: Any
     own: Any
     weight: Any
+    stretch: Any
 
     def behind(self, variances: tuple[Array, Array], moments: Moments) -> tuple[Array, Array]:
         """E[phi' phi' w z_hat_a z_hat_b] and E[phi' phi' z_hat_a v_b], entry by entry.
@@ -149,10 +152,10 @@ class EnsembleKernel:
 
     def filled(self) -> Self:
         """The same with numbers in place of what is known to be 0."""
-        zero = jax.tree.map(jnp.zeros_like, self.cov)
+        zero, one = (jax.tree.map(like, self.cov) for like in (jnp.zeros_like, jnp.ones_like))
         return self.replace(
             mean=jnp.zeros((), self.dtype) if self.mean is None else self.mean,
-            projection=self.projection or Projection(zero, zero, zero, zero),
+            projection=self.projection or Projection(zero, zero, zero, zero, one),
         )
 
     @property
@@ -172,9 +175,14 @@ class EnsembleKernel:
     def _projected_tangent(self) -> Pair:
         if self.projection is None:
             return self.tangent
-        correlation, cross, _, weight = self.projection
+        correlation, cross, _, weight, _ = self.projection
         return jax.tree.map(
-            lambda t, c, x, w: t + w * c - 2 * x, self.tangent, correlation, cross, weight
+            lambda t, c, x, y, w: t + w * c - x - y,
+            self.tangent,
+            correlation,
+            cross,
+            self.transposed(cross),
+            weight,
         )
 
     def same_positions(self, entry: Array) -> Array:
@@ -197,15 +205,51 @@ class EnsembleKernel:
         same, other, unequal = self.totals(self.moment)
         return same / own, other / own, unequal / rest if rest else other / own
 
+    def transposed(self, matrix: Any) -> Any:
+        """A matrix, or one of its entries, with the members of every pair exchanged."""
+        if not self.all_positions:
+            return matrix
+        return jax.tree.map(lambda entry: jnp.moveaxis(entry, (0, 1), (2, 3)), matrix)
+
+    def position_means(self, matrix: Pair) -> tuple[Pair, Pair, Pair]:
+        """Means of every entry over the positions of its second member, its first, and both.
+
+        Of the shape of the matrix; exact where all pairs of positions are kept.
+        """
+        if not self.all_positions:
+            return matrix, matrix, matrix
+
+        def averaged(*axes: int) -> Pair:
+            return jax.tree.map(
+                lambda entry: jnp.broadcast_to(entry.mean(axes, keepdims=True), entry.shape), matrix
+            )
+
+        return averaged(2, 3), averaged(0, 1), averaged(0, 1, 2, 3)
+
+    def own_product(self, left: Pair, right: Pair) -> Pair:
+        """The mean over positions r of left[(a, p), (a, r)] right[(a, r), (b, q)]."""
+        if not self.all_positions:
+            return jax.tree.map(lambda entry: left.same * entry, right)
+        height, width = self.positions
+
+        def product(entry: Array) -> Array:
+            return jnp.einsum("ijkl,klmn->ijmn", left.same, entry, precision="highest")
+
+        return jax.tree.map(lambda entry: product(entry) / (height * width), right)
+
     def either(self, own: Array) -> tuple[Array, Array]:
         """A value of each position as that of either member of a pair, broadcastable."""
         if not self.all_positions:
             return own, own
         return own[..., None, None], own[None, None]
 
+    def diagonal(self, matrix: Pair) -> Array:
+        """The entries of a value with itself, a number of each position."""
+        return self.same_positions(matrix.same)
+
     def variances(self, matrix: Pair) -> tuple[Array, Array]:
         """The entries (a, a) and (b, b) that belong to every entry (a, b), broadcastable to it."""
-        return self.either(self.same_positions(matrix.same))
+        return self.either(self.diagonal(matrix))
 
     def center(self, matrix: Pair, over_positions: bool) -> Pair:
         """H M H, H = 1 - 11^T/n: the matrix of values whose batch mean was subtracted.
@@ -235,6 +279,10 @@ class EnsembleKernel:
         """The diagonal of a matrix averaged over the batch, as a number of each position."""
         own = self.same_positions(matrix.same)
         return jnp.broadcast_to(own.mean(), own.shape) if over_positions else own
+
+    def sample_variance(self, matrix: Pair) -> Array:
+        """The diagonal averaged over the positions of a sample, as a number of each position."""
+        return self.batch_variance(matrix, over_positions=True)
 
     def shared(self, over_positions: bool) -> Array | float:
         """1 where the two values of a pair share what BatchNorm has one of, else 0."""
@@ -275,14 +323,19 @@ class EnsembleKernel:
         own, weight = (
             Pair(entry, entry) for entry in (cross.same, matmul(spread.first, self.tangent).same)
         )
-        return self.replace(projection=Projection(spread.second, cross, own, weight))
+        one = jax.tree.map(jnp.ones_like, cross)
+        return self.replace(projection=Projection(spread.second, cross, own, weight, one))
 
     def activated(self, phi: Nonlinearity) -> Self:
         """The kernel behind an elementwise function."""
         variances = self.variances(self.cov)
         scale_a, scale_b = self.variances(self.scale)
         scale = safe.sqrt(scale_a * scale_b)
-        moments = [expectations(phi, *variances, entry, self.mean) for entry in self.cov]
+        stretch = Pair(1.0, 1.0) if self.projection is None else self.projection.stretch
+        moments = [
+            expectations(phi, *variances, entry / times, self.mean)
+            for entry, times in zip(self.cov, stretch, strict=True)
+        ]
         tangent = [
             entry * moment.derivative + scale * moment.scale
             for entry, moment in zip(self.tangent, moments, strict=True)
@@ -292,8 +345,9 @@ class EnsembleKernel:
             for index, moment in enumerate(moments):
                 entry = Projection(*(matrix[index] for matrix in self.projection))
                 both, cross = entry.behind(variances, moment)
-                tangent[index] += both - 2 * cross
-        return self.behind(Pair(*(moment.product for moment in moments)), Pair(*tangent))
+                tangent[index] += both - cross - self.transposed(cross)
+        products = [moment.product * times for moment, times in zip(moments, stretch, strict=True)]
+        return self.behind(Pair(*products), Pair(*tangent))
 
     def windowed(self, positions: tuple[int, ...], side: int, stride: int, padding: str) -> Self:
         """The values under a moving window, taken together as one vector.

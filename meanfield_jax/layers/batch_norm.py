@@ -1,6 +1,6 @@
 """BatchNorm: normalization over the batch, with the three meanings of its Fisher matrix."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel import safe
-from meanfield_jax.kernel.state import PUBLISHED
+from meanfield_jax.kernel.state import PUBLISHED, Projection, Spread
 from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer, static
 from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
 
@@ -63,31 +62,57 @@ class BatchNorm(Norm):
         return shape if self.axes == "position" else shape[-1:]
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
-        over_positions = self.axes == "channel"
-        centred = kernel.center(kernel.cov, over_positions)
-        gain = self._gain(kernel, centred)
-        correlation = jax.tree.map(lambda entry: gain * entry, centred)
-        tangent = kernel.settled_tangent
-        if kernel.statistics == PUBLISHED:
-            gain, spread = self._gain(kernel, kernel.cov), None
-        else:
-            spread = kernel.spread(correlation, over_positions)
-            correlation, gain = spread.first, gain * spread.factor
-        if kernel.statistics == "batch":
-            tangent = kernel.center(tangent, over_positions)
-        tangent = jax.tree.map(lambda entry: gain * entry, tangent)
-        behind, own = self.affine(kernel, correlation, tangent, kernel.shared(over_positions))
-        return (behind if spread is None else behind.normalized(spread, over_positions)), own
-
-    def _gain(self, kernel: Kernel, spread: Matrix) -> Array:
-        """1 / (s_a s_b) for every pair, s^2 from the matrix of which it is the diagonal."""
-        var = kernel.batch_variance(spread, self.axes == "channel") + self.eps
-        inverse = safe.divide(jnp.ones_like(var), safe.sqrt(var))
-        a, b = kernel.either(inverse)
-        return a * b
+        return batch_rule(self, kernel, self.axes == "channel")
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
-        return BatchNormModule(self, shape)
+        return BatchNormModule(self, shape, self.parameter_shape(shape))
+
+
+def batch_rule(
+    norm: Norm, kernel: Kernel, over_positions: bool, share: float = 1.0
+) -> tuple[Kernel, Injection | None]:
+    """The rule of statistics over the batch.
+
+    Args:
+        norm: With its scale and offset.
+        kernel: Before it.
+        over_positions: Whether statistics are over positions, too.
+        share: 1/m where they are over m channels, too: what channels share of their mean, and of
+            all that its and the variance's dependence on the values changes.
+    """
+
+    def center(matrix: Matrix) -> Matrix:
+        return _mixed(matrix, kernel.center(matrix, over_positions), share)
+
+    centred = center(kernel.cov)
+    gain = norm.gain(kernel, kernel.batch_variance(centred, over_positions))
+    correlation = jax.tree.map(lambda entry: gain * entry, centred)
+    tangent = kernel.settled_tangent
+    if kernel.statistics == PUBLISHED:
+        gain, spread = norm.gain(kernel, kernel.batch_variance(kernel.cov, over_positions)), None
+    else:
+        fixed = Spread(correlation, jnp.ones_like(gain), correlation)
+        spread = _mixed(fixed, kernel.spread(correlation, over_positions), share)
+        correlation, gain = spread.first, gain * spread.factor
+    if kernel.statistics == "batch":
+        tangent = center(tangent)
+    tangent = jax.tree.map(lambda entry: gain * entry, tangent)
+    behind, own = norm.affine(kernel, correlation, tangent, kernel.shared(over_positions))
+    if spread is None:
+        return behind, own
+    behind = behind.normalized(spread, over_positions)
+    if share != 1 and behind.projection is not None:
+        z, *changes = behind.projection
+        changes = jax.tree.map(lambda entry: share * entry, changes)
+        behind = behind.replace(projection=Projection(z, *changes))
+    return behind, own
+
+
+def _mixed(without: Any, full: Any, share: float) -> Any:
+    """The part ``share`` of the way from one to the other."""
+    if share == 1:
+        return full
+    return jax.tree.map(lambda a, b: a + share * (b - a), without, full)
 
 
 class BatchNormModule(nnx.Module):
@@ -97,6 +122,11 @@ class BatchNormModule(nnx.Module):
     moving averages, from mean 0 and variance 1. Statistics of a batch in half precision are
     float32.
 
+    Args:
+        spec: Scale, offset, eps.
+        shape: One sample's.
+        size: Shape of the statistics.
+
     Attributes:
         momentum: Of the running statistics, .99.
         axis_name: The mesh axis that samples are split over, inside ``jax.shard_map`` or a
@@ -104,9 +134,8 @@ class BatchNormModule(nnx.Module):
             batch anyway. Set with ``model.set_attributes(axis_name="data")``.
     """
 
-    def __init__(self, spec: BatchNorm, shape: Shape):
+    def __init__(self, spec: Norm, shape: Shape, size: Shape):
         self.scale, self.bias = spec.parameters(shape)
-        size = spec.parameter_shape(shape)
         self.mean = nnx.BatchStat(jnp.zeros(size))
         self.var = nnx.BatchStat(jnp.ones(size))
         self.eps = float(spec.eps)
@@ -116,18 +145,22 @@ class BatchNormModule(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalizes x of shape (samples, *positions, channels)."""
-        if self.use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            axes = tuple(range(x.ndim - self.mean[...].ndim))
-            mean, var = batch_statistics(x, axes, self.axis_name)
-            self._average(self.mean, mean)
-            self._average(self.var, var)
-        return normalize(x, mean, var, self.scale[...], self.bias[...], self.eps)
+        return normalize(x, *self.statistics(x), self.scale[...], self.bias[...], self.eps)
 
-    def _average(self, running: nnx.BatchStat, new: Array) -> None:
-        moved = self.momentum * running[...] + (1 - self.momentum) * new
-        running[...] = jax.lax.stop_gradient(moved)
+    def statistics(self, x: Array) -> tuple[Array, Array]:
+        """Mean and variance to use: of the batch, which move the running ones on, or these."""
+        if self.use_running_average:
+            return self.mean[...], self.var[...]
+        axes = tuple(range(x.ndim - self.mean[...].ndim))
+        mean, var = batch_statistics(x, axes, self.axis_name)
+        self.average(mean, var)
+        return mean, var
+
+    def average(self, mean: Array, var: Array) -> None:
+        """Moves the running statistics on."""
+        for running, new in ((self.mean, mean), (self.var, var)):
+            moved = self.momentum * running[...] + (1 - self.momentum) * new
+            running[...] = jax.lax.stop_gradient(moved)
 
 
 def batch_statistics(x: Array, axes: tuple[int, ...], axis_name: str | None) -> tuple[Array, Array]:

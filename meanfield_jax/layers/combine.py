@@ -1,6 +1,6 @@
 """Sequential, Residual and Repeat: layers made of layers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,9 +64,7 @@ class Sequential(Layer):
         return [la.build(s, rngs) for la, s in zip(self.layers, self._shapes(shape), strict=True)]
 
     def rows(self, records: Any, read: Callable[[Record], Rows]) -> Rows:
-        parts = [la.rows(r, read) for la, r in zip(self.layers, records, strict=True)]
-        parts = [part for part in parts if part]
-        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else {}
+        return joined([la.rows(r, read) for la, r in zip(self.layers, records, strict=True)])
 
     def labels(self, records: Any, path: str) -> list[tuple[str, Layer]]:
         names = [f"{path}/layers/{index}".lstrip("/") for index in range(len(self.layers))]
@@ -228,6 +226,12 @@ def located(path: str, inner: Layer, signal: Signal) -> Signal:
         return inner.output(signal)
     except SpecError as error:
         raise SpecError(f"{path}/{error}") from None
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several layers one after the other."""
+    parts = [part for part in parts if part]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else {}
 
 
 def _sum(first: Array | None, second: Array | None) -> Array | None:

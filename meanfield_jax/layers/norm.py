@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel import safe
 from meanfield_jax.layers.base import (
     Injection,
     Kernel,
@@ -18,6 +20,7 @@ from meanfield_jax.layers.base import (
     Matrix,
     Problem,
     Shape,
+    Signal,
     static,
     variance_problems,
 )
@@ -37,6 +40,9 @@ class Norm(Layer):
     over_batch: ClassVar[bool] = False
     """Whether outputs depend on the batch in training, and on running statistics after."""
 
+    within_sample: ClassVar[bool] = False
+    """Whether statistics are over the positions of one sample: all pairs of them count."""
+
     gamma: float | Array = 1.0
     beta: float | Array = 0.0
     eps: float | Array = 1e-5
@@ -52,6 +58,13 @@ class Norm(Layer):
 
     def num_parameters(self, shape: Shape) -> int:
         return 2 * math.prod(self.parameter_shape(shape)) if self.trainable else 0
+
+    def gain(self, kernel: Kernel, var: Array) -> Matrix:
+        """1 / (s_a s_b) for every pair, s^2 = var + eps a number of each value."""
+        var = var + self.eps
+        inverse = safe.divide(jnp.ones_like(var), safe.sqrt(var))
+        a, b = kernel.either(inverse)
+        return a * b
 
     def affine(
         self, kernel: Kernel, correlation: Matrix, tangent: Matrix, shared: Array | float = 1.0
@@ -90,6 +103,46 @@ class Norm(Layer):
             if not np.all(np.isfinite(value)):
                 yield field, value, "not a finite number", "give a finite number"
         yield from variance_problems(self, "eps")
+
+
+class FlaxNorm(nnx.Module):
+    """Scale and offset of a specification behind a norm of Flax that has none of its own.
+
+    Statistics of half precision are float32; the output has the input's dtype.
+
+    Attributes:
+        norm: Flax's module.
+    """
+
+    def __init__(self, norm: Callable[[Array], Array], spec: Norm, shape: Shape):
+        self.norm = norm
+        self.scale, self.bias = spec.parameters(shape)
+
+    def __call__(self, x: Array) -> Array:
+        """Normalizes x of shape (samples, *positions, channels)."""
+        y = self.norm(x.astype(statistics_dtype(x))) * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+def flax_options(spec: Norm, rngs: nnx.Rngs) -> dict[str, Any]:
+    """What a norm of Flax needs inside a :class:`FlaxNorm`."""
+    options: dict[str, Any] = dict(use_scale=False, use_bias=False, use_fast_variance=False)
+    return dict(epsilon=float(spec.eps), rngs=rngs, **options)
+
+
+def check_gaussian(name: str, signal: Signal) -> None:
+    """Raises SpecError where units need not have mean 0 over the channels of a sample."""
+    if not signal.gaussian:
+        cause = "its inputs are not sums over many random weights"
+        raise problem(SpecError, name, signal.shape, cause, "put it behind a Dense or Conv")
+
+
+def check_groups(name: str, num_groups: int, channels: int) -> None:
+    """Raises SpecError where the groups do not divide the channels."""
+    if channels % num_groups:
+        divisors = [str(count) for count in range(1, channels + 1) if channels % count == 0]
+        cause, remedy = f"does not divide {channels} channels", f"use {', '.join(divisors[-12:])}"
+        raise problem(SpecError, f"{name}.num_groups", num_groups, cause, remedy)
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:

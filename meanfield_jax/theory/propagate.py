@@ -203,14 +203,14 @@ def _checked_data(network: Network, data: Any, num_samples) -> Array:
     if x.shape[1:] != network.input_shape:
         remedy = f"give (samples, {', '.join(map(str, network.input_shape))})"
         raise problem(DataError, "data.shape", x.shape, "not the network's inputs", remedy)
-    least = _least_samples(network.body)
+    least = least_samples(network.body)
     if len(x) < least:
         cause = f"theory needs {least} samples or more for this network"
         raise problem(DataError, "data.shape", x.shape, cause, "give more samples")
     return x.astype(jnp.result_type(float, *jax.tree.leaves(network)))
 
 
-def _least_samples(layer: Layer) -> int:
+def least_samples(layer: Layer) -> int:
     """With BatchNorm 4: the inverse variance of fewer Gaussian values has no expectation."""
     return 4 if normalizes_over_batch(layer) else 1
 
@@ -232,7 +232,7 @@ def check_num_samples(layer: Layer, num_samples) -> None:
     if not np.all(np.asarray(num_samples) >= 1):
         remedy = "give a whole number >= 1, or None for the limit"
         raise problem(SpecError, "num_samples", num_samples, "not a number of samples", remedy)
-    least = _least_samples(layer)
+    least = least_samples(layer)
     if not np.all(np.asarray(num_samples) >= least):
         cause = "a BatchNorm's inverse variance has no expectation on so few samples"
         raise problem(SpecError, "num_samples", num_samples, cause, f"give at least {least}")
@@ -308,8 +308,14 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
 
     shapes, structure = jax.tree.flatten(jax.eval_shape(lambda *arrays: arrays, network, x))
     entries = functools.partial(_largest_kernel, structure, tuple(shapes), statistics)
+    bytes_each, memory = LIVE[len(network.input_shape)] * x.dtype.itemsize, _memory()
+    most = MAX_ENTRIES
+    if jax.default_backend() == "cpu":
+        most = min(most, memory / bytes_each)
     modulus = strides if _positions_meet(network, on_data=True) else largest
-    while (size := entries(modulus)) > MAX_ENTRIES and modulus < largest:
+    if any(isinstance(inner, Norm) and inner.within_sample for inner in layers):
+        modulus = 1
+    while (size := entries(modulus)) > most and modulus < largest:
         modulus *= 2
     if size > MAX_ENTRIES:
         cause = (
@@ -317,8 +323,8 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
         )
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(MAX_ENTRIES / size))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
-    needed, memory = LIVE[len(network.input_shape)] * size * x.dtype.itemsize, _memory()
-    if jax.default_backend() == "cpu" and needed > memory:
+    if size > most:
+        needed = bytes_each * size
         cause = f"it takes {needed / 2**30:.1f} GiB, of {memory / 2**30:.1f} on this machine"
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)

@@ -1,0 +1,92 @@
+"""``meanfield-jax compare``."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+import xarray as xr
+from rich.console import Console
+
+from meanfield_jax.cli.options import DataOptions, NetworkOptions
+from meanfield_jax.cli.output import check_folder, plain, write, write_png
+from meanfield_jax.experiments.compare import NORMS, RATES, compare, table
+from meanfield_jax.plots import plot_comparison
+
+WIDTHS = dict(mlp=(100, 100, 100), cnn=(16, 32, 64), resnet=(8, 16, 32))
+"""Small enough to train dozens of runs of every norm in minutes on two cores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """The normalization layers side by side: stability by theory and measured, and training."""
+
+    network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=NetworkOptions
+    )
+    inputs: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=lambda: DataOptions(data="digits")
+    )
+    norms: tuple[str, ...] = ("all",)
+    """all, or some of none, batch, layer, group, instance (maps only), batch_group,
+    cross_iteration, instance_enhancement, proxy."""
+    batch_sizes: tuple[int, ...] = (4, 32, 256)
+    """Samples of a batch, in training and of the Fisher matrix."""
+    learning_rates: tuple[float, ...] = RATES
+    """Of which each norm's best is taken, by its training loss."""
+    epochs: int = 2
+    """Passes over the training samples: the budget."""
+    seeds: int = 2
+    """Training runs for each norm, batch size and learning rate."""
+    draws: int = 2
+    """Random networks to measure for each norm and batch size."""
+    num_test: int = 300
+    """Test samples."""
+    loss: Literal["squared", "cross_entropy"] = "cross_entropy"
+    """What is minimized."""
+    momentum: float = 0.9
+    """Momentum of gradient descent."""
+    output: Path = Path("meanfield-jax-compare")
+    """Where the picture (.png) and the numbers (.nc) go."""
+    json: bool = False
+    """Print JSON instead of the table."""
+
+    def run(self) -> None:
+        """Measures, trains, prints the table and writes the files."""
+        check_folder(self.output)
+        widths = self.network.widths or WIDTHS[self.network.net]
+        options = dataclasses.replace(self.network, widths=widths)
+        network = options.network(self.inputs.shape(self.network.net))
+        dataset = compare(
+            network,
+            self.inputs.load(network),
+            test=self.inputs.load(network, "test", self.num_test),
+            norms=NORMS if self.norms == ("all",) else self.norms,
+            batch_sizes=self.batch_sizes,
+            learning_rates=self.learning_rates,
+            momentum=self.momentum,
+            epochs=self.epochs,
+            seeds=self.seeds,
+            draws=self.draws,
+            loss=self.loss,
+            progress=True,
+        )
+        dataset.attrs["data"] = self.inputs.data
+        written = [
+            write(self.output.with_suffix(".nc"), dataset.to_netcdf),
+            write_png(self.output.with_suffix(".png"), plot_comparison(dataset)),
+        ]
+        if self.json:
+            print(json.dumps(plain(dataset), indent=2))
+        else:
+            Console().print(table(dataset))
+        if left_out := self._left_out(dataset):
+            print(f"left out, as they do not fit this network: {left_out}", file=sys.stderr)
+        print("wrote", *written, file=sys.stderr)
+
+    def _left_out(self, dataset: xr.Dataset) -> str:
+        return ", ".join(
+            name for name in NORMS if self.norms == ("all",) and name not in dataset.norm.values
+        )

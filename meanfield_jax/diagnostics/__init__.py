@@ -1,0 +1,37 @@
+"""What a network does inside, measured on any Flax model: signals, gradients, statistics."""
+
+from meanfield_jax.diagnostics.capture import activations
+from meanfield_jax.diagnostics.gradients import (
+    gradient_noise,
+    gradient_tails,
+    gradients,
+    input_dependence,
+)
+from meanfield_jax.diagnostics.products import (
+    fuss_catalan_moments,
+    fuss_catalan_support,
+    random_product_singular_values,
+)
+from meanfield_jax.diagnostics.signal import Power, moments, power
+from meanfield_jax.diagnostics.statistics import (
+    StatisticsError,
+    batch_statistics_error,
+    statistics_error,
+)
+
+__all__ = [
+    "Power",
+    "StatisticsError",
+    "activations",
+    "batch_statistics_error",
+    "fuss_catalan_moments",
+    "fuss_catalan_support",
+    "gradient_noise",
+    "gradient_tails",
+    "gradients",
+    "input_dependence",
+    "moments",
+    "power",
+    "random_product_singular_values",
+    "statistics_error",
+]

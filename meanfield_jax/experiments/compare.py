@@ -1,0 +1,287 @@
+"""The normalization layers side by side: stability by theory and measured, and what they learn."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from flax import nnx
+from jax import Array
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from meanfield_jax.empirical.fisher import fisher_operator
+from meanfield_jax.empirical.lanczos import top_eigenvalues
+from meanfield_jax.empirical.model import build
+from meanfield_jax.errors import SpecError, check_choice, problem
+from meanfield_jax.experiments.train import Samples, train
+from meanfield_jax.experiments.validate import standard_error
+from meanfield_jax.layers import (
+    BatchGroupNorm,
+    BatchNorm,
+    Conv,
+    CrossIterationBatchNorm,
+    Dense,
+    GroupNorm,
+    InstanceEnhancementBatchNorm,
+    InstanceNorm,
+    Layer,
+    LayerNorm,
+    ProxyNorm,
+)
+from meanfield_jax.network import Network, normalizes_over_batch, walk
+from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.propagate import analyze, least_samples
+from meanfield_jax.variants import has_norm, with_norm
+
+NORMS = (
+    "none",
+    "batch",
+    "layer",
+    "group",
+    "instance",
+    "batch_group",
+    "cross_iteration",
+    "instance_enhancement",
+    "proxy",
+)
+"""Names of the normalization layers, for :func:`compare`."""
+
+ABBREVIATIONS = dict(
+    batch="BN",
+    layer="LN",
+    group="GN",
+    instance="IN",
+    batch_group="BGN",
+    cross_iteration="CBN",
+    instance_enhancement="IEBN",
+    proxy="LN+PN",
+)
+
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+MOST_GROUPS, LEAST_CHANNELS = 8, 4
+"""Groups of the norms that have some, and channels of each."""
+
+TOL = 1e-3
+
+
+def norm_of(name: str, network: Network) -> Layer | None:
+    """A normalization layer by its name, with groups that divide the network's channels.
+
+    Args:
+        name: One of ``NORMS``.
+        network: Where it is to stand.
+    """
+    check_choice("norms", name, NORMS)
+    layers = [inner for _, inner in walk(network.body)]
+    *hidden, _ = (inner.width for inner in layers if isinstance(inner, (Dense, Conv)))
+    common = math.gcd(*hidden)
+    most = max(1, min(MOST_GROUPS, min(hidden) // LEAST_CHANNELS))
+    groups = max(count for count in range(1, most + 1) if common % count == 0)
+    norms: dict[str, Layer | None] = dict(
+        none=None,
+        batch=BatchNorm(),
+        layer=LayerNorm(),
+        group=GroupNorm(num_groups=groups),
+        instance=InstanceNorm(),
+        batch_group=BatchGroupNorm(num_groups=groups),
+        cross_iteration=CrossIterationBatchNorm(),
+        instance_enhancement=InstanceEnhancementBatchNorm(),
+        proxy=ProxyNorm(),
+    )
+    return norms[name]
+
+
+def compare(
+    network: Network,
+    data: Samples,
+    *,
+    test: Samples,
+    norms: Sequence[str] | Mapping[str, Layer | None] = NORMS,
+    batch_sizes: Sequence[int] = (4, 32, 256),
+    learning_rates: Sequence[float] = RATES,
+    momentum: float = 0.9,
+    epochs: int = 2,
+    seeds: int = 2,
+    draws: int = 2,
+    loss: str = "cross_entropy",
+    progress: bool = False,
+) -> xr.Dataset:
+    """Predicts, measures and trains one network with each of several normalization layers.
+
+    For every norm and batch size n: lambda_max of the Fisher matrix in training mode on the first
+    n samples, by theory of these inputs and measured on random draws; then training with batches of
+    n for the same number of epochs at every learning rate.
+
+    Args:
+        network: The specification, with norms in the places where they are to be exchanged.
+        data: Training inputs (n, ...), and labels (n,) or targets (n, C).
+        test: Test inputs and labels.
+        norms: Names, or layers by a name of your own (None for no norm); by default all that fit
+            the network: instance norm needs maps of at least four positions.
+        batch_sizes: Samples of a batch.
+        learning_rates: Rates of which each norm's best is taken: that of the smallest training
+            loss, so that the test samples have no say.
+        momentum: Of the heavy ball.
+        epochs: Passes over the data: the budget, the same for every norm and batch size.
+        seeds: Training runs for each.
+        draws: Random networks to measure for each.
+        loss: ``"cross_entropy"`` or ``"squared"``, of training; lambda_max is that of the squared
+            loss.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        A data set over ``norm``, ``batch_size``, ``learning_rate``, ``seed`` and ``draw``:
+        ``predicted`` and ``measured`` (lambda_max; NaN where theory needs more samples or
+        Lanczos failed), ``standard_error``, ``ratio`` (predicted / measured), ``eta_max``,
+        ``eta_max_measured``; ``loss``, ``test_loss``, ``test_accuracy`` after the last epoch (NaN
+        where a run diverged); ``best_rate`` and ``best_loss``, ``best_test_loss``,
+        ``best_test_accuracy`` at it, means over seeds.
+
+    Raises:
+        SpecError, DataError: for inputs that make no sense.
+
+    Example:
+        >>> import jax, meanfield_jax as mf
+        >>> net = mf.mlp([50] * 2, inputs=20, outputs=3, norm=mf.BatchNorm())
+        >>> x = jax.random.normal(jax.random.key(0), (96, 20))
+        >>> y = x[:, :3].argmax(1)
+        >>> options = dict(norms=["none", "batch"], batch_sizes=[16], learning_rates=[0.01, 0.1])
+        >>> found = mf.compare(net, (x[:64], y[:64]), test=(x[64:], y[64:]), **options)
+        >>> bool((abs(found.ratio - 1) < 0.5).all())
+        True
+    """
+    variants = _variants(network, norms)
+    for name, values in dict(batch_sizes=batch_sizes, learning_rates=learning_rates).items():
+        if len(values) == 0:
+            raise problem(SpecError, name, values, "empty", "give at least one")
+    for name, value in dict(seeds=seeds, draws=draws).items():
+        if value < 1:
+            raise problem(SpecError, name, value, "not a number of them", "give at least 1")
+    x = jnp.asarray(data[0])
+    if not 1 <= min(batch_sizes) <= max(batch_sizes) <= len(x):
+        cause = f"there are {len(x)} training samples"
+        raise problem(SpecError, "batch_sizes", list(batch_sizes), cause, f"give 1 to {len(x)}")
+    jobs = [(name, size) for name in variants for size in batch_sizes]
+    cells = []
+    console = Console(stderr=True)
+    for name, size in track(
+        jobs, "Comparing", console=console, disable=not progress, transient=True
+    ):
+        variant = variants[name]
+        runs = train(
+            variant,
+            data,
+            test=test,
+            learning_rate=jnp.asarray(learning_rates)[:, None],
+            momentum=momentum,
+            epochs=epochs,
+            batch_size=size,
+            seed=jnp.arange(seeds),
+            loss=loss,
+        )
+        last = runs.to_xarray(("learning_rate", "seed")).isel(epoch=-1, drop=True)
+        last = last.where(last.diverged_at < 0).drop_vars("diverged_at")
+        cells.append(last.assign(_stability(variant, x[:size], draws)))
+    coords = dict(learning_rate=list(learning_rates), seed=np.arange(seeds), draw=np.arange(draws))
+    rows = [
+        xr.concat(cells[start : start + len(batch_sizes)], "batch_size")
+        for start in range(0, len(cells), len(batch_sizes))
+    ]
+    found = xr.concat(rows, "norm").assign_coords(
+        norm=list(variants), batch_size=list(batch_sizes), **coords
+    )
+    attributes = dict(momentum=momentum, epochs=epochs, num_samples=len(x), loss=loss)
+    attributes["spec"] = network.to_json(indent=None)
+    return _summarized(found, momentum).assign_attrs(attributes)
+
+
+def _variants(
+    network: Network, norms: Sequence[str] | Mapping[str, Layer | None]
+) -> dict[str, Network]:
+    """The network with each norm, by name; of all of ``NORMS`` those that fit."""
+    if not has_norm(network):
+        cause, remedy = "it has no norm to exchange", "put BatchNorm where norms are to stand"
+        raise problem(SpecError, "network", network.layers[-1], cause, remedy)
+    if not norms:
+        raise problem(SpecError, "norms", norms, "empty", f"use {', '.join(NORMS)}")
+    if isinstance(norms, Mapping):
+        return {name: with_norm(network, norm) for name, norm in norms.items()}
+    variants = {}
+    for name in norms:
+        try:
+            variants[name] = with_norm(network, norm_of(name, network))
+        except SpecError:
+            if tuple(norms) != NORMS:
+                raise
+    return variants
+
+
+def _stability(network: Network, x: Array, draws: int) -> dict[str, Any]:
+    """Lambda_max by theory of this batch, and measured in training mode for each draw."""
+    predicted = np.nan
+    if len(x) >= least_samples(network.body):
+        predicted = float(analyze(network, data=x).fisher.lambda_max)
+    measured = np.full(draws, np.nan)
+    if len(x) > 1 or not normalizes_over_batch(network.body):
+        measured = np.array([_largest(network, x, seed) for seed in range(draws)])
+    return dict(predicted=((), predicted), measured=(("draw",), measured))
+
+
+def _largest(network: Network, x: Array, seed: int) -> float:
+    """The largest eigenvalue of one draw, in training mode; NaN where Lanczos failed."""
+    operator = fisher_operator(build(network, rngs=nnx.Rngs(seed)), x, statistics="batch")
+    found = top_eigenvalues(operator, 1, tol=TOL, key=jax.random.key(seed))
+    return float(np.where(found.status == 0, found.eigenvalues, np.nan)[0])
+
+
+def _summarized(found: xr.Dataset, momentum: float) -> xr.Dataset:
+    mean = found.measured.mean("draw")
+    error = standard_error(found.measured.values, found.measured.dims.index("draw"))
+    # a rate at which any seed diverged is no rate to choose
+    train_loss = found.loss.mean("seed", skipna=False)
+    learns = train_loss.notnull().any("learning_rate")
+    best = train_loss.fillna(np.inf).idxmin("learning_rate")
+    at_best = found[["loss", "test_loss", "test_accuracy"]].mean("seed", skipna=False)
+    at_best = at_best.sel(learning_rate=best).drop_vars("learning_rate").where(learns)
+    return found.merge(at_best.rename({name: f"best_{name}" for name in at_best})).assign(
+        standard_error=(mean.dims, error),
+        ratio=found.predicted / mean,
+        eta_max=(found.predicted.dims, eta_max(found.predicted.values, momentum)),
+        eta_max_measured=(mean.dims, eta_max(mean.values, momentum)),
+        best_rate=best.where(learns),
+    )
+
+
+def table(dataset: xr.Dataset) -> Table:
+    """The result of :func:`compare` as a table for the terminal, 80 columns wide."""
+    title = f"{dataset.epochs} epochs of {dataset.num_samples} samples, each at its best rate"
+    result = Table(
+        title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    )
+    result.add_column("norm", no_wrap=True)
+    columns = ("batch", "predicted", "measured", "ratio", "eta_max", "rate", "train", "test", "%")
+    for name in columns:
+        result.add_column(name, justify="right", no_wrap=True)
+    for norm in dataset.norm.values:
+        for size in dataset.batch_size.values:
+            at = dataset.sel(norm=norm, batch_size=size)
+            numbers = (
+                f"{float(at.predicted):.4g}",
+                f"{float(at.measured.mean()):.4g}",
+                f"{float(at.ratio):.2f}",
+                f"{float(at.eta_max):.2g}",
+                f"{float(at.best_rate):.2g}",
+                f"{float(at.best_loss):.3f}",
+                f"{float(at.best_test_loss):.3f}",
+                f"{100 * float(at.best_test_accuracy):.1f}",
+            )
+            first = size == dataset.batch_size.values[0]
+            result.add_row(ABBREVIATIONS.get(norm, norm) if first else "", str(size), *numbers)
+        result.add_section()
+    return result

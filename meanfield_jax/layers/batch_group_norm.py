@@ -1,0 +1,83 @@
+"""BatchGroupNorm: normalization over the batch and over groups of channels."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from meanfield_jax.layers.base import (
+    Injection,
+    Kernel,
+    Shape,
+    Signal,
+    check_positive_int,
+    layer,
+    static,
+)
+from meanfield_jax.layers.batch_norm import BatchNormModule, batch_rule
+from meanfield_jax.layers.norm import Norm, check_groups
+
+
+@layer
+class BatchGroupNorm(Norm):
+    """gamma (z - mean) / sqrt(variance + eps) + beta, over the batch and a group of channels.
+
+    As many groups as channels is BatchNorm, one group pools what LayerNorm takes of each sample
+    over the batch. Statistics of few samples gain by larger groups. Scale and offset are one a
+    channel, running statistics one a group.
+
+    Rule, m channels a group: channels are independent, so that their mean takes only 1/m of what
+    BatchNorm's takes, K - (K - H K H)/m, H the centring; likewise T in training mode, and the
+    fluctuation and the derivative of the variance.
+
+    Attributes:
+        num_groups: G, a divisor of the number of channels; neighbours are a group.
+        gamma, beta, eps, trainable: See :class:`Norm`.
+
+    Source:
+        Zhou, Lu, Chen, Yang, Xu & Zheng 2020 (arXiv:2012.02782).
+
+        Departure: the paper merges channels and positions before it splits, so that a group may
+        also be a part of one channel's map (more groups than channels). Here groups are of whole
+        channels.
+
+    Accuracy:
+        BatchNorm's at G = C. For m > 1 the fluctuation of the variance is taken to first order in
+        1/m: FC 50-256x2-4, n = 32, predicted over measured outlier 1.075 at m = 2, 1.014 +- .013 at
+        m = 8, .995 +- .012 with one group (tests/test_batch_group_norm.py).
+    """
+
+    over_batch: ClassVar[bool] = True
+
+    num_groups: int = static(32)
+
+    def __post_init__(self):
+        check_positive_int("BatchGroupNorm.num_groups", self.num_groups)
+
+    def output(self, signal: Signal) -> Signal:
+        check_groups("BatchGroupNorm", self.num_groups, signal.shape[-1])
+        return signal
+
+    def meets_positions(self, vary: bool) -> bool:
+        return vary
+
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
+        share = self.num_groups / kernel.channels
+        return batch_rule(self, kernel, over_positions=True, share=share)
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+        return BatchGroupNormModule(self, shape, (self.num_groups,))
+
+
+class BatchGroupNormModule(BatchNormModule):
+    """The Flax module of :class:`BatchGroupNorm`; attributes as in :class:`BatchNormModule`."""
+
+    def statistics(self, x: Array) -> tuple[Array, Array]:
+        """Mean and variance to use, (channels,) each."""
+        groups = len(self.mean[...])
+        size = x.shape[-1] // groups
+        # a group's channels become positions
+        grouped = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, size), -1, 1)
+        mean, var = super().statistics(grouped if size > 1 else x)
+        return jnp.repeat(mean, size), jnp.repeat(var, size)

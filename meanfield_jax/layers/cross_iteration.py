@@ -1,0 +1,207 @@
+"""CrossIterationBatchNorm: BatchNorm by statistics of the last few batches, brought up to date."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.layers.base import Layer, Shape, Signal, check_positive_int, layer, static
+from meanfield_jax.layers.batch_norm import BatchNorm, BatchNormModule, batch_statistics
+from meanfield_jax.layers.combine import Sequential
+from meanfield_jax.layers.conv import Conv
+from meanfield_jax.layers.dense import Dense
+from meanfield_jax.layers.norm import normalize, statistics_dtype
+
+
+@layer
+class CrossIterationBatchNorm(Sequential):
+    r"""Weights and BatchNorm, normalized by statistics averaged over the last iterations.
+
+    The statistics mu, nu (first and second moment of a channel) of s iterations ago were those of
+    other weights; they are brought up to date to first order in the weights right before,
+
+    .. math:: \mu_{t-s}(w_t) \approx \mu_{t-s} + \langle d\mu_{t-s}/dw, w_t - w_{t-s} \rangle,
+
+    and nu alike. The mean is that of the mu, the variance the mean of max(nu, mu^2) minus its
+    square. What is past is constant for the gradient; running statistics are averages of the
+    current batch's alone, and evaluation is BatchNorm's.
+
+    Rule: that of [weights, BatchNorm], which it is at the start, when there is no past.
+
+    Attributes:
+        layers: Weights (Dense or Conv) and BatchNorm over channels. Without the weights it can be
+            given as ``norm`` to the presets, which put theirs in; where no weights come right
+            before, its BatchNorm stands alone.
+        window: k, the iterations whose statistics are averaged, the current one included.
+        burn_in: Iterations with the current statistics alone, while weights move fast; the paper
+            takes 8 epochs.
+        compensate: Whether old statistics are brought up to date.
+
+    Source:
+        Yao, Cao, Zheng, Huang & Lin 2020 (arXiv:2002.05712), equations 5 to 9.
+
+        Departure: the paper's weights have no biases. Here the bias stays out of the statistics
+        in training, where BatchNorm cancels it: old statistics need no correction for it.
+    """
+
+    layers: tuple[Layer, ...] = (BatchNorm(),)
+    window: int = static(4)
+    burn_in: int = static(0)
+    compensate: bool = static(True)
+
+    def __post_init__(self):
+        check_positive_int("CrossIterationBatchNorm.window", self.window)
+        if isinstance(self.burn_in, bool) or not isinstance(self.burn_in, int) or self.burn_in < 0:
+            name = "CrossIterationBatchNorm.burn_in"
+            remedy = "give a whole number >= 0"
+            raise problem(SpecError, name, self.burn_in, "not a number of iterations", remedy)
+
+    def signals(self, signal: Signal) -> list[Signal]:
+        kinds = [type(inner) for inner in self.layers]
+        over_channels = getattr(self.layers[-1], "axes", None) == "channel"
+        if kinds not in ([Dense, BatchNorm], [Conv, BatchNorm]) or not over_channels:
+            names = tuple(kind.__name__ for kind in kinds)
+            cause = "not weights and BatchNorm over channels"
+            remedy = "give (Dense or Conv, BatchNorm()), or pass it as norm= to a preset"
+            raise problem(SpecError, "CrossIterationBatchNorm.layers", names, cause, remedy)
+        return super().signals(signal)
+
+    def around(self, weights: Layer | None, activation: Layer) -> tuple[Layer, ...]:
+        if weights is None:
+            return (*self.layers, activation)
+        return (dataclasses.replace(self, layers=(weights, *self.layers)), activation)
+
+    def changed(self, change) -> Sequential:
+        parts = super().changed(change)
+        whole = len(parts.layers) == len(self.layers)
+        return dataclasses.replace(self, layers=parts.layers) if whole else parts
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+        weights, norm = self.modules(shape, rngs)
+        assert isinstance(norm, BatchNormModule)
+        return CrossIterationBatchNormModule(
+            weights, norm, window=self.window, burn_in=self.burn_in, compensate=self.compensate
+        )
+
+
+def averaged(
+    mean: Array, second: Array, past: tuple[Array, Array], counts: Array
+) -> tuple[Array, Array]:
+    """Mean and variance from the moments of the current batch and of some of the past ones.
+
+    Args:
+        mean: Of the current batch, (channels,).
+        second: Its second moment, likewise.
+        past: Those of past batches at the current weights, (window - 1, channels) each.
+        counts: 1 for each past batch to take into account, else 0, (window - 1,).
+    """
+    total = 1 + counts.sum()
+    old_mean, old_second = past
+    mean = (mean + counts @ old_mean) / total
+    second = (second + counts @ jnp.maximum(old_second, old_mean**2)) / total
+    return mean, second - mean**2
+
+
+def along(slopes: Array, kernel: Array) -> Array:
+    """<slope, w> of every channel, (..., channels); slopes are (..., *kernel)."""
+    return jnp.sum(slopes * kernel, tuple(range(-kernel.ndim, -1)))
+
+
+class Past(nnx.Variable):
+    """What a module keeps of its last iterations. No running statistic: evaluation needs none."""
+
+
+class CrossIterationBatchNormModule(nnx.Module):
+    """The Flax module of :class:`CrossIterationBatchNorm`.
+
+    Past moments are kept as affine functions of the weights, their value at weights 0 and their
+    slope, so that the past weights need not be kept.
+
+    Args:
+        weights: Any ``nnx.Linear`` or ``nnx.Conv``, of this package or of your own model.
+        norm: The BatchNorm module behind, with scale, offset and running statistics.
+        window: k.
+        burn_in: Iterations with the current statistics alone.
+        compensate: Whether old statistics are brought up to date.
+    """
+
+    def __init__(
+        self,
+        weights: Any,
+        norm: BatchNormModule,
+        *,
+        window: int = 4,
+        burn_in: int = 0,
+        compensate: bool = True,
+    ):
+        self.layers = nnx.List([weights, norm])
+        self.window, self.burn_in, self.compensate = window, burn_in, compensate
+        kernel = weights.kernel[...]
+        dtype = statistics_dtype(kernel)
+
+        def empty(*shape: int) -> Past:
+            return Past(jnp.zeros((window - 1, *shape), dtype))
+
+        self.iterations = Past(jnp.zeros((), jnp.int32))
+        self.mean, self.second = empty(kernel.shape[-1]), empty(kernel.shape[-1])
+        self.mean_slope, self.second_slope = empty(*kernel.shape), empty(*kernel.shape)
+
+    def __call__(self, x: Array) -> Array:
+        """Weights and normalization of x, (samples, *positions, channels)."""
+        weights, norm = self.layers
+        y = weights(x)
+        if norm.use_running_average:
+            return norm(y)
+        bias = 0.0 if weights.bias is None else weights.bias[...]
+        z = y.astype(statistics_dtype(y)) - bias
+        own = batch_statistics(z, tuple(range(z.ndim - 1)), norm.axis_name)
+        norm.average(own[0] + bias, own[1])
+        mean, var = own if self.window == 1 else self.statistics(x, z, *own)
+        scaled = normalize(z, mean, var, norm.scale[...], norm.bias[...], norm.eps)
+        return scaled.astype(y.dtype)
+
+    def statistics(self, x: Array, z: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Mean and variance over the window; moves the window on."""
+        count, second = self.iterations[...], var + mean**2
+        slots = jnp.arange(self.window - 1)
+        counts = ((slots < count) & (count >= self.burn_in)).astype(mean.dtype)
+        weights: Any = self.layers[0]
+        kernel = jax.lax.stop_gradient(weights.kernel[...])
+        past = (
+            self.mean[...] + along(self.mean_slope[...], kernel),
+            self.second[...] + along(self.second_slope[...], kernel),
+        )
+        statistics = averaged(mean, second, past, counts)
+        slopes = self._slopes(x, z) if self.compensate else (jnp.zeros_like(kernel),) * 2
+        at_zero = (mean - along(slopes[0], kernel), second - along(slopes[1], kernel))
+        slot = count % (self.window - 1)
+        kept = (self.mean, self.second, self.mean_slope, self.second_slope)
+        for variable, new in zip(kept, (*at_zero, *slopes), strict=True):
+            old = variable[...]
+            variable[...] = old.at[slot].set(jax.lax.stop_gradient(new).astype(old.dtype))
+        self.iterations[...] = count + 1
+        return statistics
+
+    def _slopes(self, x: Array, z: Array) -> tuple[Array, Array]:
+        """Derivatives of the batch's moments with respect to each channel's own weights."""
+        weights, norm = self.layers
+        graph, kernel, rest = nnx.split(weights, nnx.PathContains("kernel"), ...)
+
+        def pulled(x: Array, cotangent: Array) -> Array:
+            def apply(kernel):
+                return nnx.merge(graph, kernel, rest, copy=True)(x)
+
+            y, pull = jax.vjp(apply, kernel)
+            (slope,) = jax.tree.leaves(pull(jnp.broadcast_to(cotangent, y.shape).astype(y.dtype)))
+            return slope if norm.axis_name is None else jax.lax.pmean(slope, norm.axis_name)
+
+        x, z = jax.lax.stop_gradient((x, z))
+        positions = math.prod(z.shape[1:-1])
+        # the mean of affine functions of x is that of the mean of x
+        mean = pulled(x.mean(0, keepdims=True), jnp.asarray(1 / positions))
+        return mean, pulled(x, 2 * z / (len(z) * positions))

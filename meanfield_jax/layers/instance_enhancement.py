@@ -1,0 +1,95 @@
+"""InstanceEnhancementBatchNorm: BatchNorm with a gate that each sample sets by itself."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from meanfield_jax.layers.base import Injection, Kernel, Problem, Shape, layer
+from meanfield_jax.layers.batch_norm import BatchNormModule, batch_rule
+from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
+
+
+@layer
+class InstanceEnhancementBatchNorm(Norm):
+    r"""gamma a z_hat + beta: BatchNorm's z_hat, scaled by a gate a of each sample and channel.
+
+    .. math:: a = \mathrm{sigmoid}(\hat\gamma m + \hat\beta)
+
+    m is the mean of the sample's z over positions; gamma_hat starts at 0 and beta_hat at ``gate``:
+    at the start a = sigmoid(-1) = .269 everywhere, and what goes through BatchNorm adds 1/a^2 =
+    13.8 times less to the Fisher matrix.
+
+    Rule, at the start: BatchNorm's over channels, with gamma a in place of gamma, and injections of
+    the four parameters of a channel. Theory of trained gates there is none.
+
+    Attributes:
+        gate: beta_hat at the start.
+        gamma, beta, eps, trainable: See :class:`Norm`; gamma_hat and beta_hat train with them.
+
+    Source:
+        Liang, Huang, Liang & Yang 2019 (arXiv:1908.04008).
+
+    Accuracy:
+        BatchNorm's. What gamma_hat adds to T, of O(1) against O(width), takes m and z_hat to be
+        independent (tests/test_instance_enhancement.py).
+    """
+
+    over_batch: ClassVar[bool] = True
+
+    gate: float | Array = -1.0
+
+    def meets_positions(self, vary: bool) -> bool:
+        return vary
+
+    def num_parameters(self, shape: Shape) -> int:
+        return 2 * super().num_parameters(shape)
+
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
+        a = jax.nn.sigmoid(jnp.asarray(self.gate, kernel.dtype))
+        gated = dataclasses.replace(self, gamma=a * self.gamma)
+        behind, own = batch_rule(gated, kernel, over_positions=True)
+        if own is None:
+            return behind, None
+        # of gamma, and of what the gate depends on: beta_hat, and gamma_hat times m
+        instance = (kernel.pooled() if kernel.positions else kernel).moment
+        gates = (self.gamma * a * (1 - a)) ** 2
+        scale = jax.tree.map(
+            lambda entry, means: (a**2 + gates * (1 + means)) * entry, own.scale, instance
+        )
+        return behind, dataclasses.replace(own, scale=scale)
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+        return InstanceEnhancementModule(self, shape, self.parameter_shape(shape))
+
+    def value_problems(self) -> Iterator[Problem]:
+        yield from super().value_problems()
+        if not np.all(np.isfinite(self.gate)):
+            yield "gate", self.gate, "not a finite number", "give a finite number"
+
+
+class InstanceEnhancementModule(BatchNormModule):
+    """The Flax module of :class:`InstanceEnhancementBatchNorm`; as :class:`BatchNormModule`.
+
+    Attributes:
+        gate_scale: gamma_hat, (channels,).
+        gate_bias: beta_hat, (channels,).
+    """
+
+    def __init__(self, spec: InstanceEnhancementBatchNorm, shape: Shape, size: Shape):
+        super().__init__(spec, shape, size)
+        start = dataclasses.replace(spec, gamma=0.0, beta=spec.gate)
+        self.gate_scale, self.gate_bias = start.parameters(shape)
+
+    def __call__(self, x: Array) -> Array:
+        """Normalizes x of shape (samples, *positions, channels)."""
+        positions = tuple(range(1, x.ndim - 1))
+        means = x.astype(statistics_dtype(x)).mean(positions, keepdims=True)
+        gate = jax.nn.sigmoid(self.gate_scale[...] * means + self.gate_bias[...])
+        scale = gate * self.scale[...]
+        return normalize(x, *self.statistics(x), scale, self.bias[...], self.eps)

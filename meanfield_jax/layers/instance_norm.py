@@ -1,0 +1,53 @@
+"""InstanceNorm: normalization of a sample and channel over positions."""
+
+import math
+from typing import ClassVar
+
+from flax import nnx
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.layers.base import Injection, Kernel, Shape, Signal, layer
+from meanfield_jax.layers.group_norm import LEAST, group_rule
+from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_options
+
+
+@layer
+class InstanceNorm(Norm):
+    """gamma (z - mean) / sqrt(variance + eps) + beta, over the positions of a sample and channel.
+
+    Scale and offset are one a channel. Samples do not meet: training, evaluation and the three
+    ``statistics`` of :func:`analyze` are the same.
+
+    Rule: :func:`meanfield_jax.layers.group_norm.group_rule` with groups of one channel.
+
+    Attributes:
+        gamma, beta, eps, trainable: See :class:`Norm`.
+
+    Source:
+        Ulyanov, Vedaldi & Lempitsky 2016 (arXiv:1607.08022).
+
+    Accuracy:
+        See :func:`meanfield_jax.layers.group_norm.group_rule`.
+    """
+
+    within_sample: ClassVar[bool] = True
+
+    def meets_positions(self, vary: bool) -> bool:
+        return True
+
+    def output(self, signal: Signal) -> Signal:
+        if len(signal.shape) != 3:
+            cause, remedy = "it takes maps", "use LayerNorm on vectors"
+            raise problem(SpecError, "InstanceNorm", signal.shape, cause, remedy)
+        check_gaussian("InstanceNorm", signal)
+        size = math.prod(signal.shape[:-1])
+        if size < LEAST:
+            cause = f"an inverse variance of {size} values has no expectation"
+            raise problem(SpecError, "InstanceNorm", signal.shape, cause, "use it on larger maps")
+        return signal
+
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
+        return group_rule(self, kernel, 1)
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+        return FlaxNorm(nnx.InstanceNorm(shape[-1], **flax_options(self, rngs)), self, shape)

@@ -1,0 +1,47 @@
+"""LayerNorm: normalization of a sample over all its features."""
+
+import jax
+from flax import nnx
+
+from meanfield_jax.layers.base import Injection, Kernel, Shape, Signal, layer
+from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_options
+
+
+@layer
+class LayerNorm(Norm):
+    """gamma (z - mean) / sqrt(variance + eps) + beta, over a sample's positions and channels.
+
+    Scale and offset are one a channel. Samples do not meet: training, evaluation and the three
+    ``statistics`` of :func:`analyze` are the same.
+
+    Rule, s_a^2 the average of K_aa over positions: K_ab <- gamma^2 K_ab / (s_a s_b), T alike.
+
+    Attributes:
+        gamma, beta, eps, trainable: See :class:`Norm`.
+
+    Source:
+        Ba, Kiros & Hinton 2016 (arXiv:1607.06450).
+
+        Departure: on maps the paper leaves open what a layer's units are; here positions count
+        among them, as for images elsewhere (:class:`GroupNorm` with one group).
+
+    Accuracy:
+        That of the wide limit: a unit's mean over channels, its variance's fluctuation and the
+        derivative of both are of relative size 1/channels.
+    """
+
+    def output(self, signal: Signal) -> Signal:
+        check_gaussian("LayerNorm", signal)
+        return signal
+
+    def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
+        gain = self.gain(kernel, kernel.sample_variance(kernel.cov))
+        correlation, tangent = jax.tree.map(
+            lambda entry: gain * entry, (kernel.cov, kernel.settled_tangent)
+        )
+        return self.affine(kernel, correlation, tangent)
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
+        axes = tuple(range(-len(shape), 0))
+        norm = nnx.LayerNorm(shape[-1], reduction_axes=axes, **flax_options(self, rngs))
+        return FlaxNorm(norm, self, shape)

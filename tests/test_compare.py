@@ -1,0 +1,153 @@
+"""The norms side by side: exchanged in their places, measured, trained, drawn, from the command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+from flax import nnx
+
+import meanfield_jax as mf
+from meanfield_jax.cli import main
+from meanfield_jax.experiments.compare import NORMS, norm_of, table
+from meanfield_jax.variants import with_norm
+
+MLP = mf.mlp([24, 16], inputs=12, outputs=3, norm=mf.BatchNorm())
+RESNET = mf.preact_resnet(
+    [8, 16], blocks=1, inputs=(8, 8, 3), outputs=3, norm=mf.BatchNorm(), bias_var=0.1
+)
+SMALL = dict(batch_sizes=[8, 16], learning_rates=[0.03, 0.1], epochs=1)
+
+
+def samples(count: int, shape=(12,)):
+    x = jax.random.normal(jax.random.key(0), (count, *shape))
+    return x, x.reshape(count, -1)[:, :3].argmax(1)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_is_put_where_the_presets_put_it(name):
+    norm = norm_of(name, RESNET)
+    expected = mf.preact_resnet(
+        [8, 16], blocks=1, inputs=(8, 8, 3), outputs=3, norm=norm, bias_var=0.1
+    )
+    assert with_norm(RESNET, norm) == expected
+    x, _ = samples(4, (8, 8, 3))
+    assert mf.build(expected, rngs=nnx.Rngs(0))(x).shape == (4, 3)
+    assert np.isfinite(mf.analyze(expected, num_samples=8).fisher.lambda_max)
+
+
+def test_where_no_activation_follows_it_takes_the_norms_place():
+    network = mf.Network((6,), (mf.Dense(8), mf.BatchNorm(), mf.Dense(2)))
+    changed = with_norm(network, mf.LayerNorm(gamma=0.5))
+    assert changed.layers == (mf.Dense(8), mf.LayerNorm(gamma=0.5), mf.Dense(2))
+
+
+def test_groups_divide_the_channels():
+    assert norm_of("group", mf.mlp([60, 24], inputs=4, outputs=3)).num_groups == 6
+    assert norm_of("group", mf.mlp([60, 12], inputs=4, outputs=3)).num_groups == 3
+    assert norm_of("batch_group", mf.mlp([7], inputs=4, outputs=3)).num_groups == 1
+
+
+@pytest.fixture(scope="module")
+def compared():
+    norms = dict(own=mf.BatchNorm(gamma=0.5), layer=mf.LayerNorm())
+    data = samples(64), samples(40)
+    return mf.compare(MLP, data[0], test=data[1], norms=norms, **SMALL)
+
+
+def test_each_number_is_that_of_the_function_it_comes_from(compared):
+    network = with_norm(MLP, mf.BatchNorm(gamma=0.5))
+    (x, y), test = samples(64), samples(40)
+    at = compared.sel(norm="own", batch_size=16)
+    expected = float(mf.analyze(network, data=x[:16]).fisher.lambda_max)
+    assert float(at.predicted) == pytest.approx(expected, rel=1e-5)
+    assert float(at.eta_max) == pytest.approx(3.8 / expected, rel=1e-5)
+    model = mf.build(network, rngs=nnx.Rngs(1))
+    found = mf.top_eigenvalues(mf.fisher_operator(model, x[:16]), 1, tol=1e-5)
+    assert float(at.measured.sel(draw=1)) == pytest.approx(float(found.eigenvalues[0]), rel=1e-3)
+    run = mf.train(
+        network, (x, y), test=test, learning_rate=0.1, epochs=1, batch_size=16, seed=1,
+        loss="cross_entropy",
+    )  # fmt: skip
+    cell = at.sel(learning_rate=0.1, seed=1)
+    assert float(cell.loss) == pytest.approx(float(run.loss[-1]), rel=1e-4)
+    assert float(cell.test_accuracy) == pytest.approx(float(run.test_accuracy[-1]))
+
+
+def test_the_best_rate_is_that_of_the_smallest_training_loss(compared):
+    losses = compared.loss.mean("seed")
+    for norm in compared.norm.values:
+        for size in compared.batch_size.values:
+            at = compared.sel(norm=norm, batch_size=size)
+            row = losses.sel(norm=norm, batch_size=size)
+            assert float(at.best_loss) == float(row.min())
+            assert float(at.best_rate) == float(row.idxmin())
+            chosen = at.test_loss.sel(learning_rate=at.best_rate).mean()
+            assert float(at.best_test_loss) == pytest.approx(float(chosen))
+
+
+def test_a_rate_at_which_a_seed_diverged_is_never_best():
+    data = samples(32)
+    options = dict(batch_sizes=[16], learning_rates=[1e4], epochs=3, seeds=1, draws=1)
+    found = mf.compare(MLP, data, test=data, norms=["none"], loss="squared", **options)
+    assert np.isnan(found.loss).all()
+    assert np.isnan(found.best_rate).all()
+    assert np.isnan(found.best_test_accuracy).all()
+    assert mf.plot_comparison(found).axes
+
+
+def test_statistics_of_too_few_samples_have_no_theory():
+    data = samples(16)
+    options = dict(batch_sizes=[1, 2], learning_rates=[0.01], epochs=1, seeds=1, draws=1)
+    found = mf.compare(MLP, data, test=data, norms=["batch", "layer"], **options)
+    assert np.isnan(found.predicted.sel(norm="batch")).all()
+    assert np.isfinite(found.predicted.sel(norm="layer")).all()
+    assert np.isnan(found.measured.sel(norm="batch", batch_size=1)).all()
+    assert np.isfinite(found.measured.sel(norm="batch", batch_size=2)).all()
+
+
+def test_the_picture_and_the_table_have_every_norm(compared):
+    figure = mf.plot_comparison(compared)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["own", "LN"]
+    assert len(figure.axes) == 4
+    assert table(compared).row_count == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (dict(norms=["batchnorm"]), ("norms='batchnorm'", "use one of none, batch")),
+        (dict(norms=[]), ("norms=[]", "empty")),
+        (dict(norms=["instance"]), ("InstanceNorm", "map")),
+        (dict(batch_sizes=[8, 65]), ("batch_sizes=[8, 65]", "64 training samples")),
+        (dict(batch_sizes=[]), ("batch_sizes=[]", "at least one")),
+        (dict(learning_rates=[]), ("learning_rates=[]", "at least one")),
+        (dict(draws=0), ("draws=0", "at least 1")),
+        (dict(network=mf.mlp([4], inputs=12, outputs=3)), ("no norm", "BatchNorm")),
+    ],
+)
+def test_bad_input_is_one_line(changed, expected):
+    arguments = dict(network=MLP, data=samples(64), test=samples(8), **SMALL) | changed
+    with pytest.raises(mf.SpecError) as caught:
+        mf.compare(**arguments)
+    assert "\n" not in str(caught.value)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_command_compares_all_norms_that_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "--widths", "16", "--num-samples", "64", "--num-test", "50"]
+    command += ["--batch-sizes", "16", "--learning-rates", "0.1", "--seeds", "1", "--draws", "1"]
+    assert main([*command, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    names = shown["variables"]["norm"]["values"]
+    assert names == [name for name in NORMS if name != "instance"]
+    assert (tmp_path / "meanfield-jax-compare.png").read_bytes().startswith(b"\x89PNG")
+    with xr.open_dataset("meanfield-jax-compare.nc") as dataset:
+        assert np.isfinite(dataset.best_loss).all()
+    assert main([*command, "--norms", "none", "layer"]) == 0
+    assert "LN" in capsys.readouterr().out

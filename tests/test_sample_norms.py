@@ -1,0 +1,488 @@
+"""LayerNorm, GroupNorm, InstanceNorm: identities, Flax, and networks against their theory."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from flax import nnx
+from tolerance import assert_close, standard_error
+
+import meanfield_jax as mf
+from meanfield_jax.kernel.gram import batch_kernel
+from meanfield_jax.kernel.state import input_kernel
+from meanfield_jax.theory import propagate
+
+RELU = mf.Activation("relu")
+GAMMA = 1.3
+MAP = (4, 4, 6)
+MISSING = ("instance", 1)
+"""No norm of vectors."""
+
+NORMS = {
+    "layer": mf.LayerNorm(GAMMA, 0.2),
+    "group": mf.GroupNorm(GAMMA, 0.2, num_groups=2),
+    "instance": mf.InstanceNorm(GAMMA, 0.2),
+}
+
+
+def correlated(num_samples: int, *shape: int, seed: int = 0) -> np.ndarray:
+    """Samples that share a few directions, of different lengths."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=(num_samples, 3)) @ rng.normal(size=(3, math.prod(shape)))
+    lengths = rng.uniform(0.3, 1, (num_samples, 1))
+    return (lengths * (shared + rng.normal(size=shared.shape))).reshape(num_samples, *shape)
+
+
+def fc(width: int, norm: mf.Layer, activation: str = "relu", **options) -> mf.Network:
+    return mf.mlp([width] * 2, inputs=20, outputs=4, activation=activation, norm=norm, **options)
+
+
+def plain(name: str) -> mf.Layer:
+    return dataclasses.replace(NORMS[name], beta=0.0)
+
+
+def conv(width: int, norm: mf.Layer, head: str = "flatten", **options) -> mf.Network:
+    options = dict(inputs=(8, 8, 2), outputs=4, head=head) | options
+    return mf.cnn([width] * 2, norm=norm, **options)
+
+
+# ---- identities of the theory
+
+
+def test_a_layer_norm_sets_every_second_moment_to_gamma_squared(x64):
+    norm = mf.LayerNorm(GAMMA, eps=0.0)
+    order = mf.analyze(fc(50, norm, "identity")).order_parameters
+    assert_close(order.q_hat[1:], GAMMA**2, "rounding")
+    kernel = mf.analyze(
+        mf.Network((20,), (mf.Dense(50), norm, mf.Dense(3, 1.0, 0.0))), data=correlated(9, 20)
+    ).kernel
+    assert_close(np.diag(kernel.cov), GAMMA**2, "rounding")
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_the_scale_of_the_weights_in_front_does_not_matter(data, x64):
+    def theory(weight_var):
+        norm = mf.LayerNorm(GAMMA, 0.1, eps=0.0, trainable=False)
+        layers = (mf.Dense(50, weight_var, 0.0), norm, RELU, mf.Dense(3))
+        network = mf.Network((20,), layers)
+        return mf.analyze(network, data=correlated(9, 20) if data else None)
+
+    one, other = theory(1.0), theory(9.0)
+    moments = zip(*(jax.tree.leaves(t.kernel.moment) for t in (one, other)), strict=True)
+    for a, b in moments:
+        assert_close(a, b, "rounding", 10.0)
+    if not data:
+        # the gradient with respect to the weights in front is that much shorter
+        weights = one.fisher.shares.weights[0], 9 * other.fisher.shares.weights[0]
+        assert_close(*weights, "rounding", float(one.fisher.outlier))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_and_the_number_of_samples_do_not_matter(name, x64):
+    network = mf.cnn([6], inputs=(3, 2, 2), stride=1, head="mean", norm=plain(name))
+    theories = [
+        mf.analyze(network, statistics=statistics, num_samples=n)
+        for statistics, n in (("batch", None), ("frozen", 7))
+    ]
+    for theory in theories:
+        for name in ("tangent_same", "tangent_other"):
+            expected = getattr(theories[0].fisher, name)
+            assert_close(getattr(theory.fisher, name), expected, "rounding")
+
+
+def test_orthogonal_inputs_are_the_ensemble(x64):
+    n = 12
+    network = mf.mlp([300, 400], inputs=n, outputs=3, norm=mf.LayerNorm(1.4))
+    real = mf.analyze(network, data=np.sqrt(n) * np.eye(n)).kernel
+    ideal = mf.analyze(network).kernel
+    for name in ("cov", "tangent"):
+        matrix, pair = getattr(real, name), getattr(ideal, name)
+        expected = np.where(np.eye(n, dtype=bool), pair.same, pair.other)
+        assert_close(matrix, expected, "quadrature_edge", float(pair.same))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_orthogonal_images_are_the_ensemble(name, x64):
+    n, shape = 3, (3, 2)
+    size = n * math.prod(shape)
+    x = np.sqrt(size) * np.eye(size).reshape(n, *shape, size)
+    inner = (mf.Conv(40), plain(name), RELU)
+    network = mf.Network(x.shape[1:], (*inner, mf.GlobalMeanPool(), mf.Dense(3)))
+    real, ideal = mf.analyze(network, data=x).kernel, mf.analyze(network).kernel
+    for field in ("cov", "tangent"):
+        matrix, pair = getattr(real, field), getattr(ideal, field)
+        expected = np.where(np.eye(n, dtype=bool), pair.same, pair.other)
+        assert_close(matrix, expected, "rounding", 100 * float(pair.same))
+
+
+def kernel_behind(norm: mf.Layer, x: np.ndarray | None = None):
+    """Behind one Conv and the norm, and the injection of the latter."""
+    network = mf.Network((4, 4, 20), (mf.Conv(20),))
+    if x is None:
+        start = input_kernel((4, 4, 20), None, "batch", True, jnp.dtype("float64"))
+    else:
+        start = batch_kernel(jnp.asarray(x), "batch", 1)
+    return norm.rule(network.body.propagate(start, None)[0])[0]
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_an_instance_norm_leaves_mean_zero_and_variance_gamma_squared(real, x64):
+    kernel = kernel_behind(
+        mf.InstanceNorm(GAMMA, eps=0.0), correlated(5, 4, 4, 20) if real else None
+    )
+    for mean in jax.tree.leaves(kernel.position_means(kernel.cov)):
+        assert_close(mean, 0.0, "rounding", 10.0)
+    assert_close(kernel.sample_variance(kernel.cov), GAMMA**2, "rounding", 10.0)
+    # a length that does not change passes no gradient on
+    tangent = kernel.settled_tangent
+    for mean in kernel.position_means(tangent)[:2]:
+        for entry in jax.tree.leaves(mean):
+            size = np.abs(np.asarray(jax.tree.leaves(tangent)[0])).max()
+            assert_close(entry, 0.0, "rounding", 10.0 * size)
+
+
+def test_many_channels_in_a_group_are_a_layer_norm(x64):
+    def kernel(norm):
+        network = mf.cnn([10**6], inputs=(4, 4, 2), stride=1, outputs=3, norm=norm, head="mean")
+        return mf.analyze(network).kernel
+
+    one, other = kernel(mf.GroupNorm(GAMMA, num_groups=1)), kernel(mf.LayerNorm(GAMMA))
+    for field in ("cov", "tangent"):
+        for a, b in zip(getattr(one, field), getattr(other, field), strict=True):
+            assert abs(float(a / b) - 1) < 1e-5
+
+
+def test_groups_of_one_channel_are_an_instance_norm(x64):
+    def theory(norm):
+        network = mf.cnn([6], inputs=(4, 4, 2), stride=1, norm=norm)
+        return mf.analyze(network, data=correlated(4, 4, 4, 2))
+
+    one, other = theory(mf.GroupNorm(GAMMA, num_groups=6)), theory(mf.InstanceNorm(GAMMA))
+    assert_close(one.kernel.tangent, other.kernel.tangent, "rounding", 100.0)
+
+
+@pytest.mark.parametrize(("name", "modulus"), [("layer", 32), ("group", 1), ("instance", 1)])
+def test_pairs_of_positions_are_kept_where_they_count(name, modulus, monkeypatch, x64):
+    network, x = conv(6, plain(name)), jnp.asarray(correlated(4, 8, 8, 2))
+    assert propagate._modulus(network, x, "batch") == modulus
+    # where memory is short an even sample stands for them
+    monkeypatch.setattr(propagate, "MAX_ENTRIES", 16**2 * 4**2 // 2)
+    assert propagate._modulus(network, x, "batch") == max(modulus, 4)
+
+
+# ---- deep networks
+
+
+def relu_map(c):
+    """E[relu relu] of unit variances: the arc-cosine kernel of degree 1."""
+    return (np.sqrt(1 - c * c) + c * (np.pi - np.arccos(c))) / (2 * np.pi)
+
+
+@pytest.mark.parametrize(("weight_var", "bias_var"), [(2.0, 0.1), (0.5, 0.4)])
+def test_fixed_points_are_those_of_the_closed_form(weight_var, bias_var, x64):
+    norm = mf.LayerNorm(GAMMA, eps=0.0)
+    point = mf.fixed_point(mf.Sequential((mf.Dense(100, weight_var, bias_var), norm, RELU)))
+    weights = weight_var * GAMMA**2
+    q = bias_var + weights / 2
+    assert_close(point.q, q, "rounding")
+    assert_close(point.chi_q, 0.0, "rounding", 1.0)
+    assert_close(point.chi_1, weights / (2 * q), "rounding")
+    assert_close(point.growth, weights / (2 * q), "rounding")
+
+    # with biases equal inputs attract: c* = 1
+    gap = scipy.optimize.brentq(
+        lambda c: (bias_var + weights * relu_map(c)) / q - c, 0, 1.0, xtol=1e-13
+    )
+    assert_close(point.c, gap, "quadrature")
+    grid = mf.phase_diagram(
+        mf.Sequential((mf.Dense(100), norm, RELU)),
+        weight_var=np.array([weight_var, 2 * weight_var]),
+        bias_var=np.array([bias_var]),
+    )
+    assert_close(grid.q.values[:, 0], [q, bias_var + weights], "rounding")
+
+
+# ---- the Flax module
+
+
+def values(shape, num_samples: int = 5) -> jax.Array:
+    return jnp.asarray(3 * np.random.default_rng(0).normal(size=(num_samples, *shape)) + 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name in NORMS for shape in ((12,), MAP) if (name, len(shape)) != MISSING],
+)
+def test_the_module_is_the_formula(name, shape, x64):
+    x = np.asarray(values(shape))
+    # a group's values in the last axis
+    groups = {"layer": 1, "group": 2, "instance": shape[-1]}[name]
+    split = np.moveaxis(x.reshape(5, -1, groups, shape[-1] // groups), 1, 2).reshape(5, groups, -1)
+    standard = (split - split.mean(-1, keepdims=True)) / np.sqrt(
+        split.var(-1, keepdims=True) + 1e-5
+    )
+    standard = standard.reshape(5, groups, -1, shape[-1] // groups)
+    expected = GAMMA * np.moveaxis(standard, 1, 2).reshape(x.shape) + 0.2
+    module = NORMS[name].build(shape, nnx.Rngs(0))
+    # parameters are float32
+    assert_close(module(jnp.asarray(x)), expected, "rounding", 10.0, dtype=np.float32)
+
+
+def test_modules_agree_where_groups_do():
+    x = values(MAP).astype(jnp.float32)
+
+    def outputs(spec):
+        return spec.build(MAP, nnx.Rngs(0))(x)
+
+    for spec, groups in ((mf.LayerNorm(), 1), (mf.InstanceNorm(), 6)):
+        expected = outputs(mf.GroupNorm(num_groups=groups))
+        assert_close(outputs(spec), expected, "rounding", dtype=np.float32, scale=1.0)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_module_is_that_of_flax(name):
+    options = dict(epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0))
+    flax = {
+        "layer": lambda: nnx.LayerNorm(6, reduction_axes=(1, 2, 3), **options),
+        "group": lambda: nnx.GroupNorm(6, 2, **options),
+        "instance": lambda: nnx.InstanceNorm(6, **options),
+    }[name]()
+    flax.scale[...], flax.bias[...] = jnp.full(6, GAMMA), jnp.full(6, 0.2)
+    x = values(MAP).astype(jnp.float32)
+    own = NORMS[name].build(MAP, nnx.Rngs(0))(x)
+    assert_close(own, flax(x), "rounding", 1.0, dtype=np.float32)
+
+
+def test_maps_constant_over_positions_become_the_offset():
+    x = jnp.broadcast_to(values((1, 1, 6)), (5, *MAP))
+    y = NORMS["instance"].build(MAP, nnx.Rngs(0))(x)
+    assert_close(y, 0.2, "rounding", 1e3, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_samples_do_not_meet_in_the_module(name):
+    module = NORMS[name].build(MAP, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (5, *MAP))
+    alone = jnp.concatenate([module(x[i : i + 1]) for i in range(5)])
+    np.testing.assert_array_equal(module(x), alone)
+    module.eval()
+    np.testing.assert_array_equal(module(x), alone)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_half_precision_has_single_precision_statistics(name):
+    module = NORMS[name].build(MAP, nnx.Rngs(0))
+    # sums over 96 numbers near 100 would lose their fluctuations
+    x = (100 + jax.random.normal(jax.random.key(0), (5, *MAP))).astype(jnp.bfloat16)
+    y = module(x)
+    assert y.dtype == jnp.bfloat16
+    expected = module(x.astype(jnp.float32))
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    assert np.abs(np.asarray(y, float) - expected).max() <= eps * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_scale_and_offset_learn_or_not(name, trainable):
+    spec = dataclasses.replace(NORMS[name], trainable=trainable)
+    module = spec.build(MAP, nnx.Rngs(0))
+    parameters = jax.tree.leaves(nnx.state(module, nnx.Param))
+    assert sum(leaf.size for leaf in parameters) == spec.num_parameters(MAP)
+    assert bool(parameters) == trainable
+    np.testing.assert_array_equal(module.scale[...], np.float32(GAMMA))
+    np.testing.assert_array_equal(module.bias[...], np.float32(0.2))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_many_runs_train_at_once(name):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 4, 4, 3)).astype("float32"), rng.integers(0, 3, 40)
+    network = mf.cnn([6], inputs=(4, 4, 3), outputs=3, norm=plain(name))
+    rates = np.array([0.003, 1e4])
+    options = dict(learning_rate=rates, gamma=0.7, epochs=3, batch_size=10)
+    run = mf.train(network, (x, y), test=(x, y), **options)
+    assert run.diverged.tolist() == [False, True]
+    assert run.loss[0, -1] < run.loss[0, 0]
+    constant = mf.train(network, (x, y), train_gamma=False, **options)
+    assert constant.loss[0, -1] != run.loss[0, -1]
+
+
+class Own(nnx.Module):
+    """A user's own network around one of these norms."""
+
+    def __init__(self, norm: mf.Layer, rngs: nnx.Rngs):
+        self.first = nnx.Conv(3, 6, (3, 3), rngs=rngs)
+        self.norm = norm.build((4, 4, 6), rngs)
+        self.head = nnx.Linear(96, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jax.nn.relu(self.norm(self.first(x))).reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_in_a_users_own_model(name):
+    model = Own(NORMS[name], nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (6, 4, 4, 3))
+    op = mf.fisher_operator(model, x, batch_size=2)
+    assert mf.top_eigenvalues(op, k=1).raise_if_failed().eigenvalues[0] > 0
+    assert {path for path in op.paths if path.startswith("norm")} == {"norm/scale", "norm/bias"}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_rate_for_every_layer(name):
+    network = conv(6, plain(name), inputs=(16, 16, 2))
+    model = mf.build(network, rngs=nnx.Rngs(0))
+    _, params = mf.functional(model)
+    rule = mf.optimizer(network, num_samples=20, per_layer=True)
+    rule.update(params, rule.init(params), params)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (
+            lambda: mf.Network((8,), (mf.LayerNorm(), mf.Dense(3))),
+            ("layers/0/LayerNorm=(8,)", "random weights", "behind a Dense or Conv"),
+        ),
+        (
+            lambda: mf.Network((8,), (mf.Dense(4), RELU, mf.LayerNorm(), mf.Dense(3))),
+            ("layers/2/LayerNorm=(4,)",),
+        ),
+        (
+            lambda: mf.mlp([60], inputs=8, outputs=3, norm=mf.GroupNorm()),
+            ("layers/1/GroupNorm.num_groups=32", "does not divide 60", "use 1, 2"),
+        ),
+        (
+            lambda: mf.mlp([64], inputs=8, outputs=3, norm=mf.GroupNorm()),
+            ("layers/1/GroupNorm.num_groups=32", "2 values has no expectation", "fewer groups"),
+        ),
+        (lambda: mf.GroupNorm(num_groups=0), ("GroupNorm.num_groups=0", "whole number")),
+        (
+            lambda: mf.mlp([60], inputs=8, outputs=3, norm=mf.InstanceNorm()),
+            ("layers/1/InstanceNorm=(60,)", "takes maps", "LayerNorm"),
+        ),
+        (
+            lambda: mf.cnn([6, 6], inputs=(4, 4, 3), norm=mf.InstanceNorm()),
+            ("layers/4/InstanceNorm=(1, 1, 6)", "no expectation", "larger maps"),
+        ),
+    ],
+)
+def test_what_the_theory_does_not_cover_is_refused(build, words):
+    with pytest.raises(mf.SpecError) as caught:
+        build()
+    assert all(word in str(caught.value) for word in words)
+
+
+# ---- networks
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def tangents(network: mf.Network, keys, x):
+    """The tangent kernels of random networks averaged over outputs, (draws, n, n)."""
+
+    def draw(key):
+        key_draw, key_inputs = jax.random.split(key)
+        inputs = jax.random.normal(key_inputs, (16, *network.input_shape)) if x is None else x
+        apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key_draw)))
+        leaves = jax.tree.leaves(jax.jacrev(apply)(params, inputs))
+        num_samples, num_outputs = len(inputs), network.output_shape[0]
+        rows = [leaf.reshape(num_samples, num_outputs, -1) for leaf in leaves]
+        jacobian = jnp.concatenate(rows, -1)
+        return jnp.einsum("ikp,jkp->ij", jacobian, jacobian) / num_outputs
+
+    return jax.lax.map(draw, keys, batch_size=8)
+
+
+def summaries(matrix, vectors=()) -> np.ndarray:
+    """Means over the diagonal and off it, and the quadratic forms of vectors."""
+    n = matrix.shape[-1]
+    trace, total = np.trace(matrix, axis1=-2, axis2=-1), matrix.sum((-2, -1))
+    forms = [np.einsum("i,...ij,j", vector, matrix, vector) for vector in vectors]
+    return np.stack([trace / n, (total - trace) / (n * (n - 1)), *forms], -1)
+
+
+def check(network: mf.Network, x: np.ndarray | None, width: float, draws: int = 64):
+    """Theory against the mean over draws of networks."""
+    keys = jax.random.split(jax.random.key(1), draws)
+    inputs = None if x is None else jnp.asarray(x, jnp.float32)
+    measured = np.asarray(tangents(jax.tree.map(float, network), keys, inputs), float)
+    with jax.enable_x64():
+        theory = mf.analyze(network, data=x)
+    if x is None:
+        vectors = ()
+        predicted = np.array([theory.fisher.tangent_same, theory.fisher.tangent_other])
+    else:
+        matrix = np.asarray(theory.kernel.tangent)
+        vectors = np.linalg.eigh(matrix)[1][:, -3:].T
+        predicted = summaries(matrix, vectors)
+    values = summaries(measured, vectors)
+    error = standard_error(values)
+    assert_close(values.mean(0), predicted, "monte_carlo", standard_error=error, width=width)
+
+
+CASES = {
+    "mlp": lambda norm, width: fc(2 * width, norm),
+    "mlp-tanh-offset": lambda norm, width: fc(2 * width, offset(norm), "tanh"),
+    "cnn-flatten": lambda norm, width: conv(width, norm),
+    "cnn-mean": lambda norm, width: conv(width, norm, head="mean"),
+}
+
+
+def offset(norm: mf.Layer) -> mf.Layer:
+    return dataclasses.replace(norm, gamma=0.8, beta=0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("real", [False, True])
+def test_layer_norm_against_networks(case, real):
+    network = CASES[case](mf.LayerNorm(GAMMA), 32)
+    check(network, correlated(12, *network.input_shape) if real else None, width=32)
+
+
+@pytest.mark.slow
+def test_the_derivative_of_the_deviation_vanishes_with_the_width():
+    errors = []
+    for width in (8, 64):
+        network = mf.mlp([width], inputs=width, outputs=4, norm=mf.LayerNorm(GAMMA))
+        keys = jax.random.split(jax.random.key(2), 512)
+        values = summaries(np.asarray(tangents(jax.tree.map(float, network), keys, None), float))
+        fisher = mf.analyze(network).fisher
+        expected = np.array([fisher.tangent_same, fisher.tangent_other])
+        errors.append(np.abs(values.mean(0) / expected - 1))
+        assert (errors[-1] < 1.5 / width + 4 * standard_error(values) / expected).all()
+    assert errors[0].max() > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["flatten", "mean"])
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("name", ["group", "instance"])
+def test_norms_over_positions_against_networks(name, head, real):
+    # without the derivative of the deviation the mean head's T_same is 40 % off
+    options = dict(inputs=(4, 4, 2), stride=1, head=head)
+    network = conv(32, plain(name), **options)
+    check(network, correlated(12, 4, 4, 2) if real else None, width=32, draws=24)
+
+
+@pytest.mark.slow
+def test_small_groups_of_vectors_against_networks():
+    # groups of 8 values: left out are terms of order 1/8^2
+    network = mf.mlp([64], inputs=64, outputs=4, norm=mf.GroupNorm(GAMMA, num_groups=8))
+    check(network, None, width=64, draws=256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NORMS)
+def test_a_residual_network(name):
+    norm = plain(name)
+    network = mf.preact_resnet([24, 32], blocks=1, inputs=(8, 8, 3), outputs=4, norm=norm)
+    check(network, None, width=24, draws=24)
