@@ -113,7 +113,7 @@ def group_rule(spec: Norm, kernel: Kernel, group_size: int) -> tuple[Kernel, Inj
     correlation, factor, stretch = _spread(kernel, correlation, share)
     behind, injection = spec.affine(kernel, correlation, _product(factor, tangent))
     _, own, weight = kernel.position_means(_product(correlation, behind.tangent))
-    cross = kernel.ownproduct(correlation, behind.tangent)
+    cross = kernel.own_product(correlation, behind.tangent)
     cross, own, weight = jax.tree.map(lambda entry: share * entry, (cross, own, weight))
     projection = Projection(correlation, cross, own, weight, stretch)
     return behind.replace(projection=projection), injection
@@ -139,7 +139,7 @@ def _spread(kernel: Kernel, correlation: Matrix, share: float) -> tuple[Matrix, 
     squares = kernel.position_means(_product(correlation, correlation))[2]
     a, b = kernel.variances(squares)
     factor = jax.tree.map(lambda both: 1 + share * (0.75 * (a + b) + 0.5 * both), squares)
-    removed = kernel.ownproduct(correlation, correlation)
+    removed = kernel.own_product(correlation, correlation)
     own = jax.tree.map(
         lambda entry, times, one, other: times * entry - share * (one + other),
         correlation,

@@ -1,0 +1,179 @@
+"""BatchNorm's accuracy against the batch size, and what groups of channels change at both ends.
+
+MNIST, FC 784-64x3-10, 2048 training images, heavy ball .9, cross-entropy, as many epochs for every
+batch size; three seeds, each norm and batch size at its own best learning rate (by training loss).
+BatchGroupNorm with G groups of the 64 channels: G = 64 is BatchNorm, G = 1 pools LayerNorm's
+statistics over the batch.
+
+Claims, of Zhou et al. 2020 (arXiv:2012.02782): accuracy of BatchNorm is lower at batch 2 and at
+batch 1024 than at its best size in between; the best G (by training loss) lifts both ends; the
+best G grows with the batch size; G = C is bit-equal to BatchNorm, in training and in evaluation.
+"Lower" and "lifts" mean by two standard errors of the difference.
+
+Writes results/batch_group.json and .png; exits with 1 where a claim is false. About eight minutes
+on two cores.
+"""
+
+import argparse
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import RESULTS, console, write_rows
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.progress import track
+
+import meanfield_jax as mf
+
+WIDTH, DEPTH = 64, 3
+NUM_TRAIN, NUM_TEST = 2048, 4096
+BATCH_SIZES = (2, 4, 8, 32, 128, 512, 1024)
+GROUPS = (1, 4, 16, WIDTH)
+RATES = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3])
+SEEDS = 3
+EPOCHS = 5
+COLORS = dict(zip(GROUPS, ("#D55E00", "#E69F00", "#0072B2", "#000000"), strict=True))
+ERRORS = 2.0
+"""Standard errors that a difference must exceed; fixed before the run."""
+
+
+def network(norm: mf.Layer) -> mf.Network:
+    """The network with this norm."""
+    return mf.mlp([WIDTH] * DEPTH, inputs=784, outputs=10, norm=norm, bias_var=0.0)
+
+
+def cell(groups: int, size: int, data, test) -> dict:
+    """Training loss and test accuracy by seed, at the best rate."""
+    norm = mf.BatchNorm() if groups == WIDTH else mf.BatchGroupNorm(num_groups=groups)
+    runs = mf.train(
+        network(norm),
+        data,
+        test=test,
+        learning_rate=RATES[:, None],
+        seed=np.arange(SEEDS),
+        batch_size=size,
+        epochs=EPOCHS,
+        loss="cross_entropy",
+    )
+    losses = np.nan_to_num(np.asarray(runs.loss[..., -1]), nan=np.inf).mean(-1)
+    best = int(losses.argmin())
+    accuracy = np.asarray(runs.test_accuracy[best, :, -1])
+    return dict(
+        groups=groups,
+        batch_size=size,
+        rate=float(RATES[best]),
+        loss=float(losses[best]),
+        accuracy=accuracy.tolist(),
+        mean=float(accuracy.mean()),
+        error=float(accuracy.std(ddof=1) / np.sqrt(SEEDS)),
+    )
+
+
+def bit_equal(data) -> bool:
+    """Whether G = C and BatchNorm take the same 20 steps, and say the same in evaluation."""
+    results = []
+    for norm in (mf.BatchNorm(), mf.BatchGroupNorm(num_groups=WIDTH)):
+        graph, params, rest = nnx.split(mf.build(network(norm), rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+        def loss(params, rest, x, labels, graph=graph):
+            model = nnx.merge(graph, params, rest, copy=True)
+            chosen = jax.nn.log_softmax(model(x))[jnp.arange(len(x)), labels]
+            return -chosen.mean(), nnx.split(model, nnx.Param, ...)[2]
+
+        slope = jax.jit(jax.grad(loss, has_aux=True))
+        for start in range(0, 20 * 32, 32):
+            rows = slice(start, start + 32)
+            gradient, rest = slope(params, rest, data[0][rows], data[1][rows])
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+        model = nnx.merge(graph, params, rest)
+        model.eval()
+        results.append([*jax.tree.leaves((params, rest)), model(data[0])])
+    return all(bool((a == b).all()) for a, b in zip(*results, strict=True))
+
+
+def exceeds(a: dict, b: dict) -> tuple[bool, str]:
+    """Whether a's accuracy is above b's by so many standard errors, and the numbers."""
+    error = float(np.hypot(a["error"], b["error"]))
+    shown = f"{a['mean']:.4f} - {b['mean']:.4f} = {(a['mean'] - b['mean']) / error:.1f} s.e."
+    return a["mean"] - b["mean"] > ERRORS * error, shown
+
+
+def claims_of(cells: dict[tuple[int, int], dict], equal: bool) -> list[dict]:
+    """The statements, with their numbers."""
+    small, large = BATCH_SIZES[0], BATCH_SIZES[-1]
+    ridge = max((cells[WIDTH, size] for size in BATCH_SIZES), key=lambda row: row["mean"])
+    best = {
+        size: min((cells[groups, size] for groups in GROUPS), key=lambda row: row["loss"])
+        for size in BATCH_SIZES
+    }
+    claims = []
+
+    def claim(text: str, holds: bool, numbers: str) -> None:
+        claims.append(dict(text=text, holds=bool(holds), numbers=numbers))
+
+    for size in (small, large):
+        holds, numbers = exceeds(ridge, cells[WIDTH, size])
+        text = f"BatchNorm: batch {ridge['batch_size']} is better than batch {size}"
+        claim(text, holds, numbers)
+    for size in (small, large):
+        holds, numbers = exceeds(best[size], cells[WIDTH, size])
+        text = f"batch {size}: the best G, {best[size]['groups']}, is better than BatchNorm"
+        claim(text, holds, numbers)
+    chosen = [best[size]["groups"] for size in BATCH_SIZES]
+    slope = np.polyfit(np.log(BATCH_SIZES), np.log(chosen), 1)[0]
+    claim("the best G grows with the batch size (slope of logarithms)", slope > 0, f"{slope:.2f}")
+    claim("G = C is bit-equal to BatchNorm", equal, str(equal))
+    return claims
+
+
+def picture(cells: dict[tuple[int, int], dict]) -> Figure:
+    """Accuracy over the batch size, a line for each number of groups; and the best of them."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for groups in GROUPS:
+        rows = [cells[groups, size] for size in BATCH_SIZES]
+        name = f"G = {groups}" + (" (BatchNorm)" if groups == WIDTH else "")
+        means, errors = ([row[key] for row in rows] for key in ("mean", "error"))
+        style = dict(fmt="o-", color=COLORS[groups], capsize=3, mfc="white", label=name)
+        left.errorbar(BATCH_SIZES, means, errors, **style)
+        right.plot(BATCH_SIZES, [row["loss"] for row in rows], "o-", color=COLORS[groups], ms=4)
+    left.set(ylabel="test accuracy", title=f"{EPOCHS} epochs of {NUM_TRAIN} MNIST images")
+    right.set(ylabel="training loss of the last epoch", yscale="log")
+    right.set(title="each at its best learning rate")
+    for axes in (left, right):
+        axes.set(xlabel="batch size", xscale="log", xticks=BATCH_SIZES)
+        axes.set_xticklabels(map(str, BATCH_SIZES))
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+    left.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def main() -> int:
+    """Trains, writes the JSON and the picture, prints the claims."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", help="folder with the images [$MEANFIELD_JAX_DATA]")
+    options = parser.parse_args()
+    data, test = (
+        mf.data.load(
+            "mnist", split=split, num_samples=count, data_dir=options.data_dir, flatten=True
+        )
+        for split, count in (("train", NUM_TRAIN), ("test", NUM_TEST))
+    )
+    jobs = list(itertools.product(GROUPS, BATCH_SIZES))
+    cells = {job: cell(*job, data, test) for job in track(jobs, "Training", console=console)}
+    claims = claims_of(cells, bit_equal(data))
+    write_rows("batch_group", list(cells.values()), claims=claims)
+    picture(cells).savefig(RESULTS / "batch_group.png", dpi=120)
+    for row in cells.values():
+        numbers = f"{row['mean']:.4f} +- {row['error']:.4f}, rate {row['rate']}"
+        print(f"G = {row['groups']}, batch {row['batch_size']}: {numbers}, loss {row['loss']:.4f}")
+    for claim in claims:
+        print("holds" if claim["holds"] else "FALSE", claim["text"], claim["numbers"], sep=" | ")
+    return 0 if all(claim["holds"] for claim in claims) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
