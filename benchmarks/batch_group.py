@@ -31,9 +31,9 @@ WIDTH, DEPTH = 64, 3
 NUM_TRAIN, NUM_TEST = 2048, 4096
 BATCH_SIZES = (2, 4, 8, 32, 128, 512, 1024)
 GROUPS = (1, 4, 16, WIDTH)
-RATES = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3])
+RATES = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0])
 SEEDS = 3
-EPOCHS = 5
+EPOCHS = 8
 COLORS = dict(zip(GROUPS, ("#D55E00", "#E69F00", "#0072B2", "#000000"), strict=True))
 ERRORS = 2.0
 """Standard errors that a difference must exceed; fixed before the run."""

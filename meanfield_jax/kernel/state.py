@@ -75,6 +75,12 @@ class Projection(NamedTuple):
     weight: Any
     stretch: Any
 
+    def scaled(self, share: Array | float) -> Self:
+        """The projection of a variance that depends so much less on the parameters."""
+        changes = (self.cross, self.own, self.weight)
+        cross, own, weight = jax.tree.map(lambda entry: share * entry, changes)
+        return self._replace(cross=cross, own=own, weight=weight)
+
     def behind(self, variances: tuple[Array, Array], moments: Moments) -> tuple[Array, Array]:
         """E[phi' phi' w z_hat_a z_hat_b] and E[phi' phi' z_hat_a v_b], entry by entry.
 

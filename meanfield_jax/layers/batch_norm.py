@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import PUBLISHED, Projection, Spread
+from meanfield_jax.kernel.state import PUBLISHED, Spread
 from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer, static
 from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
 
@@ -102,9 +102,7 @@ def batch_rule(
         return behind, own
     behind = behind.normalized(spread, over_positions)
     if share != 1 and behind.projection is not None:
-        z, *changes = behind.projection
-        changes = jax.tree.map(lambda entry: share * entry, changes)
-        behind = behind.replace(projection=Projection(z, *changes))
+        behind = behind.replace(projection=behind.projection.scaled(share))
     return behind, own
 
 

@@ -114,8 +114,7 @@ def group_rule(spec: Norm, kernel: Kernel, group_size: int) -> tuple[Kernel, Inj
     behind, injection = spec.affine(kernel, correlation, _product(factor, tangent))
     _, own, weight = kernel.position_means(_product(correlation, behind.tangent))
     cross = kernel.own_product(correlation, behind.tangent)
-    cross, own, weight = jax.tree.map(lambda entry: share * entry, (cross, own, weight))
-    projection = Projection(correlation, cross, own, weight, stretch)
+    projection = Projection(correlation, cross, own, weight, stretch).scaled(share)
     return behind.replace(projection=projection), injection
 
 
