@@ -10,6 +10,7 @@ the toolkit measures whether the two agree. The names below follow that way::
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density;
               diagnostics: activations, gradients, statistics of a model, inside
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
+              compare, plot_comparison: one network with each of the normalization layers
     use       optimizer, learning_rate_for: the learning rate of a specification, of any model;
               train: many runs at once, over scales, learning rates and seeds;
               sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store;

@@ -44,6 +44,32 @@ def test_statistics_of_groups_are_over_batch_positions_and_channels(shape):
     assert_close(model.var[...], 0.99 + 0.01 * var, "rounding", 1.0, dtype=np.float32)
 
 
+@pytest.mark.parametrize("groups", [16, 32, 96])
+def test_more_groups_than_channels_are_parts_of_a_map(groups):
+    shape = SHAPES["map"]
+    norm = mf.BatchGroupNorm(1.3, 0.2, num_groups=groups)
+    model, x = module(norm, shape), batch(shape)
+    # channel by channel, row by row
+    values = np.asarray(x, np.float64).transpose(0, 3, 1, 2).reshape(24, groups, -1)
+    mean, var = values.mean((0, 2)), values.var((0, 2))
+    z = (values - mean[:, None]) / np.sqrt(var[:, None] + 1e-5)
+    expected = 1.3 * z.reshape(24, 8, 4, 3).transpose(0, 2, 3, 1) + 0.2
+    assert_close(model(x), expected, "rounding", 5.0, dtype=np.float32)
+    assert_close(model.mean[...], 0.01 * mean, "rounding", 1.0, dtype=np.float32)
+    network = mf.cnn([8], inputs=(*shape[:2], 3), kernel=1, stride=1, outputs=2, norm=norm)
+    assert mf.build(network, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 3, 3))).shape == (2, 2)
+    with pytest.raises(mf.SpecError, match=f"num_groups={groups}: there is no theory of parts"):
+        mf.analyze(network, num_samples=16)
+
+
+def test_one_group_a_value_is_batch_norm_per_position():
+    shape, x = SHAPES["map"], batch(SHAPES["map"])
+    groups = module(mf.BatchGroupNorm(1.3, 0.2, num_groups=96), shape)
+    plain = module(mf.BatchNorm(1.3, 0.2, axes="position"), shape)
+    expected = np.asarray(plain(x))
+    assert_close(groups(x), expected, "rounding", 5.0, dtype=np.float32)
+
+
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_as_many_groups_as_channels_are_batch_norm_to_the_bit(shape, jitted):
@@ -208,6 +234,12 @@ def test_parameters_are_counted():
         (
             lambda: mf.mlp([12], inputs=4, outputs=2, norm=mf.BatchGroupNorm(num_groups=5)),
             ("layers/1/BatchGroupNorm.num_groups=5", "12 channels", "1, 2, 3, 4, 6, 12"),
+        ),
+        (
+            lambda: mf.cnn(
+                [12], inputs=(3, 3, 3), stride=1, outputs=2, norm=mf.BatchGroupNorm(num_groups=24)
+            ),
+            ("layers/1/BatchGroupNorm.num_groups=24", "12 channels"),
         ),
         (
             lambda: mf.mlp(

@@ -1,11 +1,13 @@
 """BatchGroupNorm: normalization over the batch and over groups of channels."""
 
+import math
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.base import (
     Injection,
     Kernel,
@@ -21,26 +23,24 @@ from meanfield_jax.layers.norm import Norm, check_groups
 
 @layer
 class BatchGroupNorm(Norm):
-    """gamma (z - mean) / sqrt(variance + eps) + beta, over the batch and a group of channels.
+    """gamma (z - mean) / sqrt(variance + eps) + beta, over the batch and a group of values.
 
-    As many groups as channels is BatchNorm, one group pools what LayerNorm takes of each sample
-    over the batch. Statistics of few samples gain by larger groups. Scale and offset are one a
-    channel, running statistics one a group.
+    Each sample's values, channel by channel, are split into groups of neighbors. As many groups as
+    channels is BatchNorm, one group pools what LayerNorm takes of each sample over the batch; more
+    groups than channels are parts of a channel's map, row by row. Statistics of few samples gain by
+    larger groups. Scale and offset are one a channel, running statistics one a group.
 
-    Rule, m channels a group: channels are independent, so that their mean takes only 1/m of what
-    BatchNorm's takes, K - (K - H K H)/m, H the centring; likewise T in training mode, and the
-    fluctuation and the derivative of the variance.
+    Rule, m channels a group; there is none for parts of a channel. Channels are independent, so
+    that their mean takes only 1/m of what BatchNorm's takes, K - (K - H K H)/m, H the centring;
+    likewise T in training mode, and the fluctuation and the derivative of the variance.
 
     Attributes:
-        num_groups: G, a divisor of the number of channels; neighbours are a group.
+        num_groups: G, a divisor of the number of channels, or a multiple of it that divides the
+            number of values of a sample.
         gamma, beta, eps, trainable: See :class:`Norm`.
 
     Source:
         Zhou, Lu, Chen, Yang, Xu & Zheng 2020 (arXiv:2012.02782).
-
-        Departure: the paper merges channels and positions before it splits, so that a group may
-        also be a part of one channel's map (more groups than channels). Here groups are of whole
-        channels.
 
     Accuracy:
         BatchNorm's at G = C. For m > 1 the fluctuation of the variance is taken to first order in
@@ -56,13 +56,20 @@ class BatchGroupNorm(Norm):
         check_positive_int("BatchGroupNorm.num_groups", self.num_groups)
 
     def output(self, signal: Signal) -> Signal:
-        check_groups("BatchGroupNorm", self.num_groups, signal.shape[-1])
+        *positions, channels = signal.shape
+        parts, rest = divmod(self.num_groups, channels)
+        if rest or math.prod(positions) % parts:
+            check_groups("BatchGroupNorm", self.num_groups, channels)
         return signal
 
     def meets_positions(self, vary: bool) -> bool:
         return vary
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
+        if self.num_groups > kernel.channels:
+            cause = f"there is no theory of parts of {kernel.channels} channels"
+            remedy = f"use at most {kernel.channels} groups"
+            raise problem(SpecError, "BatchGroupNorm.num_groups", self.num_groups, cause, remedy)
         share = self.num_groups / kernel.channels
         return batch_rule(self, kernel, over_positions=True, share=share)
 
@@ -74,10 +81,14 @@ class BatchGroupNormModule(BatchNormModule):
     """The Flax module of :class:`BatchGroupNorm`; attributes as in :class:`BatchNormModule`."""
 
     def statistics(self, x: Array) -> tuple[Array, Array]:
-        """Mean and variance to use, (channels,) each."""
+        """Mean and variance to use, of the shape of a sample, or (channels,) for BatchNorm's."""
+        *positions, channels = x.shape[1:]
         groups = len(self.mean[...])
-        size = x.shape[-1] // groups
-        # a group's channels become positions
-        grouped = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, size), -1, 1)
-        mean, var = super().statistics(grouped if size > 1 else x)
-        return jnp.repeat(mean, size), jnp.repeat(var, size)
+        if groups == channels:
+            return super().statistics(x)
+        merged = jnp.moveaxis(x, -1, 1).reshape(len(x), groups, -1)
+        mean, var = (
+            jnp.repeat(value, merged.shape[-1]).reshape(channels, *positions)
+            for value in super().statistics(merged.swapaxes(1, 2))
+        )
+        return jnp.moveaxis(mean, 0, -1), jnp.moveaxis(var, 0, -1)
