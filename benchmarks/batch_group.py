@@ -38,7 +38,8 @@ LARGE_SIZES, MANY_GROUPS = (128, 1024), (4, CHANNELS, 2 * CHANNELS, 4 * CHANNELS
 RATES = np.array([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0])
 SEEDS = 3
 EPOCHS = 8
-COLORS = ("#D55E00", "#E69F00", "#0072B2", "#000000")
+COLORS = ("#D55E00", "#E69F00", "#0072B2")
+"""Of all but BatchNorm, which is black."""
 ERRORS = 2.0
 """Standard errors that a difference must exceed; fixed before the run."""
 
@@ -154,7 +155,9 @@ def picture(cells: dict, conv: dict) -> Figure:
         (right, conv, LARGE_SIZES, CHANNELS, "mean"),
     )
     for axes, found, sizes, channels, key in panels:
-        for color, groups in zip(COLORS, dict.fromkeys(groups for groups, _ in found), strict=True):
+        colors = iter(COLORS)
+        for groups in dict.fromkeys(groups for groups, _ in found):
+            color = "#000000" if groups == channels else next(colors)
             rows = [found[groups, size] for size in sizes]
             name = f"G = {groups}" + (" (BatchNorm)" if groups == channels else "")
             errors = [row["error"] for row in rows] if key == "mean" else None

@@ -332,8 +332,8 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
     stability.set(yscale="log", ylabel="lambda_max of F (lines: theory, points: measured)")
     stability.legend(fontsize=8, ncols=3, frameon=False)
     rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: eta_max by theory)")
-    rates.set(ylabel=f"training loss after {dataset.epochs} epochs")
-    loss.set(ylabel="training loss at each one's best rate")
+    rates.set(yscale="log", ylabel=f"training loss after {dataset.epochs} epochs")
+    loss.set(yscale="log", ylabel="training loss at each one's best rate")
     accuracy.set(ylabel="test accuracy at the same rate, %")
     for axes in (stability, rates, loss, accuracy):
         axes.grid(alpha=0.25)

@@ -60,8 +60,10 @@ def test_each_number_is_that_of_the_function_it_comes_from(compared):
     network = with_norm(MLP, mf.BatchNorm(gamma=0.5))
     (x, y), test = samples(64), samples(40)
     at = compared.sel(norm="own", batch_size=16)
-    expected = float(mf.analyze(network, data=x[:16]).fisher.lambda_max)
+    fisher = mf.analyze(network, data=x[:16]).fisher
+    expected = float(fisher.lambda_max)
     assert float(at.predicted) == pytest.approx(expected, rel=1e-5)
+    assert bool(at.outlier_limited) == bool(fisher.outlier_limited)
     assert float(at.eta_max) == pytest.approx(3.8 / expected, rel=1e-5)
     model = mf.build(network, rngs=nnx.Rngs(1))
     found = mf.top_eigenvalues(mf.fisher_operator(model, x[:16]), 1, tol=1e-5)
@@ -113,6 +115,15 @@ def test_the_picture_and_the_table_have_every_norm(compared):
     assert labels == ["own", "LN"]
     assert len(figure.axes) == 4
     assert table(compared).row_count == 4
+
+
+def test_the_table_marks_what_theory_does_not_vouch_for(compared):
+    inside = xr.ones_like(compared.outlier_limited)
+    for marks, domain in ((0, inside), (4, ~inside)):
+        text = table(compared.assign(outlier_limited=domain))
+        predicted = next(column for column in text.columns if column.header == "predicted")
+        assert sum(cell.endswith("?") for cell in predicted.cells) == marks
+        assert ("outside" in str(text.caption)) == bool(marks)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from meanfield_jax.layers import LAYERS, Norm
 from meanfield_jax.network import normalizes_over_batch
 
 WEIGHT_VAR, BIAS_VAR, GAMMA = 1.7, 0.3, 1.3
+STARTS = {"scale": GAMMA, "gate_bias": mf.InstanceEnhancementBatchNorm().gate}
 NUM_SAMPLES = 48
 RELU = mf.Activation("relu")
 
@@ -187,7 +188,7 @@ def test_the_flax_network_draws_the_declared_variances(name):
         elif kind == "bias" and f"{path.rpartition('/')[0]}/kernel" in drawn_values:
             expected, drawn = BIAS_VAR, value
         else:
-            np.testing.assert_array_equal(value, np.float32(GAMMA) if kind == "scale" else 0)
+            np.testing.assert_array_equal(value, np.float32(STARTS.get(kind, 0)))
             continue
         # the variance of a Gaussian's square is 2 (its variance)^2
         error = expected * math.sqrt(2 / value.size)

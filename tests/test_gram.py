@@ -187,6 +187,16 @@ def test_averages_over_the_sphere(decay):
         assert np.abs(actual - expected).max() < 5e-3 * values.max()
 
 
+@pytest.mark.parametrize("rounding", [0.0, 4e-7, -4e-7])
+def test_averages_over_the_sphere_of_four_centred_samples(rounding):
+    # three equal eigenvalues: E[1/|z|^2] = 1/(3 - 2); the fourth is 0 but for rounding
+    centring = np.eye(4) - 0.25
+    covariance = centring + rounding / 4
+    result = on_sphere(jnp.asarray(covariance, jnp.float32))
+    for actual, expected in zip(result, (centring, 3.0, centring), strict=True):
+        np.testing.assert_allclose(np.asarray(actual).squeeze(), expected, atol=2e-5)
+
+
 # ---- activations without a closed form
 
 

@@ -412,11 +412,12 @@ def test_repr_of_nested_layers_has_a_line_for_each_inside():
     lines = [line.split() for line in repr(PRESETS["repeated_residual"]).splitlines()]
     at = next(index for index, line in enumerate(lines) if line[1] == "Repeat(times=3)")
     path = lines[at][0]
-    assert lines[at + 1][:2] == [
-        f"{path}/block/branch/layers/0",
-        "Activation(function='relu')",
+    assert lines[at + 1 : at + 4] == [
+        [f"{path}/block", "Residual()"],
+        [f"{path}/block/branch", "Sequential()"],
+        [f"{path}/block/branch/layers/0", "Activation(function='relu')"],
     ]
-    assert lines[at + 2][1].startswith("Conv(width=4")
+    assert lines[at + 4][1].startswith("Conv(width=4")
 
 
 def test_repr_of_a_function_is_its_name():

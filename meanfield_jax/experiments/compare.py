@@ -138,7 +138,8 @@ def compare(
     Returns:
         A data set over ``norm``, ``batch_size``, ``learning_rate``, ``seed`` and ``draw``:
         ``predicted`` and ``measured`` (lambda_max; NaN where theory needs more samples or
-        Lanczos failed), ``standard_error``, ``ratio`` (predicted / measured), ``eta_max``,
+        Lanczos failed), ``outlier_limited`` (whether the network is in the theory's domain, see
+        :class:`Fisher`), ``standard_error``, ``ratio`` (predicted / measured), ``eta_max``,
         ``eta_max_measured``; ``loss``, ``test_loss``, ``test_accuracy`` after the last epoch (NaN
         where a run diverged); ``best_rate`` and ``best_loss``, ``best_test_loss``,
         ``best_test_accuracy`` at it, means over seeds.
@@ -224,13 +225,15 @@ def _variants(
 
 def _stability(network: Network, x: Array, draws: int) -> dict[str, Any]:
     """Lambda_max by theory of this batch, and measured in training mode for each draw."""
-    predicted = np.nan
+    predicted, inside = np.nan, False
     if len(x) >= least_samples(network.body):
-        predicted = float(analyze(network, data=x).fisher.lambda_max)
+        fisher = analyze(network, data=x).fisher
+        predicted, inside = float(fisher.lambda_max), bool(fisher.outlier_limited)
     measured = np.full(draws, np.nan)
     if len(x) > 1 or not normalizes_over_batch(network.body):
         measured = np.array([_largest(network, x, seed) for seed in range(draws)])
-    return dict(predicted=((), predicted), measured=(("draw",), measured))
+    found = dict(predicted=((), predicted), outlier_limited=((), inside))
+    return dict(**found, measured=(("draw",), measured))
 
 
 def _largest(network: Network, x: Array, seed: int) -> float:
@@ -260,10 +263,13 @@ def _summarized(found: xr.Dataset, momentum: float) -> xr.Dataset:
 
 def table(dataset: xr.Dataset) -> Table:
     """The result of :func:`compare` as a table for the terminal, 80 columns wide."""
+    outside = bool((dataset.predicted.notnull() & ~dataset.outlier_limited).any())
     title = f"{dataset.epochs} epochs of {dataset.num_samples} samples, each at its best rate"
-    result = Table(
-        title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    caption = (
+        "? outside the domain of the theory: the bulk outgrows lambda_max" if outside else None
     )
+    layout = dict(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+    result = Table(title=title, caption=caption, **layout)
     result.add_column("norm", no_wrap=True)
     columns = ("batch", "predicted", "measured", "ratio", "eta_max", "rate", "train", "test", "%")
     for name in columns:
@@ -271,8 +277,9 @@ def table(dataset: xr.Dataset) -> Table:
     for norm in dataset.norm.values:
         for size in dataset.batch_size.values:
             at = dataset.sel(norm=norm, batch_size=size)
+            mark = "" if at.outlier_limited or np.isnan(at.predicted) else "?"
             numbers = (
-                f"{float(at.predicted):.4g}",
+                f"{float(at.predicted):.4g}{mark}",
                 f"{float(at.measured.mean()):.4g}",
                 f"{float(at.ratio):.2f}",
                 f"{float(at.eta_max):.2g}",

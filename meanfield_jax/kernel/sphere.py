@@ -42,11 +42,14 @@ def on_sphere(covariance: Array) -> Spread:
     values, vectors = _dominant(covariance)
     trace = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None]
     shares = values / trace
+    rounding = 10 * size * jnp.finfo(shares.dtype).eps
+    # the factor of an eigenvalue of 0 has no bound, and would make rounding count
+    shares = jnp.where(shares > rounding, shares, 0)
     sum_rest = jnp.maximum(1 - shares.sum(-1), 0)
     squares = jnp.sum(covariance**2, (-2, -1)) / trace[..., 0] ** 2
     squares_rest = jnp.maximum(squares - jnp.sum(shares**2, -1), 0)
     # equal eigenvalues with this sum and this sum of squares
-    some = (sum_rest > 10 * size * jnp.finfo(shares.dtype).eps) & (squares_rest > 0)
+    some = (sum_rest > rounding) & (squares_rest > 0)
     level = jnp.where(some, squares_rest / jnp.where(some, sum_rest, 1), 0)
     number = jnp.where(some, sum_rest**2 / jnp.where(some, squares_rest, 1), 0)
 
@@ -61,8 +64,9 @@ def on_sphere(covariance: Array) -> Spread:
     shrinkage = jnp.exp(-growth)
 
     def changed(factors: Array) -> Array:
-        own, rest = factors[..., None, :-1], factors[..., None, -1:]
-        low_rank = product(vectors * ((own - rest) * values[..., None, :]), _turned(vectors))
+        own, rest = factors[..., None, :-1], jnp.where(some, factors[..., -1], 0)[..., None, None]
+        known = (own - rest) * (shares * trace)[..., None, :]
+        low_rank = product(vectors * known, _turned(vectors))
         return rest * covariance + low_rank
 
     factor = density.sum(-2)
