@@ -57,8 +57,8 @@ COLORS = {
 RELU = mf.Activation("relu")
 
 MAX_PROXY, MAX_BATCH, MAX_INSTANCE, MIN_OTHER, TO_THEORY, TO_BATCH = 5e-3, 1e-5, 1e-3, 1e-2, 0.03, 2
-"""Bars, set after development runs and before the full one: P1 with PN; P1 of BN; (P2 + P4) / (1 - P1)
-of IN; of the others; measured P1 against theory; points of test accuracy between LN + PN and BN."""
+"""Bars, set after development runs and before the full one: P1 with PN; P1 of BN; of IN and of the
+others (P2 + P4) / (1 - P1); measured P1 against theory; points between LN + PN and BN."""
 
 
 def norms(num_groups: int, maps: bool) -> dict[str, mf.Layer]:
