@@ -107,7 +107,8 @@ def main() -> int:
             if (name, kind) == ("instance", "vectors"):
                 continue  # for maps only
             rows += [ratio(name, kind, dtype, rounds) for dtype in ("float32", "bfloat16")]
-            console.print(rows[-2:], highlight=False)
+            single, half = (f"{row['ratio']:.2f}" for row in rows[-2:])
+            console.print(f"{name}, {kind}: {single}, bfloat16 {half}", highlight=False)
     table = Table(title="seconds over those with Flax's BatchNorm (quartiles)")
     for column in ("norm", "shape", "dtype", "ratio", "low", "high"):
         table.add_column(column)

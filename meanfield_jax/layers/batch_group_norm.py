@@ -81,11 +81,13 @@ class BatchGroupNormModule(BatchNormModule):
     """The Flax module of :class:`BatchGroupNorm`; attributes as in :class:`BatchNormModule`."""
 
     def statistics(self, x: Array) -> tuple[Array, Array]:
-        """Mean and variance to use, of the shape of a sample, or (channels,) for BatchNorm's."""
+        """Mean and variance to use, (channels,), or of the shape of a sample for parts of maps."""
         *positions, channels = x.shape[1:]
         groups = len(self.mean[...])
-        if groups == channels:
-            return super().statistics(x)
+        if groups <= channels:
+            merged = x.reshape(*x.shape[:-1], groups, -1).swapaxes(-1, -2)
+            mean, var = super().statistics(merged)
+            return jnp.repeat(mean, channels // groups), jnp.repeat(var, channels // groups)
         merged = jnp.moveaxis(x, -1, 1).reshape(len(x), groups, -1)
         mean, var = (
             jnp.repeat(value, merged.shape[-1]).reshape(channels, *positions)
