@@ -265,9 +265,7 @@ def table(dataset: xr.Dataset) -> Table:
     """The result of :func:`compare` as a table for the terminal, 80 columns wide."""
     outside = bool((dataset.predicted.notnull() & ~dataset.outlier_limited).any())
     title = f"{dataset.epochs} epochs of {dataset.num_samples} samples, each at its best rate"
-    caption = (
-        "? outside the domain of the theory: the bulk outgrows lambda_max" if outside else None
-    )
+    caption = "? outside the theory's domain: the bulk may exceed it" if outside else None
     layout = dict(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
     result = Table(title=title, caption=caption, **layout)
     result.add_column("norm", no_wrap=True)
