@@ -77,21 +77,22 @@ _ = axes.legend()
 # ## What LayerNorm does not do
 #
 # LayerNorm lets the mean of a channel over the data drift: with depth all samples become the same.
-# P1 is the share of the power of activations that is the same for all inputs. Proxy norm takes
-# it out again, without looking at the batch.
+# P1 is the share of a signal's power that is the same for all inputs; here it is shown behind the
+# weights of each layer. Proxy norm, behind the activation, takes out what the activation adds, without
+# looking at the batch. What a bias adds it cannot know: there is none here.
 
 # %%
 deep = {"LayerNorm": mf.LayerNorm(), "LayerNorm + proxy norm": mf.ProxyNorm(mf.LayerNorm())}
 deep["BatchNorm"] = mf.BatchNorm()
+centred = jnp.asarray(x - x.mean(0))
 figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
 for name, norm in deep.items():
-    spec = network(norm, depth=20)
-    model = mf.build(spec, rngs=nnx.Rngs(0))
-    outputs = mf.diagnostics.activations(model, jnp.asarray(x))
-    behind = [path for path, value in outputs.items() if value.shape[-1] == 100][2::3]
-    shares = [float(mf.diagnostics.power(outputs[path]).P1) for path in behind]
+    spec = mf.mlp([100] * 20, inputs=64, outputs=10, norm=norm, bias_var=0.0)
+    outputs = mf.diagnostics.activations(mf.build(spec, rngs=nnx.Rngs(0)), centred)
+    weights = [i for i, layer in enumerate(spec.layers) if isinstance(layer, mf.Dense)]
+    shares = [float(mf.diagnostics.power(outputs[f"layers/{i}"]).P1) for i in weights]
     axes.plot(np.arange(1, len(shares) + 1), shares, "o-", ms=4, label=name)
-axes.set(xlabel="layer", ylabel="P1 behind the activation", ylim=(0, 1))
+axes.set(xlabel="layer", ylabel="P1 behind the weights", ylim=(0, 1))
 axes.grid(alpha=0.25)
 _ = axes.legend()
 # %% [markdown]
