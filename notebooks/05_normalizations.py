@@ -78,8 +78,8 @@ _ = axes.legend()
 #
 # LayerNorm lets the mean of a channel over the data drift: with depth all samples become the same.
 # P1 is the share of a signal's power that is the same for all inputs; here it is shown behind the
-# weights of each layer. Proxy norm, behind the activation, takes out what the activation adds, without
-# looking at the batch. What a bias adds it cannot know: there is none here.
+# weights of each layer. Proxy norm, behind the activation, takes out what the activation adds and
+# never looks at the batch. What a bias adds it cannot know: there is none here.
 
 # %%
 deep = {"LayerNorm": mf.LayerNorm(), "LayerNorm + proxy norm": mf.ProxyNorm(mf.LayerNorm())}
