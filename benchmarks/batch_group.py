@@ -18,11 +18,12 @@ on two cores.
 
 import argparse
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import RESULTS, console, write_rows
+from common import RESULTS, conclude, console, small_images, write_rows
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -175,13 +176,6 @@ def picture(cells: dict, conv: dict) -> Figure:
     return figure
 
 
-def small_images(data_dir, split: str, count: int):
-    """CIFAR-10 images of 16 x 16 and labels."""
-    x, labels = mf.data.load("cifar10", split=split, num_samples=count, data_dir=data_dir)
-    small = np.asarray(x).reshape(len(x), 16, 2, 16, 2, 3).mean((2, 4))
-    return jnp.asarray(small / small.std()), jnp.asarray(labels)
-
-
 def main() -> int:
     """Trains, writes the JSON and the picture, prints the claims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -210,10 +204,8 @@ def main() -> int:
         name = f"{row['network']}, G = {row['groups']}, batch {row['batch_size']}"
         numbers = f"{row['mean']:.4f} +- {row['error']:.4f}, rate {row['rate']}"
         print(f"{name}: {numbers}, loss {row['loss']:.4f}")
-    for claim in claims:
-        print("holds" if claim["holds"] else "FALSE", claim["text"], claim["numbers"], sep=" | ")
-    return 0 if all(claim["holds"] for claim in claims) else 1
+    return conclude(claims)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -299,6 +299,25 @@ def write_rows(name: str, rows: list[dict[str, Any]], **facts: Any) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def conclude(claims: Sequence[dict[str, Any]]) -> int:
+    """Prints what holds and what does not; the exit status."""
+    for claim in claims:
+        print("holds" if claim["holds"] else "FALSE", claim["text"], claim["numbers"], sep=" | ")
+    return int(not all(claim["holds"] for claim in claims))
+
+
+def small_images(data_dir: str | None, split: str, count: int) -> tuple[Any, Any]:
+    """CIFAR-10 images of 16 x 16, of standard deviation 1, and labels."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    import meanfield_jax as mf
+
+    x, labels = mf.data.load("cifar10", split=split, num_samples=count, data_dir=data_dir)
+    small = np.asarray(x).reshape(len(x), 16, 2, 16, 2, 3).mean((2, 4))
+    return jnp.asarray(small / small.std()), jnp.asarray(labels)
+
+
 def environment() -> dict[str, Any]:
     """The machine and the versions that a number needs beside it."""
     return dict(

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RESULTS, write_rows
+from common import RESULTS, conclude, small_images, write_rows
 from flax import nnx
 from matplotlib.figure import Figure
 
@@ -229,20 +229,13 @@ def picture(errors: np.ndarray, accuracy: dict[str, dict]) -> Figure:
     return figure
 
 
-def load(data_dir, split: str, count: int):
-    """Images of 16 x 16 and labels."""
-    x, labels = mf.data.load("cifar10", split=split, num_samples=count, data_dir=data_dir)
-    small = np.asarray(x).reshape(len(x), 16, 2, 16, 2, 3).mean((2, 4))
-    return jnp.asarray(small / small.std()), jnp.asarray(labels)
-
-
 def main() -> int:
     """Measures, writes the JSON and the picture, prints the claims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder with the images [$MEANFIELD_JAX_DATA]")
     options = parser.parse_args()
-    data = load(options.data_dir, "train", NUM_TRAIN)
-    test = load(options.data_dir, "test", NUM_TEST)
+    data = small_images(options.data_dir, "train", NUM_TRAIN)
+    test = small_images(options.data_dir, "test", NUM_TEST)
     errors = np.empty((len(RATES), SEEDS, CHECKPOINTS, len(CHANNELS), len(NAMES), 2))
     for (row, rate), seed in itertools.product(enumerate(RATES), range(SEEDS)):
         errors[row, seed] = errors_of(rate, seed, *data)
@@ -268,10 +261,8 @@ def main() -> int:
     ]
     write_rows("cross_iteration", rows, accuracy=accuracy, claims=claims)
     picture(by_seed, accuracy).savefig(RESULTS / "cross_iteration.png", dpi=120)
-    for claim in claims:
-        print("holds" if claim["holds"] else "FALSE", claim["text"], claim["numbers"], sep=" | ")
-    return 0 if all(claim["holds"] for claim in claims) else 1
+    return conclude(claims)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

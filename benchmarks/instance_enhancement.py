@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RESULTS, write_rows
+from common import RESULTS, conclude, small_images, write_rows
 from flax import nnx
 from matplotlib.figure import Figure
 
@@ -262,13 +262,6 @@ def picture(ratio_rows: list[dict], rows: list[dict]) -> Figure:
     return figure
 
 
-def load(data_dir, split: str, count: int):
-    """Images of 16 x 16 and labels."""
-    x, labels = mf.data.load("cifar10", split=split, num_samples=count, data_dir=data_dir)
-    small = np.asarray(x).reshape(len(x), 16, 2, 16, 2, 3).mean((2, 4))
-    return jnp.asarray(small / small.std()), jnp.asarray(labels)
-
-
 def main() -> int:
     """Measures, writes the JSON and the picture, prints the claims."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -278,14 +271,12 @@ def main() -> int:
         "mnist", num_samples=NUM_SAMPLES, data_dir=options.data_dir, flatten=True
     )
     ratio_rows = ratios(jnp.asarray(images))
-    data = load(options.data_dir, "train", NUM_TRAIN)
-    rows = noise_rows(data, load(options.data_dir, "test", NUM_TEST))
+    data = small_images(options.data_dir, "train", NUM_TRAIN)
+    rows = noise_rows(data, small_images(options.data_dir, "test", NUM_TEST))
     claims = claims_of(ratio_rows, rows)
     write_rows("instance_enhancement", rows, ratios=ratio_rows, claims=claims)
     picture(ratio_rows, rows).savefig(RESULTS / "instance_enhancement.png", dpi=120)
-    for claim in claims:
-        print("holds" if claim["holds"] else "FALSE", claim["text"], claim["numbers"], sep=" | ")
-    return 0 if all(claim["holds"] for claim in claims) else 1
+    return conclude(claims)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class ProxyNorm(Layer):
 
     y is what the norm normalizes, gamma and beta are its scale and offset. As BatchNorm, it keeps
     every channel's mean and variance after the activation in place, whatever gamma and beta;
-    unlike BatchNorm it looks at no other sample, and training and evaluation are the same. beta
+    unlike BatchNorm it looks at no other sample, and training and evaluation are the same. A
+    channel's mean before the norm, as biases make it (``bias_var``), it cannot know. beta
     tilde and gamma tilde, one each a channel, start at 0 and are meant to be decayed to 0, see
     :class:`ProxyNormModule`. Goes where a norm goes: ``mf.mlp(..., norm=ProxyNorm())`` puts its
     activation inside.
