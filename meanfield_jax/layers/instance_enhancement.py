@@ -37,7 +37,7 @@ class InstanceEnhancementBatchNorm(Norm):
 
     Accuracy:
         BatchNorm's. What gamma_hat adds to T, of O(1) against O(width), takes m and z_hat to be
-        independent (tests/test_instance_enhancement.py).
+        independent (tests/test_batch_group_norm.py).
     """
 
     over_batch: ClassVar[bool] = True
