@@ -87,11 +87,12 @@ def test_as_many_groups_as_channels_are_batch_norm_to_the_bit(shape, jitted):
     np.testing.assert_array_equal(call(groups, x), call(plain, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["batch", "frozen", "wei2019"])
 def test_theory_of_as_many_groups_as_channels_is_that_of_batch_norm(statistics, x64):
     norms = (mf.BatchNorm(1.3, 0.2), mf.BatchGroupNorm(1.3, 0.2, num_groups=8))
-    for given in (dict(num_samples=12), dict(data=np.asarray(batch((8, 8, 3))))):
-        networks = (mf.cnn([8, 8], inputs=(8, 8, 3), norm=norm) for norm in norms)
+    for given in (dict(num_samples=12), dict(data=np.asarray(batch((4, 4, 3))))):
+        networks = (mf.cnn([8], inputs=(4, 4, 3), norm=norm) for norm in norms)
         fishers = [mf.analyze(net, statistics=statistics, **given).fisher for net in networks]
         for a, b in zip(*map(jax.tree.leaves, fishers), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -208,6 +209,7 @@ def test_what_goes_through_the_gate_adds_its_square_to_the_outlier(x64):
 # ---- in use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_runs_train_side_by_side_in_every_preset(norm):
     x = jax.random.normal(jax.random.key(0), (32, 8, 8, 3))

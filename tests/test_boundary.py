@@ -134,6 +134,7 @@ def test_batch_norm_trains_up_to_the_predicted_rate():
     assert np.all(far.boundary > found.boundary)
 
 
+@pytest.mark.slow
 def test_spectra_are_compared_given_the_inputs():
     """One wide layer, whose kernel's eigenvalues are well apart."""
     scale = jnp.array([8.0, 4.0, 2.0])

@@ -41,6 +41,7 @@ def test_analyze_shows_network_and_tables(capsys):
     assert "eta_max" in shown
 
 
+@pytest.mark.slow
 def test_validate_writes_picture_and_numbers_and_prints_a_table(folder, capsys):
     command = ["validate", *SMALL, "--gammas", "0.5", "1", "--draws", "2", "--output", "result"]
     assert main(command) == 0
@@ -63,6 +64,7 @@ def test_validate_prints_json_only(capsys):
     assert printed["attributes"]["data"] == "gaussian"
 
 
+@pytest.mark.slow
 def test_spectrum_writes_picture_and_lists_eigenvalues(folder, capsys):
     assert main(["spectrum", *SMALL, "--top", "12", "--num-steps", "30", "--output", "s"]) == 0
     assert "predicted" in capsys.readouterr().out

@@ -201,6 +201,7 @@ def test_a_mesh_axis_joins_the_batches_of_its_devices(kind):
             moved(model, step)
 
 
+@pytest.mark.slow
 def test_it_stands_behind_any_weights_of_a_users_own_model():
     class Own(nnx.Module):
         def __init__(self, rngs):
@@ -225,6 +226,7 @@ def test_it_stands_behind_any_weights_of_a_users_own_model():
 # ---- as a specification
 
 
+@pytest.mark.slow
 def test_theory_is_that_of_weights_and_batch_norm(x64):
     first = mf.cnn([4, 6], inputs=(8, 8, 3), norm=mf.CrossIterationBatchNorm())
     second = mf.cnn([4, 6], inputs=(8, 8, 3), norm=mf.BatchNorm())
@@ -252,6 +254,7 @@ def test_a_random_network_has_the_predicted_outlier():
     assert_close(np.mean(draws), expected, "monte_carlo", standard_error=error, width=200)
 
 
+@pytest.mark.slow
 def test_presets_put_their_weights_in():
     norm = mf.CrossIterationBatchNorm(window=3)
     network = mf.preact_resnet([4], blocks=1, inputs=(6, 6, 3), norm=norm)
@@ -274,6 +277,7 @@ def test_scales_change_and_norms_go():
     assert without_norms(network).layers[0].layers == plain.layers[:1]
 
 
+@pytest.mark.slow
 def test_runs_train_side_by_side_and_move_their_windows():
     x = jax.random.normal(jax.random.key(0), (32, 6))
     y = x[:, :3].argmax(1)

@@ -54,6 +54,7 @@ def labels(n: int):
     return jnp.arange(n) % 3
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_a_call_layer_by_layer():
     model, x = built(CONV), normal(5, 6, 6, 2)
     before = nnx.state(nnx.clone(model))

@@ -35,6 +35,7 @@ def test_public_names_exist_and_are_documented():
         assert getattr(meanfield_jax, name).__doc__, name
 
 
+@pytest.mark.slow
 def test_readme_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

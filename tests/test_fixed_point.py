@@ -160,6 +160,7 @@ def test_every_status_is_reached():
     assert jnp.isinf(mf.fixed_point(block(2.0, 0.0, "relu")).depth_scales.xi_c)
 
 
+@pytest.mark.slow
 def test_where_a_block_begins_does_not_matter():
     dense, phi, norm = mf.Dense(100, 2.5, 0.1), mf.Activation("tanh"), mf.BatchNorm()
     expected = mf.fixed_point(mf.Sequential((dense, norm, phi)))

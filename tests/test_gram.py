@@ -75,6 +75,7 @@ def test_kernels_are_those_of_neural_tangents(name):
         assert_close(matrix, REFERENCE[f"{name}_{field}"], "rounding", dtype=np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["batch", "frozen", "wei2019"])
 @pytest.mark.parametrize("activation", ["relu", "erf"])
 def test_a_batch_of_orthogonal_inputs_is_the_ensemble(statistics, activation):
@@ -101,6 +102,7 @@ def test_a_batch_of_orthogonal_inputs_is_the_ensemble(statistics, activation):
             assert_close(a, b, kind, float(ideal.fisher.outlier))
 
 
+@pytest.mark.slow
 def test_shares_sum_up_to_the_outlier_and_the_spectrum_to_the_trace():
     network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=mf.BatchNorm())
     fisher = mf.analyze(network, data=correlated(10, 8, 8, 2)).fisher
@@ -110,6 +112,7 @@ def test_shares_sum_up_to_the_outlier_and_the_spectrum_to_the_trace():
     assert fisher.eigenvalues.shape == (10,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [None, mf.BatchNorm(axes="position")])
 def test_pairs_of_positions_that_do_not_count_change_nothing(norm):
     network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=norm)
@@ -362,6 +365,7 @@ def test_where_memory_is_short_positions_are_sampled(monkeypatch):
     assert 0 < errors[0] < 0.12 < errors[1]
 
 
+@pytest.mark.slow
 def test_several_strong_directions_are_outside_the_domain():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(60, 20))
@@ -373,6 +377,7 @@ def test_several_strong_directions_are_outside_the_domain():
     assert not mf.analyze(linear, data=twice).fisher.outlier_limited
 
 
+@pytest.mark.slow
 def test_a_batch_from_outside_is_checked_inside_jit():
     x = correlated(12, 5)
     outside = mf.analyze(NETWORK, data=x).fisher.outlier
@@ -427,6 +432,7 @@ def exact_categorical(theory: mf.Theory, p: np.ndarray) -> np.ndarray:
     return np.linalg.eigvalsh(matrix.reshape(size, size) / num_samples)[::-1]
 
 
+@pytest.mark.slow
 def test_flat_classes_divide_the_spectrum_by_their_number():
     x = correlated(12, 5)
     plain = mf.analyze(NETWORK, data=x).fisher
@@ -440,6 +446,7 @@ def test_flat_classes_divide_the_spectrum_by_their_number():
     assert_close(theory.fisher.trace, plain.trace / 4, "rounding")
 
 
+@pytest.mark.slow
 def test_classes_of_a_draw(monkeypatch):
     x = correlated(40, 20)
     network = fc(100, norm=mf.BatchNorm())

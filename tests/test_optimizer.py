@@ -70,6 +70,7 @@ def stays_bounded(losses):
     return bool(losses.max() < 10 * losses[0]) and bool(losses[-1] < losses[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [NORMALIZED, VANILLA], ids=["normalized", "vanilla"])
 def test_the_measured_rate_is_the_limit_of_stability(network, x):
     """On a quadratic problem with the network's Fisher matrix; mu = .9 and none."""
@@ -141,6 +142,7 @@ def test_rates_by_layer_add_up_to_the_eigenvalues(network):
         assert (top[:, 0] < 2.2 * rates @ fisher.bulk_high_shares).all()
 
 
+@pytest.mark.slow
 def test_every_copy_of_a_block_has_its_own_rate():
     """Nested repetitions; the same network unrolled has the same rates."""
     block = mf.Sequential((mf.Dense(20, 1.5, 0.1), mf.Activation("tanh")))
@@ -170,6 +172,7 @@ def test_a_layer_without_share_has_a_finite_rate():
         mf.optimizer(NORMALIZED, per_layer=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_train_functional_and_nnx_optimizer_take_the_same_steps(per_layer, x):
     """One full-batch epoch each: mf.train, a loop over params, a loop over the module."""
@@ -213,6 +216,7 @@ class Plain(nnx.Module):
         return self.last(nnx.relu(self.norm(self.first(x))))
 
 
+@pytest.mark.slow
 def test_any_model_can_be_measured(x):
     """Against the dense matrix: a module with BatchNorm, and a function of parameters."""
     model = Plain(nnx.Rngs(0))

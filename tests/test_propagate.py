@@ -82,6 +82,7 @@ def test_backward_parameters_of_a_vanilla_network_follow_the_published_recursion
     assert_close(order.q_tilde_xy, recursion.q_tilde_xy, "rounding", 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "statistics", "num_samples"),
     [
@@ -223,6 +224,7 @@ def test_analyze_under_jit_gives_the_same():
         assert_close(one, other, "rounding", np.abs(np.asarray(other)).max() + 1)
 
 
+@pytest.mark.slow
 def test_a_grid_of_learning_rates_with_derivatives():
     def eta(gamma):
         return mf.analyze(of_gamma(gamma)).eta_max(momentum=0.9)

@@ -65,6 +65,7 @@ def behind(norm: mf.ProxyNorm, correlation: float, upstream: float = 0.0):
     return norm.propagate(start, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("activation", ["erf", "gelu"])
 def test_moments_and_parameters_are_integrals_over_both_values(trainable, activation, x64):
@@ -279,6 +280,7 @@ def test_decay_can_be_for_the_tildes_alone():
         np.testing.assert_array_equal(leaf, expected)
 
 
+@pytest.mark.slow
 def test_it_trains_in_a_sweep():
     x, labels = mf.data.load("digits", num_samples=200, flatten=True)
     network = mf.mlp([32], inputs=64, outputs=10, norm=mf.ProxyNorm())

@@ -136,6 +136,7 @@ def test_batch_mode_outlier_knows_only_gamma_and_the_last_width(depth, weight_va
         assert_close(mf.analyze(network).fisher.outlier, expected, "rounding")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("below", "above", "network"), [(2.87, 2.89, fc), (2.85, 2.87, conv)], ids=["fc", "conv"]
 )

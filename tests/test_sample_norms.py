@@ -82,6 +82,7 @@ def test_the_scale_of_the_weights_in_front_does_not_matter(data, x64):
         assert_close(*weights, "rounding", float(one.fisher.outlier))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_statistics_and_the_number_of_samples_do_not_matter(name, x64):
     network = mf.cnn([6], inputs=(3, 2, 2), stride=1, head="mean", norm=plain(name))
@@ -106,6 +107,7 @@ def test_orthogonal_inputs_are_the_ensemble(x64):
         assert_close(matrix, expected, "quadrature_edge", float(pair.same))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_orthogonal_images_are_the_ensemble(name, x64):
     n, shape = 3, (3, 2)
@@ -157,6 +159,7 @@ def test_many_channels_in_a_group_are_a_layer_norm(x64):
             assert abs(float(a / b) - 1) < 1e-5
 
 
+@pytest.mark.slow
 def test_groups_of_one_channel_are_an_instance_norm(x64):
     def theory(norm):
         network = mf.cnn([6], inputs=(4, 4, 2), stride=1, norm=norm)
@@ -183,6 +186,7 @@ def relu_map(c):
     return (np.sqrt(1 - c * c) + c * (np.pi - np.arccos(c))) / (2 * np.pi)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weight_var", "bias_var"), [(2.0, 0.1), (0.5, 0.4)])
 def test_fixed_points_are_those_of_the_closed_form(weight_var, bias_var, x64):
     norm = mf.LayerNorm(GAMMA, eps=0.0)
@@ -298,6 +302,7 @@ def test_scale_and_offset_learn_or_not(name, trainable):
     np.testing.assert_array_equal(module.bias[...], np.float32(0.2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_many_runs_train_at_once(name):
     rng = np.random.default_rng(0)
@@ -333,6 +338,7 @@ def test_in_a_users_own_model(name):
     assert {path for path in op.paths if path.startswith("norm")} == {"norm/scale", "norm/bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_a_rate_for_every_layer(name):
     network = conv(6, plain(name), inputs=(16, 16, 2))

@@ -92,6 +92,7 @@ def wait_for_chunks(store: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_each_cell_is_what_train_gives(digits):
     found = mf.sweep(NETWORK, digits, GRID | dict(momentum=0.5), test=digits, epochs=2)
     assert found.sizes == dict(gamma=2, learning_rate=3, seed=2, epoch=2)
@@ -114,6 +115,7 @@ def test_one_scale_may_be_given_for_all(digits):
     assert_close(float(found.eta_max_batch), theory.eta_max(0.9), "rounding", dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_structure_and_variances_are_axes(digits):
     grid = dict(depth=[1, 2], width=[8], batch_size=[20], weight_var=[1.0, 2.0])
     found = mf.sweep(NETWORK, digits, grid, epochs=1)
@@ -145,6 +147,7 @@ def test_chunks_cover_the_grid_once(sizes, cells):
         assert layout.chunk[0] == 1
 
 
+@pytest.mark.slow
 def test_memory_of_a_cell_is_not_underestimated(digits):
     """XLA's own account of the compiled program is below ours, by less than a factor of four."""
     import jax
@@ -170,6 +173,7 @@ def test_memory_of_a_cell_is_not_underestimated(digits):
     assert jax.default_backend() == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -18,6 +18,7 @@ def digits():
     return mf.data.load("digits", num_samples=400, flatten=True)
 
 
+@pytest.mark.slow
 def test_one_step_at_a_time_by_hand(digits):
     """The same draw and order, with optax and a Python loop."""
     x, labels = jnp.asarray(digits[0]), jnp.asarray(digits[1])
@@ -46,6 +47,7 @@ def test_one_step_at_a_time_by_hand(digits):
         assert_close(found.loss[epoch], np.mean(values), "edge", dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_runs_do_not_touch_each_other(digits):
     """A run that diverges beside it changes nothing; seeds and scales differ."""
     rates, gammas = np.array([0.01, 1e3]), np.array([[0.5], [1.0]])
@@ -60,6 +62,7 @@ def test_runs_do_not_touch_each_other(digits):
     assert seeds.loss[0, 0] != seeds.loss[1, 0]
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_evaluated_by_running_statistics(digits):
     test = mf.data.load("digits", split="test", flatten=True)
     options = dict(test=test, batch_size=20, epochs=8)

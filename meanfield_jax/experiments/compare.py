@@ -266,8 +266,14 @@ def table(dataset: xr.Dataset) -> Table:
     outside = bool((dataset.predicted.notnull() & ~dataset.outlier_limited).any())
     title = f"{dataset.epochs} epochs of {dataset.num_samples} samples, each at its best rate"
     caption = "? outside the theory's domain: the bulk may exceed it" if outside else None
-    layout = dict(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-    result = Table(title=title, caption=caption, **layout)
+    result = Table(
+        title=title,
+        caption=caption,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
     result.add_column("norm", no_wrap=True)
     columns = ("batch", "predicted", "measured", "ratio", "eta_max", "rate", "train", "test", "%")
     for name in columns:
