@@ -23,7 +23,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import RESULTS, conclude, console, small_images, write_rows
+from common import RESULTS, conclude, console, small_images, trained_at, write_rows
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -59,19 +59,9 @@ def convolutional(norm: mf.Layer) -> mf.Network:
 def cell(network_of, groups: int, size: int, data, test) -> dict:
     """Training loss and test accuracy by seed, at the best rate."""
     norm = mf.BatchGroupNorm(num_groups=groups)
-    runs = mf.train(
-        network_of(norm),
-        data,
-        test=test,
-        learning_rate=RATES[:, None],
-        seed=np.arange(SEEDS),
-        batch_size=size,
-        epochs=EPOCHS,
-        loss="cross_entropy",
-    )
-    losses = np.nan_to_num(np.asarray(runs.loss[..., -1]), nan=np.inf).mean(-1)
-    best = int(losses.argmin())
-    accuracy = np.asarray(runs.test_accuracy[best, :, -1])
+    options = dict(batch_size=size, epochs=EPOCHS)
+    best, losses, everywhere = trained_at(network_of(norm), data, test, RATES, SEEDS, **options)
+    accuracy = everywhere[best]
     return dict(
         network=network_of.__name__,
         groups=groups,

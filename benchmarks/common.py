@@ -318,6 +318,33 @@ def small_images(data_dir: str | None, split: str, count: int) -> tuple[Any, Any
     return jnp.asarray(small / small.std()), jnp.asarray(labels)
 
 
+def trained_at(
+    network: Any, data: Any, test: Any, rates: Any, seeds: int, **options: Any
+) -> tuple[int, Any, Any]:
+    """Trains at every rate with every seed, by cross-entropy; what diverged counts as chance.
+
+    Returns:
+        Which rate has the lowest training loss, so that test samples have no say; the training
+        losses, (rates,), inf where a seed diverged; the test accuracies, (rates, seeds).
+    """
+    import numpy as np
+
+    import meanfield_jax as mf
+
+    runs = mf.train(
+        network,
+        data,
+        test=test,
+        learning_rate=np.asarray(rates)[:, None],
+        seed=np.arange(seeds),
+        loss="cross_entropy",
+        **options,
+    )
+    losses = np.nan_to_num(np.asarray(runs.loss[..., -1]), nan=np.inf).mean(-1)
+    accuracy = np.nan_to_num(np.asarray(runs.test_accuracy[..., -1]), nan=0.1)
+    return int(losses.argmin()), losses, accuracy
+
+
 def environment() -> dict[str, Any]:
     """The machine and the versions that a number needs beside it."""
     return dict(

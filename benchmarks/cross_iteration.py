@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import RESULTS, conclude, small_images, write_rows
+from common import RESULTS, conclude, small_images, trained_at, write_rows
 from flax import nnx
 from matplotlib.figure import Figure
 
@@ -151,21 +151,11 @@ def accuracies(network_of, data, test) -> dict[str, dict]:
     }
     found = {}
     for name, (norm, size) in cases.items():
-        runs = mf.train(
-            network_of(norm),
-            data,
-            test=test,
-            learning_rate=ACCURACY_RATES[:, None],
-            seed=np.arange(SEEDS),
-            momentum=MOMENTUM,
-            batch_size=size,
-            epochs=EPOCHS,
-            loss="cross_entropy",
+        options = dict(momentum=MOMENTUM, batch_size=size, epochs=EPOCHS)
+        best, _, accuracy = trained_at(
+            network_of(norm), data, test, ACCURACY_RATES, SEEDS, **options
         )
-        losses = np.nan_to_num(np.asarray(runs.loss[..., -1]), nan=np.inf).mean(-1)
-        best = int(losses.argmin())
-        values = np.asarray(runs.test_accuracy[best, :, -1])
-        everywhere = np.asarray(runs.test_accuracy[..., -1]).mean(-1)
+        values, everywhere = accuracy[best], accuracy.mean(-1)
         found[name] = dict(
             rate=float(ACCURACY_RATES[best]),
             accuracy=float(values.mean()),

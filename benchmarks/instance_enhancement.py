@@ -232,9 +232,8 @@ def picture(ratio_rows: list[dict], rows: list[dict]) -> Figure:
     first, *others = figure.subplots(1, 4)
     widths = [row["width"] for row in ratio_rows]
     first.axhline(LIMIT, color="gray", ls=":", label=f"1 / sigmoid(-1)² = {LIMIT:.2f}")
-    inside = [row for row in ratio_rows if row["outlier"]]
-    xs, ys = ([row[key] for row in inside] for key in ("width", "predicted"))
-    first.plot(xs, ys, color="#D55E00", label="theory, where its domain is")
+    inside = [row["predicted"] if row["outlier"] else np.nan for row in ratio_rows]
+    first.plot(widths, inside, color="#D55E00", label="theory, where its domain is")
     values, errors = ([row[key] for row in ratio_rows] for key in ("measured", "error"))
     style = dict(fmt="o", color="black", mfc="white", capsize=3, label="measured")
     first.errorbar(widths, values, errors, **style)

@@ -12,6 +12,7 @@ from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.experiments.compare import ABBREVIATIONS
 from meanfield_jax.experiments.diagram import averaged
+from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory
 from meanfield_jax.tune import Tuning
 
@@ -301,10 +302,10 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         dataset: What :func:`meanfield_jax.compare` returned.
 
     Returns:
-        A figure with four panels: lambda_max over batch size (lines: theory, points: measured,
-        with standard errors over draws); training loss over learning rate at the middle batch
-        size (ticks at the top: eta_max by theory); over batch size the training loss and the test
-        accuracy at each one's own best rate. Points missing where all runs diverged.
+        A figure with four panels: lambda_max, on the right eta_max, over batch size (lines: theory,
+        points: measured, with standard errors over draws); training loss over learning rate at the
+        middle batch size (ticks at the top: eta_max by theory); over batch size the training loss
+        and the test accuracy at each one's own best rate. Points missing where all runs diverged.
     """
     figure = Figure(figsize=(11.5, 8.4), layout="constrained")
     (stability, rates), (loss, accuracy) = figure.subplots(2, 2)
@@ -331,6 +332,12 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         axes.set_xticks([], minor=True)
     stability.set(yscale="log", ylabel="lambda_max of F (lines: theory, points: measured)")
     stability.legend(fontsize=8, ncols=3, frameon=False)
+
+    def stable(value: np.ndarray) -> np.ndarray:
+        """From lambda_max to eta_max, and back."""
+        return np.asarray(eta_max(value, dataset.momentum))
+
+    stability.secondary_yaxis("right", functions=(stable, stable)).set_ylabel("eta_max")
     rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: eta_max by theory)")
     rates.set(yscale="log", ylabel=f"training loss after {dataset.epochs} epochs")
     loss.set(yscale="log", ylabel="training loss at each one's best rate")

@@ -1,5 +1,6 @@
 """The norms side by side: exchanged in their places, measured, trained, drawn, from the command."""
 
+import io
 import json
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from flax import nnx
+from rich.console import Console
 
 import meanfield_jax as mf
 from meanfield_jax.cli import main
@@ -124,13 +126,29 @@ def test_the_picture_and_the_table_have_every_norm(compared):
     assert labels == ["own", "LN"]
     assert len(figure.axes) == 4
     assert table(compared).row_count == 4
+    assert figure.axes[0].child_axes[0].get_ylabel() == "eta_max"
+    figure.draw_without_rendering()
+    bottom, top = figure.axes[0].get_ylim()
+    right = figure.axes[0].child_axes[0].get_ylim()
+    assert right == pytest.approx((3.8 / top, 3.8 / bottom), rel=1e-5)
+
+
+def test_the_table_fits_eighty_columns(compared):
+    wide = compared.assign(measured=123456.7 * compared.measured, predicted=1e5 * compared.ratio)
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(wide.assign(outlier_limited=compared.ratio < 0)))
+    text = console.file.getvalue()
+    assert "?" in text
+    assert "…" not in text
 
 
 def test_the_table_marks_what_theory_does_not_vouch_for(compared):
     inside = xr.ones_like(compared.outlier_limited)
     for marks, domain in ((0, inside), (4, ~inside)):
         text = table(compared.assign(outlier_limited=domain))
-        predicted = next(column for column in text.columns if column.header == "predicted")
+        predicted = next(
+            column for column in text.columns if column.header == "lambda_max\npredicted"
+        )
         assert sum(cell.endswith("?") for cell in predicted.cells) == marks
         assert ("outside" in str(text.caption)) == bool(marks)
 

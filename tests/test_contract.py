@@ -248,6 +248,11 @@ def tangents_on(name: str, keys, x, width: int):
     return jax.lax.map(draw, keys, batch_size=16)
 
 
+def tangent_of(network, x):
+    """The predicted one; under jit, only what it needs is compiled."""
+    return mf.analyze(network, data=x).kernel.tangent
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYER_NAMES)
 def test_on_a_batch_the_error_falls_as_the_width_doubles_twice(name):
@@ -260,9 +265,7 @@ def test_on_a_batch_the_error_falls_as_the_width_doubles_twice(name):
         # drawn by a generator that compiles fast
         keys = jax.random.split(jax.random.key(1, impl="unsafe_rbg"), 512)
         draws = tangents_on(name, keys, x, width)
-        network = example(name, width)
-        # under jit, only what the tangent needs is compiled
-        predicted = jax.jit(lambda x, network=network: mf.analyze(network, data=x).kernel.tangent)(x)
+        predicted = jax.jit(functools.partial(tangent_of, example(name, width)))(x)
         size = np.linalg.norm(predicted)
         errors.append(np.linalg.norm(draws.mean(0) - predicted) / size)
         noises.append(np.linalg.norm(standard_error(draws)) / size)

@@ -382,6 +382,19 @@ def test_several_strong_directions_are_outside_the_domain():
 
 
 @pytest.mark.slow
+def test_two_strong_directions_spread_alike_in_a_draw_of_a_narrow_network():
+    strong = np.where(np.arange(20) < 2, 10, 0.1)
+    x = (np.random.default_rng(0).normal(size=(60, 20)) * strong).astype(np.float32)
+    network = mf.mlp([50] * 2, inputs=20, outputs=10, norm=mf.BatchNorm())
+    fisher = mf.analyze(network, data=x).fisher
+    # the draw's spread against a mean is not what decides
+    assert fisher.outlier_high > 2 * fisher.rest_high
+    assert not fisher.outlier_limited
+    operator = mf.fisher_operator(mf.build(network, rngs=nnx.Rngs(1)), x)
+    assert mf.top_eigenvalues(operator, 1, tol=1e-2).eigenvalues[0] > 2 * fisher.lambda_max
+
+
+@pytest.mark.slow
 def test_a_batch_from_outside_is_checked_inside_jit():
     x = correlated(12, 5)
     outside = mf.analyze(NETWORK, data=x).fisher.outlier

@@ -63,6 +63,20 @@ ABBREVIATIONS = dict(
     proxy="LN+PN",
 )
 
+COLUMNS = (
+    "\nbatch",
+    "lambda_max\npredicted",
+    "\nmeasured",
+    "\nratio",
+    "eta_max\npredicted",
+    "\nmeasured",
+    "best\nrate",
+    "train\nloss",
+    "test\nloss",
+    "test\n%",
+)
+"""Of the table, behind the norm."""
+
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 MOST_GROUPS, LEAST_CHANNELS = 8, 4
 """Groups of the norms that have some, and channels of each."""
@@ -270,13 +284,12 @@ def table(dataset: xr.Dataset) -> Table:
         title=title,
         caption=caption,
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         show_edge=False,
         pad_edge=False,
     )
-    result.add_column("norm", no_wrap=True)
-    columns = ("batch", "predicted", "measured", "ratio", "eta_max", "rate", "train", "test", "%")
-    for name in columns:
+    result.add_column("\nnorm", no_wrap=True)
+    for name in COLUMNS:
         result.add_column(name, justify="right", no_wrap=True)
     for norm in dataset.norm.values:
         for size in dataset.batch_size.values:
@@ -287,6 +300,7 @@ def table(dataset: xr.Dataset) -> Table:
                 f"{float(at.measured.mean()):.4g}",
                 f"{float(at.ratio):.2f}",
                 f"{float(at.eta_max):.2g}",
+                f"{float(at.eta_max_measured):.2g}",
                 f"{float(at.best_rate):.2g}",
                 f"{float(at.best_loss):.3f}",
                 f"{float(at.best_test_loss):.3f}",
