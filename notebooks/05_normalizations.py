@@ -98,7 +98,7 @@ _ = axes.legend()
 # %% [markdown]
 # ## Side by side
 #
-# Predicted and measured lambda_max, and what each learns in two epochs at its own best rate, chosen
+# Predicted and measured eta_max, and what each learns in two epochs at its own best rate, chosen
 # by the training loss; the same as `meanfield-jax compare` on the command line.
 
 # %%
@@ -111,7 +111,8 @@ found = mf.compare(
     learning_rates=[0.003, 0.01, 0.03, 0.1, 0.3],
     draws=2,
 )
-found[["predicted", "best_rate", "best_loss", "best_test_accuracy"]].to_dataframe().round(3)
+columns = ["eta_max", "eta_max_measured", "best_rate", "best_loss", "best_test_accuracy"]
+found[columns].to_dataframe().round(3)
 
 # %%
 figure = mf.plot_comparison(found)
