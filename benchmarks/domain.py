@@ -18,7 +18,7 @@ import meanfield_jax as mf
 
 GRIDS = {
     "gaussian": itertools.product((2, 4, 8, 12), (100, 200, 400), (50, 100), (1, 10)),
-    "mnist": itertools.product((1, 3, 6), (64, 128, 256, 512), (128,), (1, 10)),
+    "mnist": itertools.product((1, 3), (64, 256, 512, 1024, 2048), (64, 128), (1, 10)),
 }
 """Depth, width, n, outputs."""
 DRAWS, BOUND = 3, 0.05

@@ -201,6 +201,20 @@ def test_a_mesh_axis_joins_the_batches_of_its_devices(kind):
             moved(model, step)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_old_mean_is_known_exactly_at_other_weights(groups):
+    rngs, x = nnx.Rngs(0), jax.random.normal(jax.random.key(0), (6, 5, 5, 4))
+    conv = nnx.Conv(4, 6, (3, 3), feature_group_count=groups, rngs=rngs)
+    model = CrossIterationBatchNormModule(conv, mf.BatchNorm().build((6,), rngs), window=2)
+    model(x)
+    moved(model, 1)
+    kernel = conv.kernel[...]
+    found = model.mean[...][0] + jnp.sum(model.mean_slope[...][0] * kernel, (0, 1, 2))
+    expected = moments(model, kernel, x)[0]
+    assert_close(found, np.asarray(expected), "rounding", 10.0, dtype=np.float32)
+    assert model.mean_slope[...].shape[-1] == (1 if groups == 1 else 6)
+
+
 @pytest.mark.slow
 def test_it_stands_behind_any_weights_of_a_users_own_model():
     class Own(nnx.Module):

@@ -108,7 +108,7 @@ def averaged(
 
 
 def along(slopes: Array, kernel: Array) -> Array:
-    """<slope, w> of every channel, (..., channels); slopes are (..., *kernel)."""
+    """<slope, w> of every channel, (..., channels); slopes are (..., *kernel), or one for all."""
     return jnp.sum(slopes * kernel, tuple(range(-kernel.ndim, -1)))
 
 
@@ -149,7 +149,10 @@ class CrossIterationBatchNormModule(nnx.Module):
 
         self.iterations = Past(jnp.zeros((), jnp.int32))
         self.mean, self.second = empty(kernel.shape[-1]), empty(kernel.shape[-1])
-        self.mean_slope, self.second_slope = empty(*kernel.shape), empty(*kernel.shape)
+        # channels that see the same inputs have the same slope of the mean
+        alike = getattr(weights, "feature_group_count", 1) == 1
+        self.mean_slope = empty(*kernel.shape[:-1], 1 if alike else kernel.shape[-1])
+        self.second_slope = empty(*kernel.shape)
 
     def __call__(self, x: Array) -> Array:
         """Weights and normalization of x, (samples, *positions, channels)."""
@@ -177,7 +180,9 @@ class CrossIterationBatchNormModule(nnx.Module):
             self.second[...] + along(self.second_slope[...], kernel),
         )
         statistics = averaged(mean, second, past, counts)
-        slopes = self._slopes(x, z) if self.compensate else (jnp.zeros_like(kernel),) * 2
+        slopes = self._slopes(x, z)
+        if not self.compensate:
+            slopes = jax.tree.map(jnp.zeros_like, slopes)
         at_zero = (mean - along(slopes[0], kernel), second - along(slopes[1], kernel))
         slot = count % (self.window - 1)
         kept = (self.mean, self.second, self.mean_slope, self.second_slope)
@@ -204,4 +209,5 @@ class CrossIterationBatchNormModule(nnx.Module):
         positions = math.prod(z.shape[1:-1])
         # the mean of affine functions of x is that of the mean of x
         mean = pulled(x.mean(0, keepdims=True), jnp.asarray(1 / positions))
+        mean = mean[..., : self.mean_slope.shape[-1]]
         return mean, pulled(x, 2 * z / (len(z) * positions))
