@@ -18,8 +18,11 @@ d. Squared singular values of products of Gaussian matrices have the moments of 
 Bars were set before the full run. An earlier one with three seeds, at the rates of the best test
 accuracy, left it open whether BatchNorm generalizes better at its best rate than at the best rate
 without it: .304 +- .019 against .276 +- .007, 1.4 standard errors, with the bar at 2; hence ten
-seeds. Where no rate trains every seed, the rate of the lowest mean loss counts (a rule made after a
-run; the one before it, a rate below the grid, gave a ratio of 3160 instead of 100).
+seeds. With them it does by that rule (4.5), but not at the rate of the lowest training loss, which
+is smaller (.9): it is beyond that rate that larger steps trade training loss for accuracy. Where no
+rate trains every seed, the rate of the lowest mean loss counts (a rule made after a run; the one
+before it, a rate below the grid, gave a ratio of 3160 instead of 100).
+
 Writes results/understanding_bn.json and .png, exits with 1 where a claim is false. About twenty
 minutes on two cores.
 
@@ -211,8 +214,12 @@ def claims_of(variance, runs, slopes, moments) -> list[Claim]:
     (mean, error), (mean_norm, error_norm) = (accuracies(runs[name]) for name in NETWORKS)
     best, best_norm = (lowest_loss(runs[name]) for name in NETWORKS)
     better = (mean_norm[best_norm] - mean[best]) / np.hypot(error[best], error_norm[best_norm])
-    gained = mean_norm[best_norm] - mean_norm[best]
-    by_rate = gained / np.hypot(error_norm[best_norm], error_norm[best])
+
+    def gain(low: int, high: int) -> float:
+        """What BatchNorm gains from one rate to the other, in standard errors."""
+        gained = mean_norm[high] - mean_norm[low]
+        return gained / np.hypot(error_norm[low], error_norm[high])
+
     # where no rate trains every seed, the one of the lowest mean loss counts
     lowest = (RATES[best], RATES[best_norm])
     rates = [largest_rate(runs[name]) or low for name, low in zip(NETWORKS, lowest, strict=True)]
@@ -226,7 +233,13 @@ def claims_of(variance, runs, slopes, moments) -> list[Claim]:
         ("a  growth by one large step, BatchNorm", jump["BatchNorm"], 10, False),
         ("b  largest rate that trains, with over without", rates[1] / rates[0], 3, True),
         ("b  best accuracy, with less without, standard errors", better, 2, True),
-        ("b  with: best rate less the other's best, standard errors", by_rate, 2, True),
+        ("b  with: best rate less the other's, standard errors", gain(best, best_norm), 2, True),
+        (
+            "b  the same, rates of the best test accuracy, standard errors",
+            gain(int(mean.argmax()), int(mean_norm.argmax())),
+            2,
+            True,
+        ),
         ("c  kurtosis, without over with", off.kurtosis / on.kurtosis, 2, True),
         ("c  tail index, with over without", on.tail_index / off.tail_index, 1.2, True),
         ("c  |sum g| / sum |g|, no BatchNorm", off.ratio, 0.5, True),
