@@ -242,7 +242,7 @@ def picture(ratio_rows: list[dict], rows: list[dict]) -> Figure:
     first.set(xscale="log", xlabel="width", xticks=widths)
     first.set_xticklabels(map(str, widths))
     first.minorticks_off()
-    first.set(title="lambda_max, BN / IEBN (MNIST)")
+    first.set(title="lambda_max, BN / IEBN (MNIST)", ylim=(None, LIMIT + 1.2))
     first.legend(fontsize=8, frameon=False)
     titles = dict(
         loss="training loss (CIFAR-10 subset)",
