@@ -15,9 +15,9 @@ Claims, of Liang et al. 2020 (arXiv:1908.04008, section 4): theory gives the mea
 three standard errors or 2 % at every width where it takes the largest eigenvalue for an outlier
 (``outlier_limited``), and the largest width is within 10 % of 13.83; at every s > 0, training loss
 rises less over that of s = 0, and logits move less, absolutely and relatively, with the gate than
-without. (n was 64 in a first look, where theory says that no width up to 1024 is in its domain. In a first
-run theory took width 64 to be inside and was wrong, 17.4 against 13.5: ``outlier_limited`` now
-looks at the kernel's second eigenvalue in a way that it is not.)
+without. (n was 64 in a first look, where theory says that no width up to 1024 is in its domain. In
+a first run it took width 64 to be inside and was wrong, 17.4 against 13.5, which mended
+``outlier_limited``.)
 
 Departure: the paper's noise multiplies and shifts the output of BatchNorm by the same for all
 samples; noise in the statistics is the same thing.
