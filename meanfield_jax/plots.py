@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from matplotlib.colors import LogNorm
@@ -335,7 +336,7 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
 
     def stable(value: np.ndarray) -> np.ndarray:
         """From lambda_max to eta_max, and back."""
-        return np.asarray(eta_max(value, dataset.momentum))
+        return np.asarray(eta_max(jnp.asarray(value), dataset.momentum))
 
     stability.secondary_yaxis("right", functions=(stable, stable)).set_ylabel("eta_max")
     rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: eta_max by theory)")
