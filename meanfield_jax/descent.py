@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
 from meanfield_jax.network import Network
+from meanfield_jax.objectives import Objective
 from meanfield_jax.theory.propagate import Theory, analyze, compiled
 
 POSITIVE = ("gamma", "weight_var", "bias_var")
@@ -30,7 +31,7 @@ TOLERANCE = 1e-5
 """A BatchNorm's eps makes objectives fall that much with scales that mean nothing otherwise."""
 
 CHUNK = 20
-"""Steps between two looks from the host."""
+"""Steps between two looks from the host, and rows of history that the device keeps."""
 
 RUNNING, CONVERGED, STALLED, NOT_FINITE, RUNAWAY, INDEPENDENT = range(6)
 """How a descent stands."""
@@ -40,7 +41,6 @@ LONGEST, SHORTEST = 1.0, 2.0**-30
 
 QUASI_NEWTON = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
 
-Objective = Callable[[Theory], Array]
 Position = dict[str, Array]
 """By field, the unconstrained coordinates of its tuned numbers, (numbers,)."""
 
@@ -49,7 +49,7 @@ class Leaf(NamedTuple):
     """A number of the specification that is tuned.
 
     Attributes:
-        position: Among the leaves of the network.
+        position: Among the leaves of the specification.
         field: Its name.
         layer: The layer's path.
         place: Among the tuned numbers of this field.
@@ -61,37 +61,38 @@ class Leaf(NamedTuple):
     place: int
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """All that a descent is compiled for.
+    """What a descent is about; a pytree, so that other numbers share what was compiled.
 
     Attributes:
-        network: The specification, its tuned numbers all 1.
-        leaves: The tuned numbers.
-        bounds: Field, lower and upper bound.
+        numbers: Those of the specification; None for an offset that is not tuned and known to be 0,
+            which spares the theory its quadrature.
+        bounds: By field, the lower and the upper bound.
         objective: To be made small.
+        num_samples: As in :func:`analyze`.
+        structure: That of the specification.
+        leaves: The tuned numbers.
         optimizer: From optax.
         statistics: As in :func:`analyze`.
-        num_samples: Likewise.
-        max_steps: Length of the history.
     """
 
-    network: Network
-    leaves: tuple[Leaf, ...]
-    bounds: tuple[tuple[str, float, float], ...]
+    numbers: list[float | Array | None]
+    bounds: dict[str, tuple[float, float]]
     objective: Objective
-    optimizer: optax.GradientTransformation | None
-    statistics: str
     num_samples: int | None
-    max_steps: int
+    structure: Any = dataclasses.field(metadata=dict(static=True))
+    leaves: tuple[Leaf, ...] = dataclasses.field(metadata=dict(static=True))
+    optimizer: optax.GradientTransformation | None = dataclasses.field(metadata=dict(static=True))
+    statistics: str = dataclasses.field(metadata=dict(static=True))
 
     def values(self, position: Position) -> dict[str, Array]:
         """The numbers themselves: within bounds by a sigmoid, positive by exp."""
-        bounds = {field: ends for field, *ends in self.bounds}
 
         def value(field: str, at: Array) -> Array:
-            if field in bounds:
-                low, high = bounds[field]
+            if field in self.bounds:
+                low, high = self.bounds[field]
                 return low + (high - low) * jax.nn.sigmoid(at)
             return jnp.exp(at) if field in POSITIVE else at
 
@@ -99,11 +100,10 @@ class Problem:
 
     def position(self, values: Mapping[str, np.ndarray]) -> Position:
         """The inverse of ``values``."""
-        bounds = {field: ends for field, *ends in self.bounds}
 
         def at(field: str, value: np.ndarray) -> np.ndarray:
-            if field in bounds:
-                low, high = bounds[field]
+            if field in self.bounds:
+                low, high = self.bounds[field]
                 return np.log((value - low) / (high - value))
             return np.log(value) if field in POSITIVE else value
 
@@ -111,10 +111,10 @@ class Problem:
 
     def network_at(self, values: Mapping[str, Any]) -> Network:
         """The specification with these numbers."""
-        numbers, structure = jax.tree.flatten(self.network)
+        numbers = [0.0 if number is None else number for number in self.numbers]
         for leaf in self.leaves:
             numbers[leaf.position] = values[leaf.field][leaf.place]
-        return jax.tree.unflatten(structure, numbers)
+        return jax.tree.unflatten(self.structure, numbers)
 
     def theory(self, network: Network, x: Array | None) -> Theory:
         """What the objective is taken of."""
@@ -126,44 +126,54 @@ class State(NamedTuple):
     """A descent under way.
 
     Attributes:
-        step: How many steps were taken; ``history`` is filled up to there.
+        step: How many steps were taken.
         status: One of the codes above.
         position: Where it is.
         start: Where it began.
+        value: The objective there; NaN before the first step.
         memory: Of the optimizer.
         slope: The objective's gradient.
         way: The next step at full length.
         rate: How much of it is tried, halved until the objective falls enough.
-        history: One row a step.
+        rows: One for each step: the last ``CHUNK``, step i at i modulo their number.
     """
 
     step: Array
     status: Array
     position: Position
     start: Position
+    value: Array
     memory: Any
     slope: Position
     way: Position
     rate: Array
-    history: dict[str, Array]
+    rows: dict[str, Array]
 
 
 def descend(
-    setting: Problem, start: Position, data: Array | None, tolerance: float, progress: bool
-) -> tuple[State, dict[str, list[float]]]:
-    """The state at the end, on the host, and the numbers there."""
-    state = _started(setting, start)
+    setting: Problem,
+    start: Position,
+    data: Array | None,
+    tolerance: float,
+    max_steps: int,
+    progress: bool,
+) -> tuple[State, dict[str, np.ndarray]]:
+    """The state at the end, on the host, and the history: one row for each step."""
+    state, parts = _started(setting, start), []
     console = Console(stderr=True, quiet=not progress)
     with console.status("Tuning: compiling") as line:
-        state = jax.device_get(_descend(setting, state, data, tolerance, 1))
-        if _independent(setting, state, data, tolerance):
-            state = state._replace(status=INDEPENDENT)
-        while state.status == RUNNING and state.step < setting.max_steps:
-            limit = min(int(state.step) + CHUNK, setting.max_steps)
+        # a look after the first step, which tells whether the objective depends on the numbers
+        for limit in sorted({1, *range(CHUNK, max_steps, CHUNK), max_steps}):
+            taken = int(state.step)
             state = jax.device_get(_descend(setting, state, data, tolerance, limit))
-            line.update(f"Tuning: step {state.step}, objective {_last(state)['objective']:.4g}")
-    last = _last(state)
-    return state, {field: last[field].tolist() for field in state.position}
+            rows = np.arange(taken, state.step) % CHUNK
+            parts.append({name: column[rows] for name, column in state.rows.items()})
+            if limit == 1 and _independent(setting, state, data, tolerance):
+                state = state._replace(status=INDEPENDENT)
+            if state.status != RUNNING:
+                break
+            line.update(f"Tuning: step {state.step}, objective {state.value:.4g}")
+    return state, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _started(setting: Problem, start: Position) -> State:
@@ -175,14 +185,12 @@ def _started(setting: Problem, start: Position) -> State:
         status=jnp.asarray(RUNNING, int),
         position=start,
         start=start,
+        value=jnp.full((), jnp.nan, dtype),
         memory=(setting.optimizer or QUASI_NEWTON).init(start),
         slope=jax.tree.map(jnp.zeros_like, start),
         way=jax.tree.map(jnp.zeros_like, start),
         rate=jnp.ones((), dtype),
-        history={
-            name: jnp.full((setting.max_steps, *shape), jnp.nan, dtype)
-            for name, shape in columns.items()
-        },
+        rows={name: jnp.zeros((CHUNK, *shape), dtype) for name, shape in columns.items()},
     )
 
 
@@ -193,6 +201,9 @@ def _descend_to(
 
     One evaluation a turn, of a trial that is taken or tried again at half the length: a line search
     of its own would be compiled as several more copies of theory and derivative.
+
+    Returns:
+        The state at the end of the descent, or as soon as ``limit`` steps are recorded.
     """
     searching = setting.optimizer is None
     optimizer = optax.with_extra_args_support(setting.optimizer or QUASI_NEWTON)
@@ -232,7 +243,7 @@ def _descend_to(
 
 def _sufficient(state: State) -> Array:
     """What a trial's objective may be at most: a share of the linear decrease, or rounding."""
-    value = state.history["objective"][state.step - 1]
+    value = state.value
     rounding = 8 * jnp.finfo(value.dtype).eps * jnp.maximum(1.0, jnp.abs(value))
     return value + 1e-4 * state.rate * _dot(state.slope, state.way) + rounding
 
@@ -254,16 +265,18 @@ def _taken(
     row: dict[str, Array],
     tolerance: Array,
 ) -> State:
-    """The state at a trial, which the history gains."""
-    columns = {name: column.at[state.step].set(row[name]) for name, column in state.history.items()}
+    """The state at a trial, which becomes a row of the history."""
+    place = state.step % CHUNK
+    rows = {name: column.at[place].set(row[name]) for name, column in state.rows.items()}
     status = _status(setting, trial, state.start, value, slope, tolerance)
     return state._replace(
         step=state.step + 1,
         status=status,
         position=trial,
+        value=value,
         slope=slope,
         rate=jnp.ones_like(state.rate),
-        history=columns,
+        rows=rows,
     )
 
 
@@ -275,7 +288,7 @@ def _dot(a: Position, b: Position) -> Array:
     return jnp.sum(jnp.stack([jnp.sum(a[field] * b[field]) for field in a]))
 
 
-_descend = compiled(_descend_to, ("setting",))
+_descend = compiled(_descend_to)
 
 
 def _status(
@@ -287,8 +300,8 @@ def _status(
     tolerance: Array,
 ) -> Array:
     steepest = largest(slope)
-    bounded = {field for field, *_ in setting.bounds}
-    moved = {field: at - start[field] for field, at in position.items() if field not in bounded}
+    free = [field for field in position if field not in setting.bounds]
+    moved = {field: position[field] - start[field] for field in free}
     far = [largest(part) > _reach(field) for field, part in moved.items()]
     conditions = [
         ~(jnp.isfinite(value) & jnp.isfinite(steepest)),
@@ -311,7 +324,7 @@ def largest(tree: Any) -> Array:
 
 def _independent(setting: Problem, state: State, data: Array | None, tolerance: float) -> bool:
     """Whether the objective, not being solved, is the same at the start and to both sides of it."""
-    value = float(state.history["objective"][0])
+    value = float(state.value)
     flat = FLAT * abs(value)
     if state.status == NOT_FINITE or abs(value) <= tolerance or largest(state.slope) > flat:
         return False
@@ -324,8 +337,3 @@ def _independent(setting: Problem, state: State, data: Array | None, tolerance: 
         if abs(float(setting.objective(setting.theory(network, data))) - value) > flat:
             return False
     return True
-
-
-def _last(state: State) -> dict[str, Any]:
-    """The last row of the history."""
-    return {name: column[state.step - 1] for name, column in state.history.items()}

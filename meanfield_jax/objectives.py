@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -25,24 +26,27 @@ HOLD = 1e3
 """Weight of the squared logarithm by which an output scale is held."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
-    """A scalar of a theory with its options; equal ones share what was compiled for them.
+    """A scalar of a theory with its options; a pytree whose leaves are the options.
+
+    So all objectives of one measure share what was compiled for them.
 
     Attributes:
         measure: Maps a theory and the options to a scalar.
-        options: Names and values.
+        options: Values by name.
     """
 
-    measure: Callable[..., Array]
-    options: tuple[tuple[str, float], ...] = ()
+    measure: Callable[..., Array] = dataclasses.field(metadata=dict(static=True))
+    options: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, theory: Theory) -> Array:
         """The objective's value, a scalar."""
-        return self.measure(theory, **dict(self.options))
+        return self.measure(theory, **self.options)
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value:g}" for name, value in self.options)
+        options = ", ".join(f"{name}={value:g}" for name, value in self.options.items())
         return f"{self.measure.__name__.lstrip('_')}({options})"
 
 
@@ -55,6 +59,9 @@ def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
         value: The learning rate.
         momentum: Of the heavy ball, in [0, 1).
 
+    Returns:
+        The objective, a function of a theory; it is 0 where eta_max is ``value``.
+
     Example:
         >>> import meanfield_jax as mf
         >>> net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=mf.BatchNorm())
@@ -63,13 +70,11 @@ def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
         0.1
     """
     eta_max(1.0, momentum)  # checks the momentum
-    return Objective(
-        _target_eta_max, (("value", _positive("value", value)), ("momentum", momentum))
-    )
+    return Objective(_target_eta_max, dict(value=_positive("value", value), momentum=momentum))
 
 
 def _target_eta_max(theory: Theory, value: float, momentum: float) -> Array:
-    return (jnp.log(theory.eta_max(momentum)) - math.log(value)) ** 2
+    return _log_square(theory.eta_max(momentum) / value)
 
 
 def max_eta_max(min_output_variance: float = 1.0) -> Objective:
@@ -86,15 +91,18 @@ def max_eta_max(min_output_variance: float = 1.0) -> Objective:
     Args:
         min_output_variance: V_min.
 
+    Returns:
+        The objective, a function of a theory.
+
     Accuracy:
         Ends 0.1 % above the floor (tests/test_tune.py).
     """
     floor = _positive("min_output_variance", min_output_variance)
-    return Objective(_max_eta_max, (("min_output_variance", floor),))
+    return Objective(_max_eta_max, dict(min_output_variance=floor))
 
 
 def _max_eta_max(theory: Theory, min_output_variance: float) -> Array:
-    above = jnp.log(output_variance(theory)) - math.log(min_output_variance)
+    above = jnp.log(output_variance(theory) / min_output_variance)
     return jnp.log(theory.fisher.lambda_max) + _barrier(above, MARGIN)
 
 
@@ -119,9 +127,12 @@ def sharpness(output_variance: float = 1.0) -> Objective:
 
     Args:
         output_variance: V_0.
+
+    Returns:
+        The objective, a function of a theory.
     """
     scale = _positive("output_variance", output_variance)
-    return Objective(_sharpness, (("variance", scale),))
+    return Objective(_sharpness, dict(variance=scale))
 
 
 def _sharpness(theory: Theory, variance: float) -> Array:
@@ -139,6 +150,9 @@ def equal_shares() -> Objective:
     i.i.d. inputs without limit) and the others are equal. With BatchNorm in training
     (``statistics="batch"``) and many samples only the last layer contributes, and nothing can be
     tuned; in evaluation a rectifier's shares depend on beta / gamma only.
+
+    Returns:
+        The objective, a function of a theory, from 0 to L - 1.
     """
     return Objective(_equal_shares)
 
@@ -157,6 +171,9 @@ def unit_growth() -> Objective:
     The growth is :func:`growth`. tanh reaches 1 as gamma goes to 0 and it becomes linear; a
     rectifier (1.467 with beta = 0, whatever gamma) as beta / gamma grows, so tune beta too. The
     mean that all samples then share costs learning rate: FC 784-1000x3-10, .024 to .002.
+
+    Returns:
+        The objective, a function of a theory; it is 0 where every growth is 1.
 
     Accuracy:
         With the default tolerance the largest growth ends at 1.001 (one gamma for 30 layers of
@@ -181,6 +198,10 @@ def growth(theory: Theory) -> Array:
 
     Args:
         theory: Of a chain of layers.
+
+    Returns:
+        The growth from each layer of weights to the one before it, first to last; 1 where the
+        gradient keeps its size.
 
     Source:
         Yang et al. 2019 (arXiv:1902.08129): pi/(pi-1) for a rectifier.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from meanfield_jax.descent import (
     STALLED,
     TOLERANCE,
     Leaf,
-    Objective,
     Problem,
     State,
     descend,
@@ -32,6 +31,7 @@ from meanfield_jax.descent import (
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.base import check_positive_int
 from meanfield_jax.network import Network
+from meanfield_jax.objectives import Objective
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory
 
@@ -94,7 +94,7 @@ SCALARS = ("objective", "lambda_max", "eta_max")
 
 def tune(
     network: Network,
-    objective: Objective,
+    objective: Callable[[Theory], Array],
     *,
     over: str | Sequence[str] = "gamma",
     shared: bool = False,
@@ -164,34 +164,43 @@ def tune(
         raise problem(SpecError, "network", network, cause, remedy)
     network = jax.tree.map(float, network)
     fields = _checked_fields(network, over)
+    leaves = _leaves(network, fields, shared)
     setting = Problem(
-        network=network,
-        leaves=_leaves(network, fields, shared),
+        numbers=_without_zero_offsets(network, leaves),
         bounds=_checked_bounds(bounds or {}, fields),
-        objective=objective,
+        # a function of the user's is compiled for as it is
+        objective=objective if isinstance(objective, Objective) else Objective(objective),
+        num_samples=num_samples,
+        structure=jax.tree.structure(network),
+        leaves=leaves,
         optimizer=optimizer,
         statistics=statistics,
-        num_samples=num_samples,
-        max_steps=max_steps,
     )
     before = setting.theory(network, data)
     _check_scalar(objective, before)
     start = setting.position(_start(setting))
-    # equal for all starts, so that they share what is compiled
-    ones = {field: np.ones(len(at)) for field, at in start.items()}
-    setting = dataclasses.replace(setting, network=setting.network_at(ones))
     if tolerance is None:
         tolerance = max(TOLERANCE, math.sqrt(jnp.finfo(before.kernel.dtype).eps))
-    state, values = descend(setting, start, data, tolerance, progress)
-    tuned = setting.network_at(values)
+    state, rows = descend(setting, start, data, tolerance, max_steps, progress)
+    tuned = setting.network_at({field: rows[field][-1].tolist() for field in start})
+    present = {leaf.field for leaf in _leaves(network, FIELDS, shared=False)}
     return Tuning(
         network=tuned,
         before=before,
         after=setting.theory(tuned, data),
         status=STATUS[state.status],
-        message=_message(setting, state, tolerance),
-        history=_history(setting, state, momentum),
+        message=_message(state, tolerance, [name for name in ("beta", *FIELDS) if name in present]),
+        history=_history(leaves, rows, momentum, objective),
     )
+
+
+def _without_zero_offsets(network: Network, tuned: tuple[Leaf, ...]) -> list[float | None]:
+    """The numbers of the network; None for offsets that are 0 and stay it."""
+    positions = {leaf.position for leaf in tuned}
+    return [
+        None if path[-1].name == "beta" and number == 0 and index not in positions else number
+        for index, (path, number) in enumerate(jax.tree_util.tree_leaves_with_path(network))
+    ]
 
 
 def _checked_fields(network: Network, over: str | Sequence[str]) -> tuple[str, ...]:
@@ -208,7 +217,7 @@ def _checked_fields(network: Network, over: str | Sequence[str]) -> tuple[str, .
 
 def _checked_bounds(
     bounds: Mapping[str, tuple[float, float]], fields: Sequence[str]
-) -> tuple[tuple[str, float, float], ...]:
+) -> dict[str, tuple[float, float]]:
     for field, ends in bounds.items():
         name = f"bounds[{field!r}]"
         if field not in fields:
@@ -218,7 +227,7 @@ def _checked_bounds(
             cause = "not two finite numbers, the lower one first"
             cause += " and not negative" * (field in POSITIVE)
             raise problem(SpecError, name, ends, cause, "give e.g. (0.05, 5)")
-    return tuple((field, float(low), float(high)) for field, (low, high) in bounds.items())
+    return {field: (float(low), float(high)) for field, (low, high) in bounds.items()}
 
 
 def _leaves(network: Network, fields: Sequence[str], shared: bool) -> tuple[Leaf, ...]:
@@ -235,11 +244,11 @@ def _leaves(network: Network, fields: Sequence[str], shared: bool) -> tuple[Leaf
 
 def _start(setting: Problem) -> dict[str, np.ndarray]:
     """The numbers to start from, by field: those of the network, the mean of those that share."""
-    numbers, values = jax.tree.leaves(setting.network), {}
-    bounds = {field: ends for field, *ends in setting.bounds}
+    values: dict[str, dict[int, list[Any]]] = {}
     for leaf in setting.leaves:
-        value = numbers[leaf.position]
-        low, high = bounds.get(leaf.field, (0.0 if leaf.field in POSITIVE else -math.inf, math.inf))
+        value = setting.numbers[leaf.position]
+        free = (0.0 if leaf.field in POSITIVE else -math.inf, math.inf)
+        low, high = setting.bounds.get(leaf.field, free)
         if not low < value < high:
             name = f"{leaf.layer}.{leaf.field}"
             remedy = "start from a number between them, or do not tune it"
@@ -251,39 +260,40 @@ def _start(setting: Problem) -> dict[str, np.ndarray]:
     }
 
 
-def _check_scalar(objective: Objective, theory: Theory) -> None:
+def _check_scalar(objective: Callable[[Theory], Array], theory: Theory) -> None:
     value = objective(theory)
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         cause, remedy = f"its value is {value!r}", "return one real number, such as a mean"
         raise problem(SpecError, "objective", objective, cause, remedy)
 
 
-def _history(setting: Problem, state: State, momentum: float) -> xr.Dataset:
-    layers = list(dict.fromkeys(leaf.layer for leaf in setting.leaves))
-    columns = {name: column[: state.step] for name, column in state.history.items()}
-    rate = eta_max(columns["lambda_max"], momentum)
+def _history(
+    leaves: tuple[Leaf, ...],
+    rows: dict[str, np.ndarray],
+    momentum: float,
+    objective: Callable[[Theory], Array],
+) -> xr.Dataset:
+    layers = list(dict.fromkeys(leaf.layer for leaf in leaves))
+    steps = len(rows["objective"])
+    name = getattr(objective, "__name__", None) or repr(objective)
+    rate = np.asarray(eta_max(1.0, momentum)) / rows["lambda_max"]
     data: dict[str, Any] = {
-        "objective": ("step", columns["objective"], dict(long_name=_name(setting.objective))),
-        "lambda_max": ("step", columns["lambda_max"]),
-        "eta_max": ("step", np.asarray(rate), dict(momentum=momentum)),
+        "objective": ("step", rows["objective"], dict(long_name=name)),
+        "lambda_max": ("step", rows["lambda_max"]),
+        "eta_max": ("step", rate, dict(momentum=momentum)),
     }
-    for field in state.position:
-        values = np.full((int(state.step), len(layers)), np.nan)
-        for leaf in setting.leaves:
-            if leaf.field == field:
-                values[:, layers.index(leaf.layer)] = columns[field][:, leaf.place]
-        data[field] = (("step", "layer"), values)
-    return xr.Dataset(data, dict(step=np.arange(int(state.step)), layer=layers))
+    for leaf in leaves:
+        if leaf.field not in data:
+            data[leaf.field] = (("step", "layer"), np.full((steps, len(layers)), np.nan))
+        data[leaf.field][1][:, layers.index(leaf.layer)] = rows[leaf.field][:, leaf.place]
+    return xr.Dataset(data, dict(step=np.arange(steps), layer=layers))
 
 
-def _name(objective: Objective) -> str:
-    return getattr(objective, "__name__", None) or repr(objective)
-
-
-def _message(setting: Problem, state: State, tolerance: float) -> str:
+def _message(state: State, tolerance: float, present: list[str]) -> str:
+    """The status in words; ``present`` are all fields of the network that can be tuned."""
     fields, steps = tuple(state.position), int(state.step)
     names, last = " and ".join(fields), f"step {steps - 1}"
-    others = [name for name in ("beta", *FIELDS) if name in _present(setting) - set(fields)]
+    others = [name for name in present if name not in fields]
     if state.status == CONVERGED:
         return f"converged at {last}"
     if state.status == NOT_FINITE:
@@ -302,8 +312,3 @@ def _message(setting: Problem, state: State, tolerance: float) -> str:
         return f"no step from {last} makes the objective smaller, derivative {steepest:.1e}"
     reached = f"derivative {steepest:.1e}, tolerance {tolerance:.1e}"
     return f"not converged at {last}: {reached}; raise max_steps"
-
-
-def _present(setting: Problem) -> set[str]:
-    """All fields of the network that can be tuned."""
-    return {leaf.field for leaf in _leaves(setting.network, FIELDS, shared=False)}

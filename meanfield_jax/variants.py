@@ -53,6 +53,9 @@ def with_norm(network: Network, norm: Layer | None) -> Network:
 
     It stands between the weights before and the activation behind, as in the presets; where no
     activation follows it takes the old norm's place.
+
+    Returns:
+        A new specification with the inputs, weights and activations of the old one.
     """
     if norm is None:
         return without_norms(network)
@@ -112,6 +115,9 @@ def with_width(network: Network, width: int) -> Network:
 
 def with_depth(network: Network, depth: int) -> Network:
     """The network with so many hidden blocks (weights and what follows them), all alike.
+
+    Returns:
+        A new specification: the hidden block ``depth`` times, then the last layer.
 
     Raises:
         SpecError: where the hidden layers are not one block again and again.

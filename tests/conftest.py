@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytest_plugins = ["compile_report"]
+
 
 @pytest.fixture
 def x64():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.optimize
-import scipy.special
 from oracles import SMOOTH
 from tolerance import assert_close, assert_printed, standard_error, tolerance
 

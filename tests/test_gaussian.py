@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-import scipy.special
 from oracles import SMOOTH
 from tolerance import assert_close, tolerance
 

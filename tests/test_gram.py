@@ -117,7 +117,7 @@ def test_shares_sum_up_to_the_outlier_and_the_spectrum_to_the_trace():
 def test_pairs_of_positions_that_do_not_count_change_nothing(norm):
     network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=norm)
     x = jnp.asarray(correlated(6, 8, 8, 2))
-    known = propagate.drop_zero_offsets(network)
+    known = propagate.known_numbers(network)
     few, all_pairs = (propagate._on_data(known, "batch", x, None, modulus) for modulus in (64, 4))
     assert_close(few.kernel.tangent, all_pairs.kernel.tangent, "rounding")
 
@@ -357,7 +357,7 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
 def test_where_memory_is_short_positions_are_sampled(monkeypatch):
     network = mf.cnn([5, 6], inputs=(16, 16, 2), outputs=3, norm=mf.BatchNorm())
     x = correlated(10, 16, 16, 2)
-    known = propagate.drop_zero_offsets(network)
+    known = propagate.known_numbers(network)
     exact, *sampled = (
         float(propagate._on_data(known, "batch", jnp.asarray(x), None, modulus).fisher.outlier)
         for modulus in (4, 8, 16)

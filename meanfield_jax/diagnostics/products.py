@@ -11,6 +11,7 @@ from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.base import check_positive_int
+from meanfield_jax.precise import matmul
 
 
 def random_product_singular_values(key: Array, depth: int, size: int) -> Array:
@@ -54,7 +55,7 @@ def random_product_singular_values(key: Array, depth: int, size: int) -> Array:
 def _squares(key: Array, depth: int, size: int) -> Array:
     def multiply(product: Array, key: Array) -> tuple[Array, None]:
         matrix = jax.random.normal(key, (size, size)) / math.sqrt(size)
-        return jnp.matmul(matrix, product, precision=jax.lax.Precision.HIGHEST), None
+        return matmul(matrix, product), None
 
     product, _ = jax.lax.scan(multiply, jnp.eye(size), jax.random.split(key, depth))
     return jnp.linalg.svd(product, compute_uv=False) ** 2

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import register_dataclass
 
+from meanfield_jax import precise
 from meanfield_jax.empirical.lanczos import begin, check_dtype, expand
 from meanfield_jax.errors import SpecError, problem
 
@@ -68,11 +69,8 @@ class SpectralDensity:
         # a node at exactly 0 keeps a finite height
         width = jnp.maximum(width, jnp.finfo(nodes.dtype).eps * scale)
         score = (jnp.asarray(grid, nodes.dtype)[:, None] - nodes[None, :]) / width[None, :]
-        return jnp.matmul(
-            jnp.exp(-(score**2) / 2),
-            weights / (width * math.sqrt(2 * math.pi)),
-            precision=lax.Precision.HIGHEST,
-        )
+        heights = weights / (width * math.sqrt(2 * math.pi))
+        return precise.matmul(jnp.exp(-(score**2) / 2), heights)
 
     def raise_if_failed(self) -> "SpectralDensity":
         """Returns itself, or raises if a node is not finite (host only).

@@ -22,6 +22,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.tree_util import Partial
 
+from meanfield_jax import precise
 from meanfield_jax.empirical.model import (
     Functional,
     check_mode,
@@ -34,7 +35,6 @@ from meanfield_jax.empirical.model import (
 from meanfield_jax.errors import SpecError, check_choice, check_data, problem
 from meanfield_jax.theory.likelihood import LIKELIHOODS
 
-HIGHEST = jax.lax.Precision.HIGHEST
 Product = Callable[[Array], Array]
 
 
@@ -108,6 +108,11 @@ class FisherOperator:
         # tracing the network costs milliseconds, and a search asks more than once
         return jax.eval_shape(self.apply, self.params, self.x)
 
+    def evaluate(self, params: Any, x: Array) -> Array:
+        """The outputs, with products in full precision wherever the model asks for none."""
+        with precise.by_default():
+            return self.apply(params, x)
+
     @property
     def paths(self) -> list[str]:
         """Names of the parameters; any prefix up to a "/" is a block."""
@@ -118,6 +123,9 @@ class FisherOperator:
 
         Args:
             path: Such as ``"layers/2"`` or ``"layers/2/kernel"``; see :attr:`paths`.
+
+        Returns:
+            An operator on the same batch, for the block of F that belongs to these parameters.
 
         Raises:
             SpecError: if no parameter is below the path.
@@ -138,7 +146,7 @@ class FisherOperator:
 
     def parameter_product(self, vector: Any) -> Any:
         """F v in parameter space, for a pytree like ``params``: J^T Lambda J v / n."""
-        outputs, pushforward = jax.linearize(lambda p: self.apply(p, self.x), self.params)
+        outputs, pushforward = jax.linearize(lambda p: self.evaluate(p, self.x), self.params)
         factor, transposed = _likelihood_factor(self.likelihood, outputs)
         (product,) = jax.linear_transpose(pushforward, self.params)(
             factor(transposed(pushforward(vector)))
@@ -213,15 +221,16 @@ def _whole(op: FisherOperator) -> tuple[Array, Product]:
     def outputs_of(active, taps) -> Array:
         full = jax.tree.unflatten(treedef, (params | active).values())
         if isinstance(op.apply, Functional):
-            return op.apply.with_taps(full, taps, op.x)[0]
-        return op.apply(full, op.x)
+            with precise.by_default():
+                return op.apply.with_taps(full, taps, op.x)[0]
+        return op.evaluate(full, op.x)
 
     outputs, pushforward = jax.linearize(outputs_of, active, taps)
     pullback = jax.linear_transpose(pushforward, active, taps)
 
     def product(u: Array) -> Array:
         gradient, deltas = pullback(u)
-        moved = {name: jnp.matmul(grams[name], deltas[name], precision=HIGHEST) for name in deltas}
+        moved = {name: precise.matmul(grams[name], deltas[name]) for name in deltas}
         return pushforward(gradient, moved)
 
     return outputs, product
@@ -231,7 +240,8 @@ def _dense_layers(op: FisherOperator, params: dict[str, Array]) -> tuple[dict, d
     """Zero taps and input Gram matrices (n, n) of the Linear layers worth it, by path."""
     if not isinstance(op.apply, Functional):
         return {}, {}
-    _, inputs = op.apply.with_taps(params, {}, op.x)
+    with precise.by_default():
+        _, inputs = op.apply.with_taps(params, {}, op.x)
     taps, grams = {}, {}
     for name, values in inputs.items():
         kernel, bias = (_below(op.only, f"{name}/{kind}") for kind in ("kernel", "bias"))
@@ -240,7 +250,7 @@ def _dense_layers(op: FisherOperator, params: dict[str, Array]) -> tuple[dict, d
         if worth_it and (kernel or (bias and has_bias)):
             gram = jnp.full((values.shape[0],) * 2, float(bias and has_bias), values.dtype)
             if kernel:
-                gram += jnp.matmul(values, values.T, precision=HIGHEST)
+                gram += precise.matmul(values, values.T)
             grams[name] = gram
             width = params[f"{name}/kernel"].shape[1]
             taps[name] = jnp.zeros((values.shape[0], width), values.dtype)
@@ -271,16 +281,16 @@ def _in_batches(op: FisherOperator, batch_size: int) -> tuple[Array, Product]:
     def product(u: Array) -> Array:
         def add_gradient(total, batch):
             x, part = batch
-            (gradient,) = jax.vjp(lambda p: op.apply(p, x), params)[1](part)
+            (gradient,) = jax.vjp(lambda p: op.evaluate(p, x), params)[1](part)
             return jax.tree.map(jnp.add, total, gradient), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         gradient, _ = jax.lax.scan(add_gradient, zeros, (batches, split(u)))
         gradient = masked(gradient)
-        forward = lambda x: jax.jvp(lambda p: op.apply(p, x), (params,), (gradient,))[1]  # noqa: E731
+        forward = lambda x: jax.jvp(lambda p: op.evaluate(p, x), (params,), (gradient,))[1]  # noqa: E731
         return join(jax.lax.map(forward, batches))
 
-    return join(jax.lax.map(lambda x: op.apply(params, x), batches)), product
+    return join(jax.lax.map(lambda x: op.evaluate(params, x), batches)), product
 
 
 def _likelihood_factor(likelihood: str, outputs: Array) -> tuple[Product, Product]:

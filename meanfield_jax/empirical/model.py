@@ -150,6 +150,9 @@ def in_mode(model: nnx.Module, statistics: str) -> nnx.Module:
     """A copy of the model that uses batch ("batch") or running statistics ("frozen").
 
     Dropout is off in both. The model's own mode does not matter.
+
+    Returns:
+        The copy; the model itself stays as it was.
     """
     copy = nnx.clone(model)
     modules: list[Any] = [module for _, module in nnx.iter_modules(copy)]

@@ -90,6 +90,9 @@ def norm_of(name: str, network: Network) -> Layer | None:
     Args:
         name: One of ``NORMS``.
         network: Where it is to stand.
+
+    Returns:
+        The layer with its default numbers; None for ``"none"``.
     """
     check_choice("norms", name, NORMS)
     layers = [inner for _, inner in walk(network.body)]

@@ -101,7 +101,7 @@ def _equal_parts(fisher: Fisher) -> Array:
     outlier = fisher.outlier_high_shares
     rest = MARGIN * fisher.bulk_high_shares * (fisher.rest_high / fisher.bulk_high)
     parts = 1 / jnp.maximum(outlier, rest)
-    return parts / jnp.maximum(parts @ outlier, parts @ rest)
+    return parts / jnp.maximum(jnp.sum(parts * outlier), jnp.sum(parts * rest))
 
 
 def learning_rate_for(

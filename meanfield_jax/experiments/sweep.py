@@ -6,7 +6,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from meanfield_jax.experiments.train import (
 )
 from meanfield_jax.kernel.state import STATISTICS
 from meanfield_jax.layers.base import Signal
+from meanfield_jax.memory import memory_of
 from meanfield_jax.network import Network
 from meanfield_jax.theory.propagate import analyze
 from meanfield_jax.variants import with_depth, with_gamma, with_weight_var, with_width
@@ -365,13 +365,10 @@ def _sizes(region: Region) -> tuple[int, ...]:
 def _cells_in_memory(recipes: Any, devices: list[Any]) -> int:
     """Cells of a chunk that fit into half of the devices' memory, a quarter of the machine's."""
     platform = devices[0].platform
-    if platform == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4 / len(devices)
-    else:
-        memory = (devices[0].memory_stats() or {}).get("bytes_limit", 2**33) / 2
+    memory = memory_of(devices) / len(devices) / (4 if platform == "cpu" else 2)
     each = max(bytes_of_cell(recipe) for recipe in recipes)
     most = CELLS.get(platform, CELLS_ELSEWHERE)
-    return max(1, min(most, int(memory / each))) * len(devices)
+    return max(1, int(min(most, memory / each))) * len(devices)
 
 
 def bytes_of_cell(recipe: Recipe) -> int:
@@ -379,6 +376,9 @@ def bytes_of_cell(recipe: Recipe) -> int:
 
     Six copies of the parameters (draw, gradient, momentum, old and new), and four of what a batch
     leaves behind in each layer, windows of convolutions included.
+
+    Returns:
+        Bytes, four for each number (float32).
     """
     network = recipe.network
     signals = network.body.signals(Signal(network.input_shape))

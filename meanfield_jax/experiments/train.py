@@ -46,23 +46,37 @@ class Cell(NamedTuple):
     weight_var: Array | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all runs of one call share beside their data; part of what is compiled.
+    """What all runs of one call share beside their data; all but the numbers is compiled for.
 
     Attributes:
-        network: The specification, its numbers plain floats.
+        numbers: Those of the specification; None for those in ``constants``.
+        constants: Those that a Flax module holds as constants (eps); None for the others.
+        structure: That of the specification.
         epochs: Passes over the data.
         batch_size: Samples of a step.
         loss: One of ``LOSSES``.
         optimizer: Maps a learning rate to an optax optimizer, or is one; None: the heavy ball.
     """
 
-    network: Network
-    epochs: int
-    batch_size: int
-    loss: str
-    optimizer: Optimizer | optax.GradientTransformation | None
+    numbers: list[float | Array | None]
+    constants: tuple[float | None, ...] = dataclasses.field(metadata=dict(static=True))
+    structure: Any = dataclasses.field(metadata=dict(static=True))
+    epochs: int = dataclasses.field(metadata=dict(static=True))
+    batch_size: int = dataclasses.field(metadata=dict(static=True))
+    loss: str = dataclasses.field(metadata=dict(static=True))
+    optimizer: Optimizer | optax.GradientTransformation | None = dataclasses.field(
+        metadata=dict(static=True)
+    )
+
+    @property
+    def network(self) -> Network:
+        """The specification."""
+        pairs = zip(self.numbers, self.constants, strict=True)
+        leaves = [number if constant is None else constant for number, constant in pairs]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +107,10 @@ class Training:
 
         Args:
             dims: Names of the leading axes.
+
+        Returns:
+            A data set of ``diverged_at`` over ``dims`` and of the losses and the accuracy (those
+            of the test samples where there are any) over ``dims`` and ``epoch``, counted from 1.
         """
         data: dict[str, Any] = dict(diverged_at=(dims, np.asarray(self.diverged_at)))
         for name in ("loss", "test_loss", "test_accuracy"):
@@ -188,9 +206,12 @@ def recipe_of(
         if value < 1:
             raise problem(SpecError, name, value, "not a number of them", "give at least 1")
     network.validate()
-    # plain numbers can be part of what is compiled
+    # floats, since whole numbers would be compiled for anew
     spec = jax.tree.map(float, network if train_gamma else with_norms(network, trainable=False))
-    return Recipe(spec, epochs, batch_size, loss, optimizer)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(spec)
+    constants = tuple(number if path[-1].name == "eps" else None for path, number in leaves)
+    numbers = [None if path[-1].name == "eps" else number for path, number in leaves]
+    return Recipe(numbers, constants, structure, epochs, batch_size, loss, optimizer)
 
 
 def check_cells(network: Network, numbers: dict[str, Array]) -> None:
@@ -234,21 +255,25 @@ def _checked(network: Network, data: Samples, name: str) -> Arrays:
     return x, y.astype(x.dtype)
 
 
-@partial(jax.jit, static_argnames=("recipe", "mesh"))
+@partial(jax.jit, static_argnames="mesh")
 def run_cells(
     recipe: Recipe, cells: Cell, data: Arrays, test: Arrays | None, mesh: Mesh | None = None
 ) -> Training:
     """All runs at once, (cells, ...); the devices of a mesh with the axis "cell" share them."""
 
-    def run_all(cells: Cell, data: Arrays, test: Arrays | None) -> Training:
+    def run_all(recipe: Recipe, cells: Cell, data: Arrays, test: Arrays | None) -> Training:
         return jax.vmap(lambda cell: _run(recipe, cell, data, test))(cells)
 
     if mesh is not None:
         split, whole = PartitionSpec("cell"), PartitionSpec()
         run_all = jax.shard_map(
-            run_all, mesh=mesh, in_specs=(split, whole, whole), out_specs=split, check_vma=False
+            run_all,
+            mesh=mesh,
+            in_specs=(whole, split, whole, whole),
+            out_specs=split,
+            check_vma=False,
         )
-    return run_all(cells, data, test)
+    return run_all(recipe, cells, data, test)
 
 
 def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Training:

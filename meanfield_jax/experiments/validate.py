@@ -20,6 +20,7 @@ from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.errors import SpecError, check_choice, check_data, problem
 from meanfield_jax.kernel.state import PUBLISHED, STATISTICS
 from meanfield_jax.network import Network
+from meanfield_jax.precise import vdot
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import analyze
 from meanfield_jax.variants import has_batch_norm, variants_of, with_gamma
@@ -204,7 +205,7 @@ def _trace(op: FisherOperator) -> Array:
     """Hutchinson's estimate from random signs, to about 1 %."""
     product = op.linearize()
     signs = jax.random.rademacher(jax.random.key(0), (PROBES, *op.shape), op.x.dtype)
-    return jax.lax.map(lambda u: jnp.vdot(u, product(u)), signs).mean()
+    return jax.lax.map(lambda u: vdot(u, product(u)), signs).mean()
 
 
 def _outlier(network: Network, statistics: str, given: dict[str, Any]) -> float:
@@ -287,6 +288,10 @@ def table(dataset: xr.Dataset) -> Table:
     """The result of :func:`validate` as a table for the terminal, 80 columns wide.
 
     "ratio" is predicted / measured; "paper" the prediction of ``"wei2019"``, "top" the largest.
+
+    Returns:
+        A Rich table: one row for each network in training mode, and one in evaluation mode where
+        the measurement differs there.
     """
     title = f"C outliers of the Fisher matrix, n = {dataset.num_samples}, mean and its error"
     result = Table(

@@ -126,6 +126,9 @@ def batch_expectations(
     normalized Hermite polynomials, E[phi phi] = sum_k a_k(std_a) a_k(std_b) c^k. It costs
     ``NUM_TERMS`` operations an entry where quadrature costs 40,000.
 
+    Returns:
+        The moments, of the shape of ``covariance``, (..., n, n).
+
     Accuracy:
         Off the diagonal, whose entries (correlation 1) are :func:`variance_expectations`. Smooth
         functions, variances up to 4: 1e-6 at any correlation. Relative, with a kink: 1e-4 up to a
@@ -168,6 +171,9 @@ def hermite_coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Ar
     """Of phi, phi', phi' x and phi' x^2 of mean + std x, (terms, *std.shape) each.
 
     In normalized Hermite polynomials of x ~ N(0, 1); the first coefficient is the expectation.
+
+    Returns:
+        The coefficients of the four functions, in this order; terms = ``NUM_TERMS``.
     """
     x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
     u = mean + std[..., None] * x
@@ -190,6 +196,9 @@ def mehler(first: Sequence[Array], second: Sequence[Array], correlation: Array) 
         first: Coefficients of each f, (terms, ...).
         second: Of each g, likewise.
         correlation: Of the Gaussian x and y, of the shape that the coefficients broadcast to.
+
+    Returns:
+        The sum, of the shape of ``correlation``.
 
     Accuracy:
         As :func:`batch_expectations`.
@@ -283,6 +292,9 @@ def _nodes(kinks: Array, num_nodes: int) -> tuple[Array, Array]:
 
     Without kinks equally spaced: for an analytic function times a Gaussian nothing converges
     faster.
+
+    Returns:
+        Nodes, in units of the standardized variable, and weights, which include the density.
     """
     if kinks.shape[-1] == 0:
         x, step = np.linspace(-CUTOFF, CUTOFF, num_nodes, retstep=True)

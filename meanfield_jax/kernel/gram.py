@@ -24,9 +24,10 @@ from meanfield_jax.kernel.gaussian import (
     variance_expectations,
 )
 from meanfield_jax.kernel.positions import Positions
-from meanfield_jax.kernel.sphere import on_sphere, product
+from meanfield_jax.kernel.sphere import on_sphere
 from meanfield_jax.kernel.state import Projection, Spread
 from meanfield_jax.kernel.windows import pad_width, windows
+from meanfield_jax.precise import einsum, matmul, tensordot
 
 
 def _static():
@@ -122,8 +123,10 @@ class GramKernel:
     def position_means(self, matrix: Array) -> tuple[Array, Array, Array]:
         """Means of every entry over the positions of its second member, its first, and both.
 
-        Of the shape of the matrix. Where pairs of positions are left out, those that are kept
-        stand for them.
+        Where pairs of positions are left out, those that are kept stand for them.
+
+        Returns:
+            The three means, each of the shape of the matrix.
         """
         if self.pairs is None:
             return matrix, matrix, matrix
@@ -142,7 +145,7 @@ class GramKernel:
             return own[:, None] * right
         result = right
         for places in self.pairs.groups:
-            part = jnp.einsum("cpra,crqab->cpqab", own[places], right[places], precision="highest")
+            part = einsum("cpra,crqab->cpqab", own[places], right[places])
             result = result.at[places].set(part / places.shape[1])
         return result
 
@@ -215,6 +218,9 @@ class GramKernel:
             matrix: Any matrix of this kernel.
             over_positions: Whether the mean runs over samples and positions, or over samples only.
 
+        Returns:
+            The centered matrix, of the same shape.
+
         Accuracy:
             Exact if all pairs of positions are kept; otherwise a position's mean runs over those
             that it is kept with.
@@ -238,6 +244,9 @@ class GramKernel:
         Args:
             correlation: Covariance of the centred values over their expected variance.
             over_positions: As in :meth:`center`.
+
+        Returns:
+            ``first``, ([pairs,] n, n), and ``second``, likewise; ``factor`` broadcasts to them.
 
         Accuracy:
             Exact where statistics are over samples; to second order in 1/participation ratio where
@@ -269,6 +278,9 @@ class GramKernel:
         Args:
             spread: See :meth:`spread`.
             over_positions: As in :meth:`center`.
+
+        Returns:
+            The kernel with that projection; unchanged unless ``statistics`` is ``"batch"``.
         """
         if self.statistics != "batch":
             return self
@@ -278,7 +290,7 @@ class GramKernel:
             own = second if pairs is None else second[pairs.equal][pairs.first]
             projection = Projection(
                 correlation=second,
-                cross=product(own, tangent) / num_samples,
+                cross=matmul(own, tangent) / num_samples,
                 own=jnp.sum(tangent * second, -2, keepdims=True) / num_samples,
                 weight=jnp.mean(tangent * spread.first, (-2, -1), keepdims=True),
                 stretch=1.0,
@@ -288,7 +300,7 @@ class GramKernel:
         for places in pairs.groups:
             z, t = _square(second, places), _square(tangent, places)
             size = z.shape[-1]
-            cross = cross.at[places].set(_pieces(product(z, t) / size, places))
+            cross = cross.at[places].set(_pieces(matmul(z, t) / size, places))
             one_row = jnp.broadcast_to(jnp.mean(z * t, -2, keepdims=True), z.shape)
             own = own.at[places].set(_pieces(one_row, places)[..., :1, :])
             weights.append(jnp.mean(_square(spread.first, places) * t, (-2, -1)))
@@ -327,6 +339,9 @@ class GramKernel:
             side: Side of the window.
             stride: Its step.
             padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
+
+        Returns:
+            The kernel of these vectors at the new positions, with side^2 times the channels.
 
         Raises:
             SpecError: pairs of positions are needed that were left out.
@@ -375,7 +390,7 @@ class GramKernel:
         """Behind a mean over positions: the average over all pairs."""
         assert self.pairs is not None
         weights = jnp.asarray(self.pairs.weights, self.cov.dtype)
-        return self._pooled(lambda matrix: jnp.tensordot(weights, matrix, 1), 1)
+        return self._pooled(lambda matrix: tensordot(weights, matrix, 1), 1)
 
     def _pooled(self, average: Callable[[Array], Array], num_positions: int) -> Self:
         return self.behind(
@@ -439,7 +454,7 @@ def batch_kernel(x: Array, statistics: str, modulus: int) -> GramKernel:
 def _gram(x: Array, pairs: Positions | None) -> Array:
     """x_a x_b per feature, for all pairs of samples (and the pairs of positions)."""
     if pairs is None:
-        return product(x, x.T) / x.shape[-1]
+        return matmul(x, x.T) / x.shape[-1]
     by_position = x.reshape(x.shape[0], pairs.size, x.shape[-1]).transpose(1, 0, 2)
     turned = jnp.swapaxes(by_position, -1, -2)
-    return product(by_position[pairs.first], turned[pairs.second]) / x.shape[-1]
+    return matmul(by_position[pairs.first], turned[pairs.second]) / x.shape[-1]

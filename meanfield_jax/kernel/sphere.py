@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from meanfield_jax.kernel.state import Spread
+from meanfield_jax.precise import matmul
 
 RANK = 16
 """Eigenvectors told apart; the other eigenvalues of C count by their sum and sum of squares."""
@@ -22,16 +23,15 @@ RANK = 16
 ITERATIONS = 8
 
 
-def product(a: Array, b: Array) -> Array:
-    """Matrix product in full precision, batched over leading axes."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
 def on_sphere(covariance: Array) -> Spread:
     """E[z z^T / |z|^2], E[1 / |z|^2], E[z z^T / |z|^4] in units of C, of 1 / trace C, of both.
 
     Args:
         covariance: C of z, (..., n, n), positive semi-definite.
+
+    Returns:
+        The three averages in this order, as ``first``, (..., n, n), ``factor``, (..., 1, 1), and
+        ``second``, (..., n, n).
 
     Accuracy:
         Exact for up to 16 eigenvalues above a bulk of equal ones. Eigenvalues that fall like
@@ -66,7 +66,7 @@ def on_sphere(covariance: Array) -> Spread:
     def changed(factors: Array) -> Array:
         own, rest = factors[..., None, :-1], jnp.where(some, factors[..., -1], 0)[..., None, None]
         known = (own - rest) * (shares * trace)[..., None, :]
-        low_rank = product(vectors * known, _turned(vectors))
+        low_rank = matmul(vectors * known, _turned(vectors))
         return rest * covariance + low_rank
 
     factor = density.sum(-2)
@@ -90,11 +90,11 @@ def _dominant_of_one(matrix: Array) -> tuple[Array, Array]:
     start = jax.random.normal(jax.random.key(0), (size, min(RANK, size)), matrix.dtype)
 
     def improve(_, frame):
-        return jnp.linalg.qr(product(matrix, frame))[0]
+        return jnp.linalg.qr(matmul(matrix, frame))[0]
 
     frame = lax.fori_loop(0, ITERATIONS, improve, jnp.linalg.qr(start)[0])
-    values, turn = jnp.linalg.eigh(product(frame.T, product(matrix, frame)))
-    return jnp.maximum(values, 0), product(frame, turn)
+    values, turn = jnp.linalg.eigh(matmul(frame.T, matmul(matrix, frame)))
+    return jnp.maximum(values, 0), matmul(frame, turn)
 
 
 def _turned(matrix: Array) -> Array:

@@ -22,6 +22,7 @@ from jax import Array
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import Moments, Nonlinearity, expectations
 from meanfield_jax.kernel.windows import windows
+from meanfield_jax.precise import einsum
 
 PUBLISHED = "wei2019"
 STATISTICS = ("batch", "frozen", PUBLISHED)
@@ -90,6 +91,9 @@ class Projection(NamedTuple):
         Args:
             variances: The correlation's entries (a, a) and (b, b) for every entry.
             moments: Of the function behind.
+
+        Returns:
+            The two expectations, of the shape of the correlation.
         """
         var_a, var_b = variances
         slope = safe.divide(self.own, var_b)
@@ -220,7 +224,9 @@ class EnsembleKernel:
     def position_means(self, matrix: Pair) -> tuple[Pair, Pair, Pair]:
         """Means of every entry over the positions of its second member, its first, and both.
 
-        Of the shape of the matrix; exact where all pairs of positions are kept.
+        Returns:
+            The three means, each of the shape of the matrix; exact where all pairs of positions
+            are kept.
         """
         if not self.all_positions:
             return matrix, matrix, matrix
@@ -239,7 +245,7 @@ class EnsembleKernel:
         height, width = self.positions
 
         def product(entry: Array) -> Array:
-            return jnp.einsum("ijkl,klmn->ijmn", left.same, entry, precision="highest")
+            return einsum("ijkl,klmn->ijmn", left.same, entry)
 
         return jax.tree.map(lambda entry: product(entry) / (height * width), right)
 
@@ -263,6 +269,9 @@ class EnsembleKernel:
         Args:
             matrix: Any matrix of this kernel.
             over_positions: Whether the mean runs over samples and positions, or over samples only.
+
+        Returns:
+            The centered matrix, of the same shape.
 
         Accuracy:
             Exact, but for one case: a mean over positions when only equal positions are kept
@@ -301,6 +310,10 @@ class EnsembleKernel:
         """What it changes that a unit is normalized by its own variance, not by the expected one.
 
         That of n independent values follows chi^2 with n - 1 degrees of freedom.
+
+        Returns:
+            ``first`` and ``second``, which are the correlation itself, and ``factor``,
+            (1 - 1/m) / (1 - 3/m) for the m values that a variance is over.
         """
         share = self.inverse_samples
         if over_positions and self.positions:
@@ -311,6 +324,10 @@ class EnsembleKernel:
         """This kernel, behind a BatchNorm, with the projection that its variance's derivative is.
 
         Departure: left out, of order 1/n, where pairs of distinct positions count.
+
+        Returns:
+            The kernel with that projection; unchanged where it is left out, and unless
+            ``statistics`` is ``"batch"``.
         """
         mixed = bool(self.positions) and (over_positions or self.all_positions)
         if self.statistics != "batch" or mixed:
@@ -365,6 +382,9 @@ class EnsembleKernel:
             side: Side of the window.
             stride: Its step.
             padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
+
+        Returns:
+            The kernel of these vectors at the new positions, with side^2 times the channels.
         """
         if self.statistics == PUBLISHED and padding == "SAME":
             padding = "CIRCULAR"

@@ -140,6 +140,9 @@ class Layer:
         Args:
             weights: Dense or Conv; None where none come right before.
             activation: What follows.
+
+        Returns:
+            The layers in the order in which they are applied.
         """
         return (self, activation) if weights is None else (weights, self, activation)
 

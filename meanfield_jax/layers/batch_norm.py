@@ -79,6 +79,9 @@ def batch_rule(
         over_positions: Whether statistics are over positions, too.
         share: 1/m where they are over m channels, too: what channels share of their mean, and of
             all that its and the variance's dependence on the values changes.
+
+    Returns:
+        As :meth:`Layer.rule`.
     """
 
     def center(matrix: Matrix) -> Matrix:

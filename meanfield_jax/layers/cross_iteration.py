@@ -16,6 +16,7 @@ from meanfield_jax.layers.combine import Sequential
 from meanfield_jax.layers.conv import Conv
 from meanfield_jax.layers.dense import Dense
 from meanfield_jax.layers.norm import normalize, statistics_dtype
+from meanfield_jax.precise import matmul
 
 
 @layer
@@ -99,11 +100,14 @@ def averaged(
         second: Its second moment, likewise.
         past: Those of past batches at the current weights, (window - 1, channels) each.
         counts: 1 for each past batch to take into account, else 0, (window - 1,).
+
+    Returns:
+        The mean and the variance, (channels,) each.
     """
     total = 1 + counts.sum()
     old_mean, old_second = past
-    mean = (mean + counts @ old_mean) / total
-    second = (second + counts @ jnp.maximum(old_second, old_mean**2)) / total
+    mean = (mean + matmul(counts, old_mean)) / total
+    second = (second + matmul(counts, jnp.maximum(old_second, old_mean**2))) / total
     return mean, second - mean**2
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jax.nn import initializers
 
 from meanfield_jax.errors import SpecError, problem
@@ -22,6 +22,7 @@ from meanfield_jax.layers.base import (
     static,
     variance_problems,
 )
+from meanfield_jax.precise import HIGHEST
 
 
 @layer
@@ -85,5 +86,5 @@ def linear_options(layer: Any, fan_in: int) -> dict[str, Any]:
     return dict(
         kernel_init=initializers.normal(jnp.sqrt(layer.weight_var / fan_in)),
         bias_init=initializers.normal(jnp.sqrt(layer.bias_var)),
-        precision=lax.Precision.HIGHEST,
+        precision=HIGHEST,
     )

@@ -134,6 +134,10 @@ def _spread(kernel: Kernel, correlation: Matrix, share: float) -> tuple[Matrix, 
     2 t_ab / m, t_ab = <C_ab^2>_pq. The average of a function f(z_a, z_b) / (s_a s_b) is the factor
     times the Gaussian one with C - (C D_a C + C D_b C) / M in place of C, D the positions of one of
     the samples: of another variance, on average over positions, for every pair.
+
+    Returns:
+        The three matrices; the second is a factor on the tangent, the third is the ``stretch`` of a
+        :class:`Projection`.
     """
     squares = kernel.position_means(_product(correlation, correlation))[2]
     a, b = kernel.variances(squares)

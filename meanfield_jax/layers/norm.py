@@ -76,6 +76,9 @@ class Norm(Layer):
             correlation: Of z_hat.
             tangent: Of z_hat.
             shared: 1 for pairs of values with the same scale and offset, else 0.
+
+        Returns:
+            As :meth:`Layer.rule`; the injection is None where scale and offset do not learn.
         """
         behind = kernel.behind(
             cov=jax.tree.map(lambda entry: self.gamma**2 * entry, correlation),

@@ -102,6 +102,9 @@ def _component(kinks: Array, dimension: int) -> tuple[Array, Array]:
 
     Its density (1 - x^2/d)^((d-3)/2) becomes cos(t)^(d-2) with x = sqrt(d) sin(t), which has no
     singularity for d >= 2; integrated between the kinks.
+
+    Returns:
+        Nodes and weights, (..., nodes) each; the weights add up to 1.
     """
     reach = min(np.pi / 2, REACH / np.sqrt(dimension))
     root = np.sqrt(dimension)

@@ -127,7 +127,7 @@ class Fisher:
     @property
     def outlier_low(self) -> Array:
         """The smallest of the C outliers in one draw, with 1 - sqrt(...) in ``outlier_high``."""
-        return self._shares @ jnp.maximum(1 - self.draw_spread, 0) ** 2
+        return (self._shares * jnp.maximum(1 - self.draw_spread, 0) ** 2).sum(-1)
 
     @property
     def bulk_high(self) -> Array:

@@ -17,7 +17,7 @@ from meanfield_jax.layers import Conv, Dense, Layer, Residual, Sequential
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.layers.combine import ends_in_weights
 from meanfield_jax.network import check_numbers, walk
-from meanfield_jax.theory.propagate import check_num_samples, drop_zero_offsets
+from meanfield_jax.theory.propagate import check_num_samples, known_numbers
 
 MAX_STEPS = 100
 
@@ -148,7 +148,7 @@ def fixed_point(
     check_choice("statistics", statistics, STATISTICS)
     check_numbers(block)
     check_num_samples(block, num_samples)
-    block = drop_zero_offsets(_ending_in_weights(block))
+    block = known_numbers(_ending_in_weights(block))
     dtype = jnp.result_type(float, *jax.tree.leaves(block))
     start = input_kernel((_checked_width(block),), num_samples, statistics, False, dtype)
     behind = jax.eval_shape(lambda: block.propagate(start, None)[0])
@@ -233,6 +233,9 @@ def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
     (V(q) - q) / |1 - V'(q)|. So fixed points that repel are no goal, and one that attracts slowly
     is reached as fast as any. Away from the solution the step's size is a constant to derivatives,
     which then are those of V(q) = q.
+
+    Returns:
+        The next q and c.
     """
     block, start = args
     q, c = state

@@ -1,6 +1,5 @@
 """Whose Fisher matrix: of the squared loss, or of softmax outputs and the cross-entropy."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax.core import Tracer
 
 from meanfield_jax.errors import SpecError, check_choice, problem
 from meanfield_jax.network import Network
+from meanfield_jax.precise import einsum
 
 LIKELIHOODS = ("gaussian", "categorical")
 
@@ -56,7 +56,6 @@ def of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Arr
     """The eigenvalues of F from those of one output's T/n; ascending."""
     if classes is None:
         return eigenvalues
-    einsum = partial(jnp.einsum, precision="highest")
     num_samples, num_outputs = len(vectors), classes.shape[-1]
     classes = jnp.broadcast_to(classes, (num_samples, num_outputs, num_outputs))
     coupled = min(num_samples, max(COUPLED // num_outputs, 1))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +17,9 @@ from meanfield_jax.kernel.gram import batch_kernel
 from meanfield_jax.kernel.state import STATISTICS, Pair, input_kernel
 from meanfield_jax.layers import Conv, Dense, GlobalMeanPool, Norm
 from meanfield_jax.layers.base import Kernel, Layer, Matrix, Record, Rows, Tap
+from meanfield_jax.memory import memory_of
 from meanfield_jax.network import Network, normalizes_over_batch, walk
+from meanfield_jax.precise import matmul
 from meanfield_jax.theory.fisher import Fisher, Shares
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.likelihood import class_information, mean_information, of_outputs
@@ -83,7 +84,11 @@ class Theory:
     def eta_max(self, momentum: float | Array = 0.9) -> Array:
         """The largest stable learning rate of heavy-ball gradient descent on the squared loss.
 
-        See :func:`meanfield_jax.theory.learning_rate.eta_max`.
+        Args:
+            momentum: mu, in [0, 1).
+
+        Returns:
+            2 (1 + mu) / lambda_max, see :func:`meanfield_jax.theory.learning_rate.eta_max`.
         """
         return eta_max(self.fisher.lambda_max, momentum)
 
@@ -182,7 +187,7 @@ def analyze(
     """
     network.validate()
     check_choice("statistics", statistics, STATISTICS)
-    known = drop_zero_offsets(network)
+    known = known_numbers(network)
     if data is not None:
         x = _checked_data(network, data, num_samples)
         classes = class_information(network, likelihood, probabilities, len(x))
@@ -215,14 +220,24 @@ def least_samples(layer: Layer) -> int:
     return 4 if normalizes_over_batch(layer) else 1
 
 
-def drop_zero_offsets(network: Spec) -> Spec:
-    """Offsets that are known to be 0 become None, and with them the need for quadrature."""
+def known_numbers(network: Spec) -> Spec:
+    """The network in the form that is compiled for.
 
-    def drop(path, leaf):
-        known = not isinstance(leaf, Tracer)
-        return None if known and path[-1].name == "beta" and np.all(np.asarray(leaf) == 0) else leaf
+    Offsets that are known to be 0 become None, and with them the need for quadrature. Whole numbers
+    and NumPy's become floats, so that 1, 1.0 and ``np.float64(1)`` share a program.
 
-    return jax.tree_util.tree_map_with_path(drop, network)
+    Returns:
+        A specification of the same structure and the same theory.
+    """
+
+    def known(path, leaf):
+        if isinstance(leaf, Tracer):
+            return leaf
+        if path[-1].name == "beta" and np.all(np.asarray(leaf) == 0):
+            return None
+        return float(leaf) if isinstance(leaf, (int, float, np.integer)) else leaf
+
+    return jax.tree_util.tree_map_with_path(known, network)
 
 
 def check_num_samples(layer: Layer, num_samples) -> None:
@@ -243,7 +258,8 @@ def _iid_pass(network: Network, statistics: str, num_samples, classes: Array | N
     start = input_kernel(
         network.input_shape, num_samples, statistics, _positions_meet(network), dtype
     )
-    kernel, tangent, records, backward = _forward(network, start)
+    shapes = jax.eval_shape(lambda: network.body.propagate(start, None)[1])
+    kernel, tangent, records, backward = _forward(network, start, shapes)
     share = kernel.inverse_samples
     same_and_other = jax.vmap(backward)(Pair(*jnp.eye(2, dtype=dtype)))
     backs = {
@@ -263,7 +279,8 @@ def _data_pass(
     network: Network, statistics: str, x: Array, classes: Array | None, modulus: int
 ) -> Theory:
     start = batch_kernel(x, statistics, modulus)
-    kernel, tangent, records, backward = _forward(network, start)
+    shapes = _records_on_data(network, x, statistics, modulus)
+    kernel, tangent, records, backward = _forward(network, start, shapes)
     num_samples = x.shape[0]
     eigenvalues, vectors = jnp.linalg.eigh(tangent / num_samples)
     top = _top_vector(tangent, eigenvalues * num_samples, vectors)
@@ -286,32 +303,41 @@ def _top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
     """The last eigenvector, with its derivative by first-order perturbation.
 
     That of ``eigh`` is NaN where any two eigenvalues are equal.
+
+    Returns:
+        The unit vector, (n,).
     """
     eigenvalues, vectors = jax.lax.stop_gradient((eigenvalues, vectors))
     top, rest = vectors[:, -1], vectors[:, :-1]
     gap = eigenvalues[-1] - eigenvalues[:-1]
     separate = gap > jnp.finfo(gap.dtype).eps * len(vectors) * eigenvalues[-1]
-    change = rest.T @ (matrix @ top) / jnp.where(separate, gap, jnp.inf)
+    change = matmul(rest.T, matmul(matrix, top)) / jnp.where(separate, gap, jnp.inf)
     # the products vanish; only their derivatives do not
-    return top + rest @ (change - jax.lax.stop_gradient(change))
+    return top + matmul(rest, change - jax.lax.stop_gradient(change))
 
 
 def _modulus(network: Network, x: Array, statistics: str) -> int:
     """Which pairs of positions to keep: all that count if memory allows, else an even sample.
 
+    Returns:
+        The modulus of :class:`Positions`; 1 keeps every pair.
+
     Raises:
-        DataError: not even the pairs of equal positions fit, or the machine's memory is too small.
+        DataError: not even the pairs of equal positions fit, or the device's memory is too small.
     """
     layers = [inner for _, inner in walk(network.body)]
     strides = math.prod(inner.stride for inner in layers if isinstance(inner, Conv))
     largest = strides * max(network.input_shape)
 
-    shapes, structure = jax.tree.flatten(jax.eval_shape(lambda *arrays: arrays, network, x))
-    entries = functools.partial(_largest_kernel, structure, tuple(shapes), statistics)
-    bytes_each, memory = LIVE[len(network.input_shape)] * x.dtype.itemsize, _memory()
-    most = MAX_ENTRIES
-    if jax.default_backend() == "cpu":
-        most = min(most, memory / bytes_each)
+    def entries(modulus: int) -> int:
+        """Numbers in the largest covariance that a pass over this network and batch keeps."""
+        records = _records_on_data(network, x, statistics, modulus)
+        kept = _map_records(lambda record: record.after.cov, records)
+        return max(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept))
+
+    bytes_each = LIVE[len(network.input_shape)] * x.dtype.itemsize
+    memory = memory_of(jax.local_devices()[:1] if isinstance(x, Tracer) else x.devices())
+    most = min(MAX_ENTRIES, memory / bytes_each)
     modulus = strides if _positions_meet(network, on_data=True) else largest
     if any(isinstance(inner, Norm) and inner.within_sample for inner in layers):
         modulus = 1
@@ -325,35 +351,40 @@ def _modulus(network: Network, x: Array, statistics: str) -> int:
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     if size > most:
         needed = bytes_each * size
-        cause = f"it takes {needed / 2**30:.1f} GiB, of {memory / 2**30:.1f} on this machine"
+        cause = f"it takes {needed / 2**30:.1f} GiB, of {memory / 2**30:.1f} on this device"
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
 
 
+def _records_on_data(network: Network, x: Array, statistics: str, modulus: int):
+    """The records of a pass over this network and batch, as shapes and dtypes."""
+    given = jax.eval_shape(lambda *arrays: arrays, network, x)
+    shapes, structure = jax.tree.flatten(given)
+    return _traced_records(structure, tuple(shapes), jnp.zeros(()).dtype, statistics, modulus)
+
+
 @functools.cache  # tracing the pass takes longer than many a pass
-def _largest_kernel(structure, shapes: tuple, statistics: str, modulus: int) -> int:
-    """Numbers in the largest covariance that a pass over this network and batch keeps."""
+def _traced_records(structure, shapes: tuple, dtype: jnp.dtype, statistics: str, modulus: int):
+    """The same, once for each structure, shapes and default dtype."""
 
-    def kernels(network, x):
-        _, records = network.body.propagate(batch_kernel(x, statistics, modulus), None)
-        return _map_records(lambda record: record.after.cov, records)
+    def records(network, x):
+        return network.body.propagate(batch_kernel(x, statistics, modulus), None)[1]
 
-    found = jax.eval_shape(kernels, *jax.tree.unflatten(structure, shapes))
-    return max(math.prod(leaf.shape) for leaf in jax.tree.leaves(found))
+    return jax.eval_shape(records, *jax.tree.unflatten(structure, shapes))
 
 
-def _memory() -> float:
-    """Bytes of this machine; infinite where the system does not say."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _forward(network: Network, start: Kernel):
+def _forward(network: Network, start: Kernel, shapes):
     """Kernel and tangent of the outputs, records, and what the layers do to the tangent.
 
-    The last is a function of a matrix M, to rows of the derivatives of sum(M * tangent).
+    Args:
+        network: The specification.
+        start: The kernel of the inputs.
+        shapes: The records, as shapes and dtypes.
+
+    Returns:
+        These four; the last is a function that maps a matrix M to rows of the derivatives of
+        sum(M * tangent).
     """
     if len(network.output_shape) != 1:
         remedy = "end with Flatten() or GlobalMeanPool() and Dense(outputs)"
@@ -363,7 +394,7 @@ def _forward(network: Network, start: Kernel):
         kernel, records = network.body.propagate(start, taps)
         return kernel.settled_tangent, (kernel, records)
 
-    taps = _zero_taps(jax.eval_shape(tangent_behind, None)[1][1])
+    taps = _zero_taps(shapes)
     tangent, pull, (kernel, records) = jax.vjp(tangent_behind, taps, has_aux=True)
 
     def backward(matrix: Matrix) -> Rows:
@@ -408,11 +439,14 @@ def _theory(
     return Theory(statistics, order, kernel, network)
 
 
-def compiled(function, static: tuple[str, ...]):
+def compiled(function, static: tuple[str, ...] = ()):
     """The function under jit, on CPU without fusion.
 
     XLA fuses every number there with all layers before it: 15 layers compile in 30 s instead of
     1 s, and a batch takes three times as long. Many networks under one vmap gain from fusion.
+
+    Returns:
+        A function of the same arguments, given by position.
     """
     plain = jax.jit(function, static_argnames=static)
     options = {"xla_disable_hlo_passes": "fusion"}
@@ -434,6 +468,9 @@ def _positions_meet(network: Network, on_data: bool = False) -> bool:
 
     Images do, and zero padding makes i.i.d. maps vary. Leaving the pairs out then costs 5 % of
     lambda_max (32x32x3, 3x3 stride 2, 30-60-90 channels).
+
+    Returns:
+        True if such a head or norm is among the layers.
     """
     layers = [inner for _, inner in walk(network.body)]
     convs = [inner for inner in layers if isinstance(inner, Conv)]
