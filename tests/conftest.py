@@ -1,11 +1,26 @@
-"""What all tests share: how to ask for float64 and for strict broadcasting, without jax.config."""
+"""What all tests share: kept programs, float64 on request, strict broadcasting, bounded memory."""
 
 from pathlib import Path
 
-import jax
-import pytest
+import compile_cache
+
+compile_cache.start()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 pytest_plugins = ["compile_report"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Shows of a failed test what it said, less what loading programs says."""
+    report = yield
+    report.sections = [
+        (name, compile_cache.without_harmless(text)) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture
@@ -15,11 +30,22 @@ def x64():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def strict_ranks():
     """An array never gains axes silently when it is combined with another."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def compiles_anew():
+    """Nothing comes from programs kept, here or on disk: for what measures compilation."""
+    jax.clear_caches()
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

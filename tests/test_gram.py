@@ -347,7 +347,7 @@ def test_more_than_memory_is_refused_before_it_is_taken(monkeypatch):
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch):
-    monkeypatch.setattr(propagate, "_memory", lambda: 75 * 8 * 10.0**2)
+    monkeypatch.setattr(propagate, "memory_of", lambda devices: 75 * 8 * 10.0**2)
     with pytest.raises(mf.DataError, match="at most 10 samples"):
         mf.analyze(NETWORK, data=correlated(12, 5))
     mf.analyze(NETWORK, data=correlated(10, 5))

@@ -186,7 +186,7 @@ def test_one_sample_is_its_own_spectrum():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", [None, mf.BatchNorm(1.0)], ids=["plain", "batch_norm"])
-def test_a_thousand_layers_compile_fast_and_differentiate(norm, record_property):
+def test_a_thousand_layers_compile_fast_and_differentiate(norm, record_property, compiles_anew):
     block = (RELU, mf.Dense(100, 2.0, 0.0)) if norm is None else (norm, RELU, mf.Dense(100))
 
     def deep(weight_var):

@@ -39,7 +39,7 @@ def _exact(x64):
 # ---- fully connected, without normalization
 
 
-def test_vanilla_order_parameters_shares_and_learning_rate(strict_ranks):
+def test_vanilla_order_parameters_shares_and_learning_rate():
     theory = mf.analyze(fc())
     order, shares = theory.order_parameters, theory.fisher.shares
     assert_printed(order.q, "2.5 3.000000 3.5 4")
@@ -82,7 +82,7 @@ STATISTICS = ("wei2019", "frozen", "batch")
 
 
 @pytest.mark.parametrize(("gamma", *STATISTICS), WEIGHTS_ONLY)
-def test_batch_norm_outlier_of_the_weights(strict_ranks, gamma, wei2019, frozen, batch):
+def test_batch_norm_outlier_of_the_weights(gamma, wei2019, frozen, batch):
     for statistics, printed in zip(STATISTICS, (wei2019, frozen, batch), strict=True):
         assert_printed(weights_only(fc(gamma), statistics), printed)
 
