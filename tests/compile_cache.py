@@ -7,6 +7,7 @@ start share them. A folder that is already set is used as it is.
 import hashlib
 import os
 import platform
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def start() -> None:
     if os.access(folder, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         bound(folder.parent)
+
+
+def print_settings() -> None:
+    """The settings as a shell's commands, for programs other than tests."""
+    start()
+    for name in ("JAX_COMPILATION_CACHE_DIR", *SETTINGS):
+        if name in os.environ:
+            print(f"export {name}={shlex.quote(os.environ[name])}")
 
 
 def bound(folder: Path, limit: int = LIMIT) -> None:

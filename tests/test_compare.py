@@ -3,6 +3,7 @@
 import io
 import json
 
+import draws
 import jax
 import numpy as np
 import pytest
@@ -15,16 +16,18 @@ from meanfield_jax.cli import main
 from meanfield_jax.experiments.compare import NORMS, norm_of, table
 from meanfield_jax.variants import with_norm
 
-MLP = mf.mlp([24, 16], inputs=12, outputs=3, norm=mf.BatchNorm())
+MLP = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
 RESNET = mf.preact_resnet(
     [8, 16], blocks=1, inputs=(4, 4, 3), outputs=3, norm=mf.BatchNorm(), bias_var=0.1
 )
-SMALL = dict(batch_sizes=[8, 16], learning_rates=[0.03, 0.1], epochs=1)
+BLOCK = mf.preact_resnet([8], blocks=1, inputs=(2, 2, 3), outputs=3, norm=mf.BatchNorm())
+RATES = [0.03, 0.1]
+SMALL = dict(batch_sizes=[50, 100], learning_rates=RATES)
+"""Batches of 100, two rates, two seeds: shapes of the command below and of compare's example."""
 
 
-def samples(count: int, shape=(12,)):
-    x = jax.random.normal(jax.random.key(0), (count, *shape))
-    return x, x.reshape(count, -1)[:, :3].argmax(1)
+def digits(count: int, split: str = "train"):
+    return mf.data.load("digits", split=split, num_samples=count, flatten=True)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -34,15 +37,22 @@ def test_a_norm_is_put_where_the_presets_put_it(name):
         [8, 16], blocks=1, inputs=(4, 4, 3), outputs=3, norm=norm, bias_var=0.1
     )
     assert with_norm(RESNET, norm) == expected
-    x, _ = samples(4, (4, 4, 3))
-    assert mf.build(expected, rngs=nnx.Rngs(0))(x).shape == (4, 3)
+
+    def outputs(x):
+        return mf.build(expected, rngs=nnx.Rngs(0))(x)
+
+    assert jax.eval_shape(outputs, np.ones((4, 4, 4, 3), np.float32)).shape == (4, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_every_norm_has_a_theory_in_a_residual_network(name):
-    theory = mf.analyze(with_norm(RESNET, norm_of(name, RESNET)), num_samples=8)
-    assert np.isfinite(theory.fisher.lambda_max)
+    network = with_norm(BLOCK, norm_of(name, BLOCK))
+    largest = jax.jit(
+        lambda num_samples: mf.analyze(network, num_samples=num_samples).fisher.lambda_max,
+        compiler_options=draws.UNFUSED,
+    )
+    assert np.isfinite(largest(8.0))
 
 
 def test_where_no_activation_follows_it_takes_the_norms_place():
@@ -60,30 +70,29 @@ def test_groups_divide_the_channels():
 @pytest.fixture(scope="module")
 def compared():
     norms = dict(own=mf.BatchNorm(gamma=0.5), layer=mf.LayerNorm())
-    data = samples(64), samples(40)
-    return mf.compare(MLP, data[0], test=data[1], norms=norms, **SMALL)
+    return mf.compare(MLP, digits(200), test=digits(200, "test"), norms=norms, **SMALL)
 
 
 @pytest.mark.slow
 def test_each_number_is_that_of_the_function_it_comes_from(compared):
     network = with_norm(MLP, mf.BatchNorm(gamma=0.5))
-    (x, y), test = samples(64), samples(40)
-    at = compared.sel(norm="own", batch_size=16)
-    fisher = mf.analyze(network, data=x[:16]).fisher
+    (x, y), test = digits(200), digits(200, "test")
+    at = compared.sel(norm="own", batch_size=100)
+    fisher = mf.analyze(network, data=x[:100]).fisher
     expected = float(fisher.lambda_max)
     assert float(at.predicted) == pytest.approx(expected, rel=1e-5)
     assert bool(at.outlier_limited) == bool(fisher.outlier_limited)
     assert float(at.eta_max) == pytest.approx(3.8 / expected, rel=1e-5)
     model = mf.build(network, rngs=nnx.Rngs(1))
-    found = mf.top_eigenvalues(mf.fisher_operator(model, x[:16]), 1, tol=1e-5)
+    found = mf.top_eigenvalues(mf.fisher_operator(model, x[:100]), 1, tol=1e-5)
     assert float(at.measured.sel(draw=1)) == pytest.approx(float(found.eigenvalues[0]), rel=1e-3)
-    run = mf.train(
-        network, (x, y), test=test, learning_rate=0.1, epochs=1, batch_size=16, seed=1,
-        loss="cross_entropy",
-    )  # fmt: skip
-    cell = at.sel(learning_rate=0.1, seed=1)
-    assert float(cell.loss) == pytest.approx(float(run.loss[-1]), rel=1e-4)
-    assert float(cell.test_accuracy) == pytest.approx(float(run.test_accuracy[-1]))
+    rates, seeds = np.meshgrid(RATES, [0, 1], indexing="ij")
+    options = dict(learning_rate=rates, seed=seeds, epochs=2, loss="cross_entropy")
+    runs = mf.train(network, (x, y), test=test, **options)
+    cells = at.transpose("learning_rate", "seed", ...)
+    assert cells.loss.values == pytest.approx(np.asarray(runs.loss[..., -1]), rel=1e-4)
+    accuracy = np.asarray(runs.test_accuracy[..., -1])
+    assert cells.test_accuracy.values == pytest.approx(accuracy)
 
 
 def test_the_best_rate_is_that_of_the_smallest_training_loss(compared):
@@ -100,8 +109,8 @@ def test_the_best_rate_is_that_of_the_smallest_training_loss(compared):
 
 @pytest.mark.slow
 def test_a_rate_at_which_a_seed_diverged_is_never_best():
-    data = samples(32)
-    options = dict(batch_sizes=[16], learning_rates=[1e4], epochs=3, seeds=1, draws=1)
+    data = digits(100)
+    options = dict(batch_sizes=[100], learning_rates=[1e4], epochs=3, seeds=1, draws=1)
     found = mf.compare(MLP, data, test=data, norms=["none"], loss="squared", **options)
     assert np.isnan(found.loss).all()
     assert np.isnan(found.best_rate).all()
@@ -111,13 +120,14 @@ def test_a_rate_at_which_a_seed_diverged_is_never_best():
 
 @pytest.mark.slow
 def test_statistics_of_too_few_samples_have_no_theory():
-    data = samples(16)
-    options = dict(batch_sizes=[1, 2], learning_rates=[0.01], epochs=1, seeds=1, draws=1)
-    found = mf.compare(MLP, data, test=data, norms=["batch", "layer"], **options)
-    assert np.isnan(found.predicted.sel(norm="batch")).all()
-    assert np.isfinite(found.predicted.sel(norm="layer")).all()
-    assert np.isnan(found.measured.sel(norm="batch", batch_size=1)).all()
-    assert np.isfinite(found.measured.sel(norm="batch", batch_size=2)).all()
+    data = digits(2)
+    options = dict(learning_rates=[0.01], epochs=1, seeds=1, draws=1)
+    batch = mf.compare(MLP, data, test=data, norms=["batch"], batch_sizes=[1, 2], **options)
+    assert np.isnan(batch.predicted).all()
+    assert np.isnan(batch.measured.sel(batch_size=1)).all()
+    assert np.isfinite(batch.measured.sel(batch_size=2)).all()
+    layer = mf.compare(MLP, data, test=data, norms=["layer"], batch_sizes=[1], **options)
+    assert np.isfinite(layer.predicted).all()
 
 
 def test_the_picture_and_the_table_have_every_norm(compared):
@@ -163,11 +173,11 @@ def test_the_table_marks_what_theory_does_not_vouch_for(compared):
         (dict(batch_sizes=[]), ("batch_sizes=[]", "at least one")),
         (dict(learning_rates=[]), ("learning_rates=[]", "at least one")),
         (dict(draws=0), ("draws=0", "at least 1")),
-        (dict(network=mf.mlp([4], inputs=12, outputs=3)), ("no norm", "BatchNorm")),
+        (dict(network=mf.mlp([4], inputs=64, outputs=10)), ("no norm", "BatchNorm")),
     ],
 )
 def test_bad_input_is_one_line(changed, expected):
-    arguments = dict(network=MLP, data=samples(64), test=samples(8), **SMALL) | changed
+    arguments = dict(network=MLP, data=digits(64), test=digits(8, "test"), **SMALL) | changed
     with pytest.raises(mf.SpecError) as caught:
         mf.compare(**arguments)
     assert "\n" not in str(caught.value)
@@ -178,8 +188,8 @@ def test_bad_input_is_one_line(changed, expected):
 @pytest.mark.slow
 def test_the_command_compares_all_norms_that_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["compare", "--widths", "16", "--num-samples", "64", "--num-test", "50"]
-    command += ["--batch-sizes", "16", "--learning-rates", "0.1", "--seeds", "1", "--draws", "1"]
+    command = ["compare", "--widths", "64", "--num-samples", "200", "--num-test", "200"]
+    command += ["--batch-sizes", "100", "--learning-rates", "0.03", "0.1", "--draws", "1"]
     assert main([*command, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     names = shown["variables"]["norm"]["values"]

@@ -1,8 +1,8 @@
 """What every layer owes: found by walking the classes, each with one row in ``EXAMPLES``."""
 
-import functools
 import math
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +82,7 @@ def leaves_of(network: mf.Network):
     def rebuild(vector) -> mf.Network:
         return jax.tree.unflatten(treedef, [vector[index] for index in range(len(leaves))])
 
-    return jnp.asarray(leaves), rebuild
+    return np.asarray(leaves), rebuild
 
 
 def summary(network: mf.Network):
@@ -114,23 +114,24 @@ def test_json_round_trip(name):
 
 
 @pytest.mark.parametrize("name", LAYER_NAMES)
-def test_jit_changes_nothing_and_dtypes_follow_the_mode(name):
+def test_dtypes_follow_the_mode(name):
     network = example(name)
     single = summary(network)
     assert single.dtype == jnp.float32
     with jax.enable_x64():
         double = summary(network)
-        assert double.dtype == jnp.float64
-        assert_close(jax.jit(summary)(network), double, "rounding", np.abs(double) + 1)
+    assert double.dtype == jnp.float64
     assert_close(single, double, "rounding", np.abs(double).max(), dtype=np.float32)
 
 
 @pytest.mark.parametrize("name", LAYER_NAMES)
-def test_vmap_over_every_number_equals_a_loop(name, x64):
+def test_jit_and_vmap_over_every_number_equal_a_loop(name, x64):
     base, rebuild = leaves_of(example(name))
-    # one row for every number that moves, and one for all
-    moved = base + jnp.concatenate([jnp.diag(0.2 * base + 0.1), (0.2 * base + 0.1)[None]])
-    rows = jax.vmap(lambda vector: summary(rebuild(vector)))(moved)
+    change = 0.2 * base + 0.1
+    # one row for every number that moves, one for all and one for none
+    changes = np.concatenate([np.diag(change), change[None], np.zeros_like(change)[None]])
+    moved = jnp.asarray(base + changes)
+    rows = jax.jit(jax.vmap(lambda vector: summary(rebuild(vector))))(moved)
     for row, vector in zip(rows, moved, strict=True):
         expected = summary(rebuild([float(value) for value in vector]))
         assert_close(row, expected, "quadrature", np.abs(expected).max())
@@ -145,27 +146,31 @@ def test_derivatives_equal_central_differences(name, x64):
         fisher = mf.analyze(rebuild(vector), num_samples=NUM_SAMPLES).fisher
         return jnp.log(fisher.outlier) + jnp.log(fisher.tangent_same)
 
-    direction = jnp.asarray(np.random.default_rng(0).normal(size=base.shape))
+    direction = np.random.default_rng(0).normal(size=base.shape)
 
-    @jax.jit
     def derivatives(vector):
         (value_here, gradient), (_, curvature) = jax.jvp(
-            jax.value_and_grad(value), (vector,), (direction,)
+            jax.value_and_grad(value), (vector,), (jnp.asarray(direction),)
         )
         return value_here, gradient, curvature
 
-    _, gradient, curvature = derivatives(base)
-    size = jnp.abs(gradient).max() + 1
-
+    # the center, both sides of it in the direction, both sides in every number
     step = 1e-5  # the cube root of eps
-    for index, unit in enumerate(jnp.eye(base.size)):
-        if base[index] == 0:
-            continue  # an offset's derivative at 0 is 0 by symmetry or covered by the direction
-        up, down = (derivatives(base + sign * step * unit)[0] for sign in (1, -1))
-        assert_close(gradient[index], (up - down) / (2 * step), "difference", size)
-    up, down = (derivatives(base + sign * step * direction) for sign in (1, -1))
-    assert_close(gradient @ direction, (up[0] - down[0]) / (2 * step), "difference", 10 * size)
-    assert_close(curvature, (up[1] - down[1]) / (2 * step), "second_difference", size)
+    sides = np.concatenate([np.zeros_like(base)[None], direction[None], np.eye(len(base))])
+    points = base + step * np.concatenate([sides, -sides[1:]])
+    values, gradients, curvatures = jax.jit(
+        lambda points: jax.lax.map(derivatives, points), compiler_options=draws.UNFUSED
+    )(jnp.asarray(points))
+    up, down = values[1 : len(sides)], values[len(sides) :]
+    differences = (up - down) / (2 * step)
+
+    size = np.abs(gradients[0]).max() + 1
+    # an offset's derivative at 0 is 0 by symmetry or covered by the direction
+    moving = base != 0
+    assert_close(gradients[0][moving], differences[1:][moving], "difference", size)
+    assert_close(gradients[0] @ direction, differences[0], "difference", 10 * size)
+    slopes = (gradients[1] - gradients[len(sides)]) / (2 * step)
+    assert_close(curvatures[0], slopes, "second_difference", size)
 
 
 # ---- parity with the Flax network
@@ -197,81 +202,33 @@ def test_the_flax_network_draws_the_declared_variances(name):
         assert_close(drawn.mean(), 0.0, "monte_carlo", 0, standard_error=error)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def jacobian_products(name: str, key, width: int):
-    """<grad f_k(x_i), grad f_k(x_j)> of one draw, averaged over i = j and over i != j."""
-    network = example(name, width)
-    apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key)))
-    x = jax.random.normal(jax.random.fold_in(key, 1), (NUM_SAMPLES, *network.input_shape))
-    rows = [
-        leaf.reshape(NUM_SAMPLES, 2, -1) for leaf in jax.tree.leaves(jax.jacrev(apply)(params, x))
-    ]
-    jacobian = jnp.concatenate(rows, axis=-1)
-    products = jnp.einsum("ikp,jkp->ij", jacobian, jacobian) / 2
-    same = jnp.trace(products) / NUM_SAMPLES
-    other = (products.sum() - jnp.trace(products)) / (NUM_SAMPLES * (NUM_SAMPLES - 1))
-    return jnp.stack([same, other])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYER_NAMES)
-def test_the_tangent_is_that_of_the_flax_network(name):
-    normalized = normalizes_over_batch(example(name).body)
-    # twice the width, half of what finite width may cost; where it compiles fast
-    for width in (32, 64) if name in ("Dense", "BatchNorm", "Residual") else (48,):
-        keys = jax.random.split(jax.random.key(width), 8)
-        draws = np.array([jacobian_products(name, key, width) for key in keys])
-        fisher = mf.analyze(example(name, width), num_samples=NUM_SAMPLES).fisher
-        # the variance's own derivative, which BatchNorm's rule leaves out, is O(1/samples)
-        effective = 1 / (1 / width + (1.5 / NUM_SAMPLES if normalized else 0))
-        assert_close(
-            draws.mean(0),
-            [fisher.tangent_same, fisher.tangent_other],
-            "monte_carlo",
-            float(fisher.tangent_same),
-            standard_error=standard_error(draws),
-            width=effective,
-        )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def tangents_on(name: str, keys, x, width: int):
-    """The tangent kernels of random networks on a batch, averaged over outputs, (draws, n, n)."""
-    network = example(name, width)
-
-    def draw(key):
-        apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key)))
-        leaves = jax.tree.leaves(jax.jacrev(apply)(params, x))
-        jacobian = jnp.concatenate([leaf.reshape(len(x), 2, -1) for leaf in leaves], -1)
-        return jnp.einsum("ikp,jkp->ij", jacobian, jacobian) / 2
-
-    return jax.lax.map(draw, keys, batch_size=16)
-
-
-def tangent_of(network, x):
-    """The predicted one; under jit, only what it needs is compiled."""
-    return mf.analyze(network, data=x).kernel.tangent
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAYER_NAMES)
-def test_on_a_batch_the_error_falls_as_the_width_doubles_twice(name):
+def test_the_tangent_kernel_is_that_of_random_networks(name):
+    # on a batch the error falls as the width doubles twice
     errors, noises = [], []
     for width in (8, 32):
         *positions, channels = example(name, width).input_shape
         # the same second moments at every width
-        shared = jax.random.normal(jax.random.key(0), (16, *positions, 4))
-        x = jnp.tile(shared, channels // 4)
-        # drawn by a generator that compiles fast
-        keys = jax.random.split(jax.random.key(1, impl="unsafe_rbg"), 512)
-        draws = tangents_on(name, keys, x, width)
-        predicted = jax.jit(functools.partial(tangent_of, example(name, width)))(x)
-        size = np.linalg.norm(predicted)
-        errors.append(np.linalg.norm(draws.mean(0) - predicted) / size)
-        noises.append(np.linalg.norm(standard_error(draws)) / size)
+        shared = np.random.default_rng(0).normal(size=(16, *positions, 4))
+        x = np.tile(shared, channels // 4)
+        found = draws.tangents(example(name, width), x, 512)
+        expected = draws.predicted(example(name, width), x)
+        size = np.linalg.norm(expected)
+        errors.append(np.linalg.norm(found.mean(0) - expected) / size)
+        noises.append(np.linalg.norm(standard_error(found)) / size)
     assert errors[0] < 1
     rounding = tolerance("rounding", dtype=np.float32)
     assert errors[1] < max(errors[0] / 2, 4 * noises[1], rounding)
+
+    # on Gaussian inputs
+    found = draws.summaries(draws.tangents(example(name, 48), NUM_SAMPLES, 16))
+    fisher = mf.analyze(example(name, 48), num_samples=NUM_SAMPLES).fisher
+    # the variance's own derivative, which BatchNorm's rule leaves out, is O(1/samples)
+    normalized = normalizes_over_batch(example(name).body)
+    effective = 1 / (1 / 48 + (1.5 / NUM_SAMPLES if normalized else 0))
+    expected = [fisher.tangent_same, fisher.tangent_other]
+    draws.assert_mean(found, expected, effective, scale=float(fisher.tangent_same))
 
 
 # ---- combinators are what they stand for

@@ -18,6 +18,7 @@ MODULES = [
     if not info.name.endswith("__main__")
 ]
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
@@ -35,14 +36,15 @@ def test_public_names_exist_and_are_documented():
         assert getattr(meanfield_jax, name).__doc__, name
 
 
+def test_the_readme_has_blocks():
+    assert len(BLOCKS) > 1
+
+
 @pytest.mark.slow
-def test_readme_blocks_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_each_readme_block_runs_by_itself(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    exec(compile(block, "README.md", "exec"), {})
 
 
 def test_readme_pictures_exist():

@@ -1,5 +1,6 @@
 """The Fisher operator against the dense Jacobian, and everything it refuses."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.tree_util import Partial
 from tolerance import assert_close
 
 import meanfield_jax as mf
@@ -23,7 +25,7 @@ def _exact(x64):
 
 
 def data(shape, num_samples: int = 7) -> jax.Array:
-    return jax.random.normal(jax.random.key(5), (num_samples, *shape))
+    return jnp.asarray(np.random.default_rng(5).normal(size=(num_samples, *shape)))
 
 
 def in_double(model: nnx.Module) -> nnx.Module:
@@ -36,14 +38,32 @@ def in_double(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def built(network: mf.Network, seed: int = 0) -> nnx.Module:
-    return in_double(mf.build(network, rngs=nnx.Rngs(seed)))
+@functools.cache
+def drawn(source) -> tuple:
+    """Graph and state of a model, from one program."""
+    create = functools.partial(mf.build, source) if isinstance(source, mf.Network) else source
+    return nnx.split(nnx.jit(lambda: in_double(create(rngs=nnx.Rngs(0))))())
+
+
+def built(source) -> nnx.Module:
+    """A model of a specification or of a class, the same each time."""
+    return nnx.merge(*drawn(source), copy=True)
+
+
+@jax.jit
+def jacobian_of(apply, params, x):
+    return jax.jacrev(apply)(params, x)
+
+
+@jax.jit
+def outputs_of(apply, params, x):
+    return apply(params, x)
 
 
 def flat_jacobian(apply, params, x, keep=lambda path: True) -> np.ndarray:
-    """(n C, P) by brute force."""
-    jacobian = jax.jit(jax.jacrev(apply))(params, x)
-    rows = math.prod(apply(params, x).shape)
+    """(n C, P) by brute force; ``apply`` is what an operator holds, or a ``Partial``."""
+    jacobian = jacobian_of(apply, params, x)
+    rows = math.prod(jax.eval_shape(apply, params, x).shape)
     parts = [
         np.asarray(leaf).reshape(rows, -1)
         for path, leaf in jax.tree_util.tree_leaves_with_path(jacobian)
@@ -54,9 +74,14 @@ def flat_jacobian(apply, params, x, keep=lambda path: True) -> np.ndarray:
 
 def dense_of(op: mf.FisherOperator) -> np.ndarray:
     """The operator as a matrix."""
-    matvec, size = op.linearize(), math.prod(op.shape)
-    basis = jnp.eye(size, dtype=op.dtype).reshape(size, *op.shape)
-    return np.asarray(jax.jit(jax.vmap(matvec))(basis)).reshape(size, size).T
+    size = math.prod(op.shape)
+    basis = np.eye(size, dtype=op.dtype).reshape(size, *op.shape)
+    return np.asarray(products(op, basis)).reshape(size, size).T
+
+
+@jax.jit
+def products(op: mf.FisherOperator, vectors):
+    return jax.vmap(op.linearize())(vectors)
 
 
 def check_dense(op: mf.FisherOperator, apply=None, params=None) -> np.ndarray:
@@ -76,11 +101,9 @@ def plain(params, x):
 
 
 def plain_params():
-    keys = jax.random.split(jax.random.key(0), 3)
-    return {
-        "in": {"w": jax.random.normal(keys[0], (4, 5)), "b": jax.random.normal(keys[1], (5,))},
-        "out": jax.random.normal(keys[2], (5, 3)),
-    }
+    rng = np.random.default_rng(0)
+    weights = {"in": {"w": rng.normal(size=(4, 5)), "b": rng.normal(size=5)}}
+    return jax.tree.map(jnp.asarray, weights | {"out": rng.normal(size=(5, 3))})
 
 
 def test_a_plain_function():
@@ -99,7 +122,7 @@ def test_a_linen_module():
 
     x = data((4,))
     module = Net()
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     check_dense(mf.FisherOperator(module.apply, variables, x))
 
 
@@ -132,7 +155,7 @@ MODELS = {
     "narrow_mlp": (lambda: built(mf.mlp([3], inputs=2, outputs=2)), (2,)),
     "batch_norm": (lambda: built(mf.mlp([12], inputs=6, outputs=2, norm=mf.BatchNorm(1.3))), (6,)),
     "cnn": (
-        lambda: built(mf.cnn([3, 4], inputs=(6, 6, 2), outputs=2, norm=mf.BatchNorm())),
+        lambda: built(mf.cnn([3], inputs=(6, 6, 2), outputs=2, norm=mf.BatchNorm())),
         (6, 6, 2),
     ),
     "positions": (
@@ -165,8 +188,8 @@ MODELS = {
         ),
         (6,),
     ),
-    "shared_layer": (lambda: in_double(Shared(nnx.Rngs(0))), (9,)),
-    "user_net": (lambda: in_double(UserNet(nnx.Rngs(0))), (6,)),
+    "shared_layer": (lambda: built(Shared), (9,)),
+    "user_net": (lambda: built(UserNet), (6,)),
 }
 WITH_STATISTICS = ("batch_norm", "cnn", "positions", "repeat", "user_net")
 
@@ -201,6 +224,7 @@ def test_the_jacobian_of_the_model_itself_is_the_one_measured(name):
         model.dropout.deterministic = True
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
+    @Partial
     def apply(params, x):
         return nnx.merge(graphdef, params, rest, copy=True)(x)
 
@@ -229,9 +253,9 @@ def test_the_mode_of_the_model_does_not_matter_and_is_left_alone(statistics):
 def test_categorical_likelihood_against_the_explicit_root():
     x = data((4,))
     op = mf.FisherOperator(plain, plain_params(), x, likelihood="categorical")
-    jacobian = flat_jacobian(plain, op.params, x)
+    jacobian = flat_jacobian(op.apply, op.params, x)
     root = np.zeros((21, 21))
-    for index, p in enumerate(np.asarray(jax.nn.softmax(plain(op.params, x)))):
+    for index, p in enumerate(np.asarray(jax.nn.softmax(outputs_of(op.apply, op.params, x)))):
         own = slice(3 * index, 3 * index + 3)
         factor = np.diag(np.sqrt(p)) - np.outer(p, np.sqrt(p))
         covariance = np.diag(p) - np.outer(p, p)
@@ -268,12 +292,11 @@ def test_a_block_is_the_jacobian_of_its_parameters(path):
         name = "/".join(key.key for key in keys)
         return name == path or name.startswith(f"{path}/")
 
-    part = flat_jacobian(plain, op.params, op.x, below)
+    part = flat_jacobian(op.apply, op.params, op.x, below)
     expected = part @ part.T / 7
     assert_close(dense_of(op.block(path)), expected, "rounding", expected.max())
-    for batch_size in (3, 7):
-        batched = mf.FisherOperator(plain, op.params, op.x, batch_size=batch_size).block(path)
-        assert_close(dense_of(batched), expected, "rounding", expected.max())
+    batched = mf.FisherOperator(plain, op.params, op.x, batch_size=3).block(path)
+    assert_close(dense_of(batched), expected, "rounding", expected.max())
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
@@ -353,10 +376,10 @@ class Stubborn(nnx.Module):
 
 def test_a_model_that_stays_in_its_own_mode_is_refused():
     x = data((4,))
-    model = in_double(Stubborn(True, nnx.Rngs(0)))
+    model = built(functools.partial(Stubborn, True))
     with pytest.raises(mf.SpecError, match="statistics='batch': the model uses running statistics"):
         mf.fisher_operator(model, x)
-    model = in_double(Stubborn(False, nnx.Rngs(0)))
+    model = built(functools.partial(Stubborn, False))
     model.norm.mean[...] = jnp.full(8, 0.5)
     with pytest.raises(
         mf.SpecError,
@@ -451,49 +474,47 @@ def test_after_calibration_evaluation_gives_what_training_gives(name):
     create, shape = MODELS[name]
     model, x = create(), data(shape, 12)
     mf.calibrate(model, x)
-    (apply, params), _ = mf.functional(_evaluating(model)), None
-    expected = np.asarray(_training_outputs(model, x))
-    assert_close(apply(params, x), expected, "rounding", np.abs(expected).max())
-
-
-def _evaluating(model):
-    model = nnx.clone(model)
-    model.eval()
-    return model
-
-
-def _training_outputs(model, x):
-    model = nnx.clone(model)
-    model.train()
-    for _, module in nnx.iter_modules(model):
+    evaluating, training = nnx.clone(model), nnx.clone(model)
+    evaluating.eval()
+    training.train()
+    for _, module in nnx.iter_modules(training):
         if isinstance(module, nnx.Dropout):
             module.deterministic = True
-    return model(x)
+    found, expected = (
+        np.asarray(outputs_of(*mf.functional(model), x)) for model in (evaluating, training)
+    )
+    assert_close(found, expected, "rounding", np.abs(expected).max())
 
 
 def norms(axes: str, shape):
-    spec = mf.BatchNorm(1.3, 0.2, axes=axes)
-    own = in_double(spec.build(shape, nnx.Rngs(0)))
-    theirs = nnx.BatchNorm(shape[-1], momentum=0.99, epsilon=1e-5, rngs=nnx.Rngs(0))
-    theirs.scale[...] = jnp.full(shape[-1], 1.3)
-    theirs.bias[...] = jnp.full(shape[-1], 0.2)
-    return own, in_double(theirs)
+    def create():
+        own = mf.BatchNorm(1.3, 0.2, axes=axes).build(shape, nnx.Rngs(0))
+        theirs = nnx.BatchNorm(shape[-1], momentum=0.99, epsilon=1e-5, rngs=nnx.Rngs(0))
+        theirs.scale[...] = jnp.full(shape[-1], 1.3)
+        theirs.bias[...] = jnp.full(shape[-1], 0.2)
+        return in_double(own), in_double(theirs)
+
+    return nnx.jit(create)()
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 3, 5)], ids=["vector", "map"])
 def test_the_batch_norm_module_is_that_of_flax(shape):
     own, theirs = norms("channel", shape)
+    weights = np.cos(np.arange(9 * math.prod(shape))).reshape(9, *shape)
+
+    def loss(model, x):
+        return jnp.sum(weights * model(x))
+
+    @nnx.jit
+    def both(own, theirs, x):
+        gradients = [nnx.grad(loss, argnums=(0, 1))(model, x) for model in (own, theirs)]
+        return gradients, [model(x) for model in (own, theirs)]
+
     # float32 constants in the module's specification
     size = dict(dtype=np.float32)
     for step in range(3):
         x = 2 * data(shape, 9) + step
-        weights = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
-
-        def loss(model, x, weights=weights):
-            return jnp.sum(weights * model(x))
-
-        gradients = [nnx.grad(loss, argnums=(0, 1))(model, x) for model in (own, theirs)]
-        outputs = [model(x) for model in (own, theirs)]
+        gradients, outputs = both(own, theirs, x)
         assert_close(outputs[0], outputs[1], "rounding", 5.0, **size)
         assert_close(gradients[0][1], gradients[1][1], "rounding", 5.0, **size)
         for name in ("scale", "bias"):
@@ -504,7 +525,8 @@ def test_the_batch_norm_module_is_that_of_flax(shape):
             assert_close(a, b, "rounding", 5.0, **size)
     own.eval()
     theirs.eval()
-    assert_close(own(x), theirs(x), "rounding", 5.0, **size)
+    a, b = (outputs_of(*mf.functional(model), x) for model in (own, theirs))
+    assert_close(a, b, "rounding", 5.0, **size)
 
 
 def test_statistics_by_position_are_those_of_the_flattened_map():
@@ -512,8 +534,8 @@ def test_statistics_by_position_are_those_of_the_flattened_map():
     own, _ = norms("position", shape)
     flat, _ = norms("channel", (60,))
     x = data(shape, 9)
-    expected = flat(x.reshape(9, -1)).reshape(x.shape)
-    assert_close(own(x), expected, "rounding", 5.0)
+    found, expected = nnx.jit(lambda own, flat, x: (own(x), flat(x.reshape(9, -1))))(own, flat, x)
+    assert_close(found, expected.reshape(x.shape), "rounding", 5.0)
     assert own.mean[...].shape == shape
 
 
@@ -525,11 +547,18 @@ def test_statistics_by_position_are_those_of_the_flattened_map():
 @pytest.mark.parametrize("side", [1, 2, 3, 5])
 def test_convolution_equals_that_of_jax(side, stride, padding):
     x = data((7, 6, 3), 2)
-    weights = jax.random.normal(jax.random.key(0), (side, side, 3, 4))
+    weights = np.random.default_rng(0).normal(size=(side, side, 3, 4))
     numbers = ("NHWC", "HWIO", "NHWC")
     options = dict(dimension_numbers=numbers, precision=jax.lax.Precision.HIGHEST)
-    own = jax.jit(lambda x, w: convolve(x, w, (stride, stride), padding, **options))(x, weights)
-    theirs = jax.lax.conv_general_dilated(x, weights, (stride, stride), padding, **options)
+
+    @jax.jit
+    def both(x, w):
+        return [
+            conv(x, w, (stride, stride), padding, **options)
+            for conv in (convolve, jax.lax.conv_general_dilated)
+        ]
+
+    own, theirs = both(x, weights)
     assert_close(own, theirs, "rounding", float(np.abs(theirs).max()))
 
 
@@ -538,12 +567,16 @@ def test_convolution_equals_that_of_jax(side, stride, padding):
 @pytest.mark.parametrize("side", [2, 3])
 def test_convolution_layers_equal_those_of_flax(side, stride, padding):
     network = mf.Network((6, 5, 3), (mf.Conv(4, side, stride, padding),))
-    own = built(network).layers[0]
-    theirs = in_double(
-        nnx.Conv(3, 4, (side, side), strides=stride, padding=padding, rngs=nnx.Rngs(0))
-    )
-    theirs.kernel[...], theirs.bias[...] = own.kernel[...], own.bias[...]
-    x = data((6, 5, 3), 2)
-    expected = np.asarray(theirs(x))
-    assert own(x).shape[1:] == network.output_shape
-    assert_close(own(x), expected, "rounding", np.abs(expected).max())
+
+    @jax.jit
+    def both(x):
+        own = in_double(mf.build(network, rngs=nnx.Rngs(0))).layers[0]
+        theirs = in_double(
+            nnx.Conv(3, 4, (side, side), strides=stride, padding=padding, rngs=nnx.Rngs(0))
+        )
+        theirs.kernel[...], theirs.bias[...] = own.kernel[...], own.bias[...]
+        return own(x), theirs(x)
+
+    found, expected = (np.asarray(outputs) for outputs in both(data((6, 5, 3), 2)))
+    assert found.shape[1:] == network.output_shape
+    assert_close(found, expected, "rounding", np.abs(expected).max())

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import scipy
 from flax import nnx
 from oracles import SMOOTH
-from tolerance import assert_close, standard_error
+from tolerance import assert_close
 
 import meanfield_jax as mf
 from meanfield_jax.kernel.state import Pair, input_kernel
@@ -280,22 +281,6 @@ def test_decay_can_be_for_the_tildes_alone():
         np.testing.assert_array_equal(leaf, expected)
 
 
-@pytest.mark.slow
-def test_it_trains_in_a_sweep():
-    x, labels = mf.data.load("digits", num_samples=200, flatten=True)
-    network = mf.mlp([32], inputs=64, outputs=10, norm=mf.ProxyNorm())
-    run = mf.train(
-        network,
-        (x, labels),
-        test=(x, labels),
-        gamma=np.array([0.5, 1.0]),
-        seed=np.array([[0], [1]]),
-        learning_rate=0.02,
-    )
-    assert run.loss.shape == (2, 2, 5)
-    assert np.all(run.loss[..., -1] < 0.6 * run.loss[..., 0])
-
-
 # ---- theory meets network
 
 
@@ -327,23 +312,15 @@ def maps(width: int, beta: float) -> mf.Network:
 @pytest.mark.parametrize(
     ("build", "width", "beta"),
     [
-        (vectors, 64, 0.0),
-        (vectors, 256, 0.0),
+        (vectors, 128, 0.0),
         (vectors, 128, 0.4),
         (maps, 32, 0.0),
-        (maps, 64, 0.0),
     ],
 )
 def test_moments_are_those_of_random_networks(build, width, beta):
     network = build(width, beta)
-    draw = jax.vmap(lambda key: second_moments(key, network, 16))
-    draws = np.asarray(draw(jax.random.split(jax.random.key(0), 64)))
+    keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 64)
+    found = jax.vmap(lambda key: second_moments(key, network, 16))(keys)
     order = mf.analyze(network).order_parameters
-    assert_close(
-        draws.mean(0),
-        [order.q_hat[-1], order.q_hat_xy[-1]],
-        "monte_carlo",
-        float(order.q_hat[-1]),
-        standard_error=standard_error(draws),
-        width=width,
-    )
+    expected = [order.q_hat[-1], order.q_hat_xy[-1]]
+    draws.assert_mean(found, expected, width, scale=float(order.q_hat[-1]))

@@ -1,9 +1,9 @@
 """LayerNorm, GroupNorm, InstanceNorm: identities, Flax, and networks against their theory."""
 
 import dataclasses
-import functools
 import math
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,21 +302,6 @@ def test_scale_and_offset_learn_or_not(name, trainable):
     np.testing.assert_array_equal(module.bias[...], np.float32(0.2))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NORMS)
-def test_many_runs_train_at_once(name):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 4, 4, 3)).astype("float32"), rng.integers(0, 3, 40)
-    network = mf.cnn([6], inputs=(4, 4, 3), outputs=3, norm=plain(name))
-    rates = np.array([0.003, 1e4])
-    options = dict(learning_rate=rates, gamma=0.7, epochs=3, batch_size=10)
-    run = mf.train(network, (x, y), test=(x, y), **options)
-    assert run.diverged.tolist() == [False, True]
-    assert run.loss[0, -1] < run.loss[0, 0]
-    constant = mf.train(network, (x, y), train_gamma=False, **options)
-    assert constant.loss[0, -1] != run.loss[0, -1]
-
-
 class Own(nnx.Module):
     """A user's own network around one of these norms."""
 
@@ -336,16 +321,6 @@ def test_in_a_users_own_model(name):
     op = mf.fisher_operator(model, x, batch_size=2)
     assert mf.top_eigenvalues(op, k=1).raise_if_failed().eigenvalues[0] > 0
     assert {path for path in op.paths if path.startswith("norm")} == {"norm/scale", "norm/bias"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NORMS)
-def test_a_rate_for_every_layer(name):
-    network = conv(6, plain(name), inputs=(16, 16, 2))
-    model = mf.build(network, rngs=nnx.Rngs(0))
-    _, params = mf.functional(model)
-    rule = mf.optimizer(network, num_samples=20, per_layer=True)
-    rule.update(params, rule.init(params), params)
 
 
 # ---- what is refused
@@ -390,108 +365,14 @@ def test_what_the_theory_does_not_cover_is_refused(build, words):
 # ---- networks
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def tangents(network: mf.Network, keys, x):
-    """The tangent kernels of random networks averaged over outputs, (draws, n, n)."""
-
-    def draw(key):
-        key_draw, key_inputs = jax.random.split(key)
-        inputs = jax.random.normal(key_inputs, (16, *network.input_shape)) if x is None else x
-        apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key_draw)))
-        leaves = jax.tree.leaves(jax.jacrev(apply)(params, inputs))
-        num_samples, num_outputs = len(inputs), network.output_shape[0]
-        rows = [leaf.reshape(num_samples, num_outputs, -1) for leaf in leaves]
-        jacobian = jnp.concatenate(rows, -1)
-        return jnp.einsum("ikp,jkp->ij", jacobian, jacobian) / num_outputs
-
-    return jax.lax.map(draw, keys, batch_size=8)
-
-
-def summaries(matrix, vectors=()) -> np.ndarray:
-    """Means over the diagonal and off it, and the quadratic forms of vectors."""
-    n = matrix.shape[-1]
-    trace, total = np.trace(matrix, axis1=-2, axis2=-1), matrix.sum((-2, -1))
-    forms = [np.einsum("i,...ij,j", vector, matrix, vector) for vector in vectors]
-    return np.stack([trace / n, (total - trace) / (n * (n - 1)), *forms], -1)
-
-
-def check(network: mf.Network, x: np.ndarray | None, width: float, draws: int = 64):
-    """Theory against the mean over draws of networks, by a generator that compiles fast."""
-    keys = jax.random.split(jax.random.key(1, impl="unsafe_rbg"), draws)
-    inputs = None if x is None else jnp.asarray(x, jnp.float32)
-    measured = np.asarray(tangents(jax.tree.map(float, network), keys, inputs), float)
-    if x is None:
-        vectors = ()
-        with jax.enable_x64():
-            fisher = mf.analyze(network).fisher
-        predicted = np.array([fisher.tangent_same, fisher.tangent_other])
-    else:
-        with jax.enable_x64():
-            # under jit, only what the tangent needs is compiled
-            matrix = jax.jit(lambda x: mf.analyze(network, data=x).kernel.tangent)(x)
-        matrix = np.asarray(matrix)
-        vectors = np.linalg.eigh(matrix)[1][:, -3:].T
-        predicted = summaries(matrix, vectors)
-    values = summaries(measured, vectors)
-    error = standard_error(values)
-    assert_close(values.mean(0), predicted, "monte_carlo", standard_error=error, width=width)
-
-
-CASES = {
-    "mlp": lambda norm, width: fc(2 * width, norm),
-    "mlp-tanh-offset": lambda norm, width: fc(2 * width, offset(norm), "tanh"),
-    "cnn-flatten": lambda norm, width: conv(width, norm),
-    "cnn-mean": lambda norm, width: conv(width, norm, head="mean"),
-}
-
-
-def offset(norm: mf.Layer) -> mf.Layer:
-    return dataclasses.replace(norm, gamma=0.8, beta=0.4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("real", [False, True])
-def test_layer_norm_against_networks(case, real):
-    network = CASES[case](mf.LayerNorm(GAMMA), 32)
-    check(network, correlated(12, *network.input_shape) if real else None, width=32)
-
-
 @pytest.mark.slow
 def test_the_derivative_of_the_deviation_vanishes_with_the_width():
     errors = []
     for width in (8, 64):
         network = mf.mlp([width], inputs=width, outputs=4, norm=mf.LayerNorm(GAMMA))
-        keys = jax.random.split(jax.random.key(2), 512)
-        values = summaries(np.asarray(tangents(jax.tree.map(float, network), keys, None), float))
+        values = draws.summaries(draws.tangents(network, 16, 512))
         fisher = mf.analyze(network).fisher
         expected = np.array([fisher.tangent_same, fisher.tangent_other])
         errors.append(np.abs(values.mean(0) / expected - 1))
         assert (errors[-1] < 1.5 / width + 4 * standard_error(values) / expected).all()
     assert errors[0].max() > 0.05
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["flatten", "mean"])
-@pytest.mark.parametrize("real", [False, True])
-@pytest.mark.parametrize("name", ["group", "instance"])
-def test_norms_over_positions_against_networks(name, head, real):
-    # without the derivative of the deviation the mean head's T_same is 40 % off
-    options = dict(inputs=(4, 4, 2), stride=1, head=head)
-    network = conv(32, plain(name), **options)
-    check(network, correlated(12, 4, 4, 2) if real else None, width=32, draws=24)
-
-
-@pytest.mark.slow
-def test_small_groups_of_vectors_against_networks():
-    # groups of 8 values: left out are terms of order 1/8^2
-    network = mf.mlp([64], inputs=64, outputs=4, norm=mf.GroupNorm(GAMMA, num_groups=8))
-    check(network, None, width=64, draws=256)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NORMS)
-def test_a_residual_network(name):
-    norm = plain(name)
-    network = mf.preact_resnet([24, 32], blocks=1, inputs=(8, 8, 3), outputs=4, norm=norm)
-    check(network, None, width=24, draws=24)

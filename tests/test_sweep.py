@@ -24,42 +24,36 @@ from meanfield_jax.experiments.store import Layout, Variable, create
 from meanfield_jax.experiments.sweep import _chunk, bytes_of_cell
 from meanfield_jax.experiments.train import recipe_of
 
-NETWORK = mf.mlp([16], inputs=64, outputs=10, norm=mf.BatchNorm())
+NETWORK = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
 GRID = dict(gamma=[0.5, 1.0], learning_rate=[0.01, 0.1, 100.0], seed=[0, 3])
+OPTIONS = dict(epochs=2, chunk_cells=4)
+"""Chunks of 2 x 2 cells, and of 1 x 2 at the edge; nearly all sweeps here share their program."""
 COMMAND = (
-    *("--data", "digits", "--widths", "16", "--num-samples", "100", "--num-test", "50"),
-    *("--epochs", "2", "--chunk-cells", "2", "--grid", "gamma=0.5,1"),
-    *("learning_rate=1e-2:100:12", "seed=0,1", "batch_size=50"),
+    *("--data", "digits", "--widths", "64", "--num-samples", "200", "--num-test", "200"),
+    *("--epochs", "2", "--chunk-cells", "4", "--grid", "gamma=0.5,1"),
+    *("learning_rate=1e-2:100:12", "seed=0,1"),
 )
-"""A sweep of 24 chunks from the command line."""
+"""A sweep of 12 chunks from the command line."""
+PROCESSES = {**os.environ, "JAX_PLATFORMS": "cpu"}
+"""The environment of processes: they read programs that were compiled before, as all tests do."""
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return mf.data.load("digits", num_samples=100, flatten=True)
+    return mf.data.load("digits", num_samples=200, flatten=True)
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of processes: programs that were compiled once are read from a folder."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    cache = dict(
-        JAX_COMPILATION_CACHE_DIR=folder,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
-        JAX_PLATFORMS="cpu",
-    )
-    return {**os.environ, **cache}
-
-
-@pytest.fixture(scope="module")
-def whole(environment, tmp_path_factory):
+def whole(tmp_path_factory):
     """The store of the command, written without a break."""
     store = tmp_path_factory.mktemp("whole") / "run.zarr"
-    assert finish(start(store, environment)) == (0, "48 runs")
+    assert finish(start(store)) == (0, "48 runs")
     return store
 
 
-def start(store: Path, environment, *options: str, before: str = ":") -> subprocess.Popen:
+def start(
+    store: Path, *options: str, before: str = ":", environment: dict[str, str] = PROCESSES
+) -> subprocess.Popen:
     """The command, as a process of its own, behind a command of the shell."""
     command = [sys.executable, "-m", "meanfield_jax", "sweep", str(store), *COMMAND, *options]
     command = ["sh", "-c", f'{before} && exec "$@"', "sh", *command]
@@ -94,7 +88,7 @@ def wait_for_chunks(store: Path, count: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_each_cell_is_what_train_gives(digits):
-    found = mf.sweep(NETWORK, digits, GRID | dict(momentum=0.5), test=digits, epochs=2)
+    found = mf.sweep(NETWORK, digits, GRID | dict(momentum=0.5), test=digits, **OPTIONS)
     assert found.sizes == dict(gamma=2, learning_rate=3, seed=2, epoch=2)
     for gamma in GRID["gamma"]:
         for seed in GRID["seed"]:
@@ -108,25 +102,27 @@ def test_each_cell_is_what_train_gives(digits):
 
 
 def test_one_scale_may_be_given_for_all(digits):
-    found = mf.sweep(NETWORK, digits, dict(gamma=0.5, learning_rate=[0.01, 0.1]), epochs=1)
-    assert found.loss.shape == (2, 1)
+    grid = dict(gamma=0.5, learning_rate=[0.01, 0.03, 0.1, 0.3])
+    found = mf.sweep(NETWORK, digits, grid, test=digits, **OPTIONS)
+    assert found.loss.shape == (4, 2)
     assert found.eta_max_batch.shape == ()
-    theory = mf.analyze(mf.mlp([16], inputs=64, outputs=10, norm=mf.BatchNorm(0.5)), data=digits[0])
+    network = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm(0.5))
+    theory = mf.analyze(network, data=digits[0][:100])
     assert_close(float(found.eta_max_batch), theory.eta_max(0.9), "rounding", dtype=np.float32)
 
 
 @pytest.mark.slow
 def test_structure_and_variances_are_axes(digits):
-    grid = dict(depth=[1, 2], width=[8], batch_size=[20], weight_var=[1.0, 2.0])
+    grid = dict(depth=[1, 2], width=[64], batch_size=[100], weight_var=[1.0, 2.0])
     found = mf.sweep(NETWORK, digits, grid, epochs=1)
-    at = dict(depth=2, width=8, batch_size=20)
+    at = dict(depth=2, width=64, batch_size=100)
     for weight_var in grid["weight_var"]:
         options = dict(norm=mf.BatchNorm(), weight_var=weight_var)
-        network = mf.mlp([8, 8], inputs=64, outputs=10, **options)
-        alone = mf.train(network, digits, epochs=1, batch_size=20)
+        network = mf.mlp([64, 64], inputs=64, outputs=10, **options)
+        alone = mf.train(network, digits, epochs=1, batch_size=100)
         cell = found.sel(**at, weight_var=weight_var)
         assert_close(cell.loss.values, alone.loss, "edge", dtype=np.float32)
-        theory = mf.analyze(network, data=digits[0][:20], statistics="frozen")
+        theory = mf.analyze(network, data=digits[0][:100], statistics="frozen")
         predicted = float(cell.eta_max_frozen)
         assert_close(predicted, theory.eta_max(0.9), "rounding", dtype=np.float32)
 
@@ -187,8 +183,8 @@ def test_memory_of_a_cell_is_not_underestimated(digits):
 @pytest.mark.parametrize("variable", ["loss", "digest"])
 def test_a_damaged_chunk_is_found_and_computed_again(digits, tmp_path, damage, variable):
     store = tmp_path / "run.zarr"
-    # chunks of 2 x 2 cells, and of 1 x 2 at the edge: the second file is one of these
-    options = dict(store=store, epochs=2, chunk_cells=4)
+    # the second file is a chunk at the edge
+    options = OPTIONS | dict(store=store, test=digits)
     before = mf.sweep(NETWORK, digits, GRID, **options)
     files = sorted(path for path in (store / variable / "c").rglob("*") if path.is_file())
     damage(files[1])
@@ -200,7 +196,7 @@ def test_a_damaged_chunk_is_found_and_computed_again(digits, tmp_path, damage, v
 
 
 def test_a_finished_sweep_computes_nothing(digits, tmp_path, monkeypatch):
-    options = dict(store=tmp_path / "run.zarr", epochs=1)
+    options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
     before = mf.sweep(NETWORK, digits, GRID, **options)
     monkeypatch.setattr("meanfield_jax.experiments.sweep.run_cells", None)
     monkeypatch.setattr("meanfield_jax.experiments.sweep.analyze", None)
@@ -213,15 +209,15 @@ def test_a_finished_sweep_computes_nothing(digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(epochs=2), ("epochs 1 in the store, 2 now",)),
+        (dict(epochs=1), ("epochs 2 in the store, 1 now",)),
         (dict(grid=GRID | dict(gamma=[0.5, 2.0])), ("grid/gamma [0.5, 1.0] in the store",)),
-        (dict(network=mf.mlp([16], inputs=64, outputs=10, norm=mf.BatchNorm(beta=1.0))), ("beta",)),
+        (dict(network=mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm(beta=1.0))), ("beta",)),
         (dict(loss="cross_entropy"), ('loss "squared" in the store, "cross_entropy" now',)),
         (dict(resume=False), ("exists already", "--resume")),
     ],
 )
 def test_a_store_of_another_sweep_is_refused(digits, tmp_path, changes, words):
-    options = dict(network=NETWORK, grid=GRID, store=tmp_path / "run.zarr", epochs=1)
+    options = OPTIONS | dict(network=NETWORK, grid=GRID, store=tmp_path / "run.zarr", test=digits)
     mf.sweep(data=digits, **options)
     before = {path: path.read_bytes() for path in options["store"].rglob("*") if path.is_file()}
     with pytest.raises(mf.SpecError) as error:
@@ -231,7 +227,7 @@ def test_a_store_of_another_sweep_is_refused(digits, tmp_path, changes, words):
 
 
 def test_a_store_in_use_is_refused(digits, tmp_path):
-    options = dict(store=tmp_path / "run.zarr", epochs=1)
+    options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
     mf.sweep(NETWORK, digits, GRID, **options)
     with (options["store"] / "zarr.json").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -248,7 +244,7 @@ def test_a_store_in_use_is_refused(digits, tmp_path):
         (dict(grid=dict(gamma=["a"])), ("not understood",)),
         (dict(grid=dict(gamma=[1.0, 1.0])), ("values repeat",)),
         (dict(grid=dict(learning_rate=[-1.0])), ("learning_rate=[-1.0]", "negative")),
-        (dict(grid=dict(batch_size=[50, 101])), ("batch_size=101", "100 samples")),
+        (dict(grid=dict(batch_size=[50, 201])), ("batch_size=201", "200 samples")),
         (dict(grid=dict(depth=[0])), ("depth=0", "whole number >= 1")),
         (dict(chunk_cells=0), ("chunk_cells=0", "at least 1")),
         (dict(network=mf.mlp([4], inputs=64, outputs=10)), ("gamma=", "no norm")),
@@ -271,33 +267,30 @@ def test_no_store_is_no_sweep(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_resumes_to_the_same_bits(whole, environment, tmp_path):
-    """Six times kill -9, from before the store exists until the last chunks."""
+def test_killed_at_any_moment_it_resumes_to_the_same_bits(whole, tmp_path):
+    """Four times kill -9, from before the store exists until the last chunks."""
     store, moments = tmp_path / "run.zarr", random.Random(0)
-    for kill in range(6):
-        process = start(store, environment, *(["--resume"] if store.exists() else []))
-        if kill > 0:
-            wait_for_chunks(store, min(4 * kill, 20), process)
+    for chunks in (0, 1, 5, 10):
+        process = start(store, *(["--resume"] if store.exists() else []))
+        if chunks > 0:
+            wait_for_chunks(store, chunks, process)
         time.sleep(moments.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert finish(start(store, environment, "--resume")) == (0, "48 runs")
+    assert finish(start(store, "--resume")) == (0, "48 runs")
     assert same_numbers(store, whole)
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_sweep_and_outlive_each_other(whole, environment, tmp_path):
+def test_two_processes_share_a_sweep_and_outlive_each_other(whole, tmp_path):
     """One is killed: the other does its share, says what is missing, and the rest is resumed."""
 
-    def pair(store: Path, *options: str) -> list[subprocess.Popen]:
+    def pair(store: Path) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        together = ("--coordinator", address, "--num-processes", "2", "--patience", "10")
-        return [
-            start(store, environment, *together, "--process-id", str(number), *options)
-            for number in range(2)
-        ]
+        together = ("--coordinator", address, "--num-processes", "2", "--patience", "5")
+        return [start(store, *together, "--process-id", str(number)) for number in range(2)]
 
     store = tmp_path / "both.zarr"
     first, second = pair(store)
@@ -310,23 +303,23 @@ def test_two_processes_share_a_sweep_and_outlive_each_other(whole, environment, 
     for killed in (0, 1):
         store = tmp_path / f"killed-{killed}.zarr"
         processes = pair(store)
-        wait_for_chunks(store, 4, processes[killed])
+        wait_for_chunks(store, 2, processes[killed])
         processes[killed].send_signal(signal.SIGKILL)
         processes[killed].communicate()
         _, said = processes[1 - killed].communicate(timeout=300)
         assert processes[1 - killed].returncode == 1
         assert "it seems to have died" in said
         assert "Traceback" not in said
-        assert finish(start(store, environment, "--resume")) == (0, "48 runs")
+        assert finish(start(store, "--resume")) == (0, "48 runs")
         assert same_numbers(store, whole)
 
 
 @pytest.mark.slow
-def test_devices_share_the_cells(whole, environment, tmp_path):
+def test_devices_share_the_cells(whole, tmp_path):
     """Four virtual devices give the same results as one."""
     store = tmp_path / "four.zarr"
-    flags = environment | dict(XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    assert finish(start(store, flags)) == (0, "48 runs")
+    flags = dict(XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert finish(start(store, environment=PROCESSES | flags)) == (0, "48 runs")
     found, expected = mf.load_sweep(store), mf.load_sweep(whole)
     assert found.devices.startswith("4 x cpu")
     assert np.array_equal(found.diverged_at < 0, expected.diverged_at < 0)
@@ -337,14 +330,14 @@ def test_devices_share_the_cells(whole, environment, tmp_path):
 
 
 @pytest.mark.slow
-def test_where_nothing_more_can_be_written_the_store_stays_readable(whole, environment, tmp_path):
+def test_where_nothing_more_can_be_written_the_store_stays_readable(whole, tmp_path):
     """The system refuses to write files."""
     store = tmp_path / "run.zarr"
     shutil.copytree(whole, store)
     chunks = sorted((store / "digest" / "c").iterdir(), key=lambda path: int(path.name))
-    for path in chunks[10:]:
+    for path in chunks[5:]:
         path.unlink()
-    process = start(store, environment, "--resume", before="ulimit -f 0")
+    process = start(store, "--resume", before="ulimit -f 0")
     _, said = process.communicate(timeout=300)
     assert process.returncode == 1
     (line,) = [line for line in said.splitlines() if line.startswith("meanfield-jax:")]
@@ -352,7 +345,7 @@ def test_where_nothing_more_can_be_written_the_store_stays_readable(whole, envir
     assert "Traceback" not in said
     readable = mf.load_sweep(store)
     assert int((readable.diverged_at != -2).sum()) == 20
-    assert finish(start(store, environment, "--resume")) == (0, "48 runs")
+    assert finish(start(store, "--resume")) == (0, "48 runs")
     assert same_numbers(store, whole)
 
 
@@ -429,7 +422,7 @@ def test_grids_that_make_no_sense_are_refused(texts):
 def test_plot_reads_what_sweep_wrote(digits, tmp_path, capsys):
     from meanfield_jax.cli import main
 
-    mf.sweep(NETWORK, digits, GRID, store=tmp_path / "run.zarr", epochs=1)
+    mf.sweep(NETWORK, digits, GRID, store=tmp_path / "run.zarr", test=digits, **OPTIONS)
     picture = tmp_path / "run.png"
     assert main(["plot", str(tmp_path / "run.zarr"), "--output", str(picture), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"

@@ -37,12 +37,13 @@ def activations(model: nnx.Module, x: Array) -> dict[str, Array]:
         SpecError: where there is nothing to capture.
 
     Example:
-        >>> import jax.numpy as jnp, meanfield_jax as mf
+        >>> import jax, meanfield_jax as mf
         >>> from flax import nnx
         >>> model = mf.build(mf.mlp([64], inputs=8, outputs=3), rngs=nnx.Rngs(0))
-        >>> found = mf.diagnostics.activations(model, jnp.ones((5, 8)))
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
+        >>> found = mf.diagnostics.activations(model, x)
         >>> {path: value.shape for path, value in found.items()}
-        {'layers/0': (5, 64), 'layers/1': (5, 64), 'layers/2': (5, 3)}
+        {'layers/0': (100, 64), 'layers/1': (100, 64), 'layers/2': (100, 3)}
     """
     check_module(model)
     copy, log = nnx.clone(model), _Log()

@@ -40,8 +40,8 @@ def gradients(model: nnx.Module, loss: Loss, x: Array, y: Array) -> dict[str, Ar
     Example:
         >>> import jax, optax, meanfield_jax as mf
         >>> from flax import nnx
-        >>> model = mf.build(mf.mlp([50], inputs=20, outputs=3), rngs=nnx.Rngs(0))
-        >>> x, y = jax.random.normal(jax.random.key(0), (40, 20)), jax.numpy.arange(40) % 3
+        >>> model = mf.build(mf.mlp([64], inputs=8, outputs=3), rngs=nnx.Rngs(0))
+        >>> x, y = jax.random.normal(jax.random.key(0), (100, 8)), jax.numpy.arange(100) % 3
         >>> loss = optax.softmax_cross_entropy_with_integer_labels
         >>> sorted(mf.diagnostics.gradients(model, loss, x, y))[:2]
         ['layers/0/bias', 'layers/0/kernel']
@@ -152,8 +152,8 @@ def input_dependence(model: nnx.Module, loss: Loss, x: Array, y: Array) -> xr.Da
     Example:
         >>> import jax, optax, meanfield_jax as mf
         >>> from flax import nnx
-        >>> model = mf.build(mf.mlp([50], inputs=20, outputs=3), rngs=nnx.Rngs(0))
-        >>> x, y = jax.random.normal(jax.random.key(0), (40, 20)), jax.numpy.arange(40) % 3
+        >>> model = mf.build(mf.mlp([64], inputs=8, outputs=3), rngs=nnx.Rngs(0))
+        >>> x, y = jax.random.normal(jax.random.key(0), (100, 8)), jax.numpy.arange(100) % 3
         >>> loss = optax.softmax_cross_entropy_with_integer_labels
         >>> found = mf.diagnostics.input_dependence(model, loss, x, y)
         >>> bool((found.ratio < 1).all())
@@ -251,8 +251,8 @@ def gradient_noise(
     Example:
         >>> import jax, optax, meanfield_jax as mf
         >>> from flax import nnx
-        >>> model = mf.build(mf.mlp([50], inputs=20, outputs=3), rngs=nnx.Rngs(0))
-        >>> x, y = jax.random.normal(jax.random.key(0), (40, 20)), jax.numpy.arange(40) % 3
+        >>> model = mf.build(mf.mlp([64], inputs=8, outputs=3), rngs=nnx.Rngs(0))
+        >>> x, y = jax.random.normal(jax.random.key(0), (100, 8)), jax.numpy.arange(100) % 3
         >>> loss = optax.softmax_cross_entropy_with_integer_labels
         >>> noise = mf.diagnostics.gradient_noise(
         ...     model, loss, x, y, learning_rate=[0.1, 0.2], batch_size=[4, 16]

@@ -28,8 +28,8 @@ def moments(activations: Mapping[str, Array]) -> xr.Dataset:
     Example:
         >>> import jax, meanfield_jax as mf
         >>> from flax import nnx
-        >>> model = mf.build(mf.mlp([100] * 2, inputs=50, outputs=3), rngs=nnx.Rngs(0))
-        >>> x = jax.random.normal(jax.random.key(0), (200, 50))
+        >>> model = mf.build(mf.mlp([64], inputs=8, outputs=3), rngs=nnx.Rngs(0))
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> found = mf.diagnostics.moments(mf.diagnostics.activations(model, x))
         >>> bool(found.variance.sel(layer="layers/1") > found.channel_variance[1])
         True

@@ -78,8 +78,8 @@ def statistics_error(used: tuple[Array, Array], full: tuple[Array, Array]) -> St
         return jnp.sqrt(jnp.mean(difference**2, channels) / jnp.mean(scale))
 
     errors = (
-        over_channels(mean - full_mean, full_var),
-        over_channels(var - full_var, full_var**2),
+        over_channels(mean - full_mean[None], full_var),
+        over_channels(var - full_var[None], full_var**2),
     )
     by_chance = math.sqrt(len(mean))
     standard_errors = (error.std(ddof=1) / by_chance for error in errors)
@@ -122,9 +122,9 @@ def batch_statistics_error(
     Example:
         >>> import jax, meanfield_jax as mf
         >>> from flax import nnx
-        >>> net = mf.mlp([50] * 2, inputs=20, outputs=3, norm=mf.BatchNorm())
+        >>> net = mf.mlp([64], inputs=8, outputs=3, norm=mf.BatchNorm())
         >>> model = mf.build(net, rngs=nnx.Rngs(0))
-        >>> x = jax.random.normal(jax.random.key(0), (400, 20))
+        >>> x = jax.random.normal(jax.random.key(0), (400, 8))
         >>> error = lambda size: mf.diagnostics.batch_statistics_error(model, x, batch_size=size)
         >>> bool((error(8)["mean"] > error(64)["mean"]).all())
         True

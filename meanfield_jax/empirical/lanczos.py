@@ -23,7 +23,7 @@ from meanfield_jax.precise import matmul
 # The probability, over the random start, that an eigenvector overlaps so little with it that its
 # eigenvalue may hide outside the error bounds: 0.05 fails in 0-0.5 % of the runs measured below.
 _MISS_PROBABILITY = 0.02
-# Rounding floor of a Ritz value in units of eps * lambda_max.
+# A remainder below this many eps * lambda_max is rounding.
 _FLOOR = 10.0
 # Up to so many eigenvalues, and up to twice, four times ... as many, share a compiled program.
 _CAPACITY = 10
@@ -172,7 +172,8 @@ def _top_ritz(projected, step, capacity):
         return values[::-1][:capacity], vectors
 
     block = jnp.sum(step >= jnp.asarray(sizes))
-    return lax.switch(block, [partial(solve, size) for size in sizes])
+    pairs = lax.switch(block, [partial(solve, size) for size in sizes])
+    return *pairs, jnp.asarray(sizes)[block]
 
 
 def _search_step(matvec, op, k, tol, key, state):
@@ -188,7 +189,7 @@ def _search_step(matvec, op, k, tol, key, state):
     coupling = jnp.where(state.fresh, 0, krylov.beta)
     starts = state.starts.at[step].max(state.fresh.astype(dtype))
     krylov = expand(matvec, op.shape, krylov, step)
-    theta, ritz = _top_ritz(krylov.projected, step, capacity)
+    theta, ritz, rows = _top_ritz(krylov.projected, step, capacity)
     asked = jnp.arange(capacity) < k
 
     # what a chain left behind shrinks by the part that later vectors capture
@@ -196,7 +197,8 @@ def _search_step(matvec, op, k, tol, key, state):
     kept = jnp.sqrt(jnp.maximum(state.dropped**2 - row**2, 0))
     dropped = kept.at[step].set(krylov.beta)
     residual = matmul(dropped, jnp.abs(ritz)) * (step + 1 < size)
-    floor = _FLOOR * jnp.finfo(dtype).eps * jnp.abs(theta[0])
+    # the backward error of an eigensolver: 2 eps with LAPACK, several times that on a GPU
+    floor = rows * jnp.finfo(dtype).eps * jnp.abs(theta[0])
     allowed = jnp.maximum(tol * theta, floor)
     # |<v, start>| of a unit vector is above this with probability 1 - _MISS_PROBABILITY
     least_overlap = math.sqrt(math.pi / 2) * _MISS_PROBABILITY / math.sqrt(size)
@@ -295,8 +297,9 @@ def top_eigenvalues(
     Args:
         op: the operator; as a pytree, so that another one of the same structure does not recompile.
         k: number of eigenvalues; all up to 10, all up to 20, ... share what is compiled.
-        tol: each error bound is at most tol * eigenvalue; raised to the rounding floor,
-            10 eps * the largest eigenvalue, where it is smaller.
+        tol: each error bound is at most tol * eigenvalue; raised to the rounding floor, rows * eps
+            * the largest eigenvalue, where it is smaller. rows (24, 48, ...) is the size of the
+            small eigenproblem.
         max_steps: most products; default min(size, 80 + 10 k). Memory is size * (rows + 1) numbers,
             rows the next power of two, or by default 80 + 10 k with k rounded up as above.
         key: of the random start; default ``jax.random.key(0)``.

@@ -72,9 +72,9 @@ def measured_boundary(
 
     Example:
         >>> import jax, meanfield_jax as mf
-        >>> net = mf.mlp([100] * 2, inputs=50, outputs=3, norm=mf.BatchNorm())
-        >>> x = jax.random.normal(jax.random.key(0), (60, 50))
-        >>> y = jax.nn.one_hot(jax.random.randint(jax.random.key(1), 60, 0, 3), 3)
+        >>> x, labels = mf.data.load("digits", num_samples=100, flatten=True)
+        >>> net = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
+        >>> y = jax.nn.one_hot(labels, 10)
         >>> bool(0.5 < mf.measured_boundary(net, x, y, draws=1).ratio < 2)
         True
     """

@@ -165,12 +165,12 @@ def compare(
         SpecError, DataError: for inputs that make no sense.
 
     Example:
-        >>> import jax, meanfield_jax as mf
-        >>> net = mf.mlp([50] * 2, inputs=20, outputs=3, norm=mf.BatchNorm())
-        >>> x = jax.random.normal(jax.random.key(0), (96, 20))
-        >>> y = x[:, :3].argmax(1)
-        >>> options = dict(norms=["none", "batch"], batch_sizes=[16], learning_rates=[0.01, 0.1])
-        >>> found = mf.compare(net, (x[:64], y[:64]), test=(x[64:], y[64:]), **options)
+        >>> import meanfield_jax as mf
+        >>> x, labels = mf.data.load("digits", num_samples=200, flatten=True)
+        >>> test = mf.data.load("digits", split="test", num_samples=200, flatten=True)
+        >>> net = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
+        >>> options = dict(norms=["none", "batch"], batch_sizes=[100], learning_rates=[0.01, 0.1])
+        >>> found = mf.compare(net, (x, labels), test=test, **options)
         >>> bool((abs(found.ratio - 1) < 0.5).all())
         True
     """

@@ -75,8 +75,8 @@ def optimizer(
     Example:
         >>> import meanfield_jax as mf
         >>> x, labels = mf.data.load("digits", num_samples=200, flatten=True)
-        >>> net = mf.mlp([100], inputs=64, outputs=10, norm=mf.BatchNorm())
-        >>> rule = mf.optimizer(net, num_samples=100, per_layer=True)
+        >>> net = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
+        >>> rule = mf.optimizer(net, data=x[:100], per_layer=True)
         >>> run = mf.train(net, (x, labels), optimizer=rule, epochs=5)
         >>> bool(run.loss[-1] < 0.2 * run.loss[0])
         True
@@ -141,9 +141,10 @@ def learning_rate_for(
         1e-4 of lambda_max, see :func:`meanfield_jax.top_eigenvalues`.
 
     Example:
-        >>> import jax, jax.numpy as jnp, meanfield_jax as mf
+        >>> import jax, meanfield_jax as mf
         >>> from flax import nnx
-        >>> model = nnx.Sequential(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), jnp.tanh)
+        >>> net = mf.mlp([64], inputs=8, outputs=3, norm=mf.BatchNorm())
+        >>> model = mf.build(net, rngs=nnx.Rngs(0))  # or any other Flax model
         >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> bool(0.1 < mf.learning_rate_for(model, x) < 10)
         True

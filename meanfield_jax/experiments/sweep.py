@@ -132,11 +132,11 @@ def sweep(
     Example:
         >>> import meanfield_jax as mf
         >>> x, labels = mf.data.load("digits", num_samples=200, flatten=True)
-        >>> net = mf.mlp([50], inputs=64, outputs=10, norm=mf.BatchNorm())
-        >>> grid = dict(gamma=[0.5, 1.0], learning_rate=[0.01, 0.1, 1.0], seed=range(2))
+        >>> net = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
+        >>> grid = dict(gamma=[0.5, 1.0], learning_rate=[0.01, 0.1, 1.0, 10.0], seed=range(2))
         >>> result = mf.sweep(net, (x, labels), grid, epochs=1)
         >>> dict(result.diverged_at.sizes)
-        {'gamma': 2, 'learning_rate': 3, 'seed': 2}
+        {'gamma': 2, 'learning_rate': 4, 'seed': 2}
     """
     if isinstance(optimizer, optax.GradientTransformation):
         cause = "it has its own learning rate, which a sweep sets"

@@ -168,7 +168,7 @@ def train(
     Example:
         >>> import numpy as np, meanfield_jax as mf
         >>> x, labels = mf.data.load("digits", num_samples=200, flatten=True)
-        >>> net = mf.mlp([100], inputs=64, outputs=10, norm=mf.BatchNorm())
+        >>> net = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
         >>> rates = np.array([0.01, 10.0])
         >>> mf.train(net, (x, labels), learning_rate=rates, epochs=2).diverged.tolist()
         [False, True]

@@ -78,8 +78,8 @@ def validate(
 
     Example:
         >>> import jax, meanfield_jax as mf
-        >>> net = mf.mlp([100] * 2, inputs=50, outputs=3, norm=mf.BatchNorm())
-        >>> x = jax.random.normal(jax.random.key(0), (60, 50))
+        >>> net = mf.mlp([64], inputs=8, outputs=3, norm=mf.BatchNorm())
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
         >>> bool(abs(mf.validate(net, x, draws=2).ratio.sel(statistics="batch") - 1) < 0.1)
         True
     """

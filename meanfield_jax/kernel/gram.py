@@ -326,7 +326,9 @@ class GramKernel:
         if phi.closed_form is not None and self.mean is None:
             return moments
         own = variance_expectations(phi, self.diagonal(self.cov), self.mean)
-        same = self.shared(over_positions=False) * jnp.eye(self.cov.shape[-1])
+        same = jnp.eye(self.cov.shape[-1])
+        if self.pairs is not None:
+            same = self.shared(over_positions=False) * same[None]
         return jax.tree.map(
             lambda entry, value: jnp.where(same > 0, self.either(value)[0], entry), moments, own
         )

@@ -54,8 +54,8 @@ def on_sphere(covariance: Array) -> Spread:
     number = jnp.where(some, sum_rest**2 / jnp.where(some, squares_rest, 1), 0)
 
     log_s, step = np.linspace(-20, 36, 225, retstep=True)
-    log_s = jnp.asarray(log_s, shares.dtype)
-    s = jnp.exp(log_s)[:, None]
+    log_s = jnp.broadcast_to(jnp.asarray(log_s, shares.dtype), (*level.shape, log_s.size))
+    s = jnp.exp(log_s)[..., None]
     levels = jnp.concatenate([shares, level[..., None]], -1)[..., None, :]
     multiplicities = jnp.concatenate([jnp.ones_like(shares), number[..., None]], -1)[..., None, :]
     growth = jnp.log1p(2 * s * levels)

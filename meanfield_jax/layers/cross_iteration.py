@@ -15,7 +15,7 @@ from meanfield_jax.layers.batch_norm import BatchNorm, BatchNormModule, batch_st
 from meanfield_jax.layers.combine import Sequential
 from meanfield_jax.layers.conv import Conv
 from meanfield_jax.layers.dense import Dense
-from meanfield_jax.layers.norm import normalize, statistics_dtype
+from meanfield_jax.layers.norm import normalize, of_rank, statistics_dtype
 from meanfield_jax.precise import matmul
 
 
@@ -113,7 +113,7 @@ def averaged(
 
 def along(slopes: Array, kernel: Array) -> Array:
     """<slope, w> of every channel, (..., channels); slopes are (..., *kernel), or one for all."""
-    return jnp.sum(slopes * kernel, tuple(range(-kernel.ndim, -1)))
+    return jnp.sum(slopes * of_rank(kernel, slopes.ndim), tuple(range(-kernel.ndim, -1)))
 
 
 class Past(nnx.Variable):
@@ -165,7 +165,7 @@ class CrossIterationBatchNormModule(nnx.Module):
         if norm.use_running_average:
             return norm(y)
         bias = 0.0 if weights.bias is None else weights.bias[...]
-        z = y.astype(statistics_dtype(y)) - bias
+        z = y.astype(statistics_dtype(y)) - of_rank(bias, y.ndim)
         own = batch_statistics(z, tuple(range(z.ndim - 1)), norm.axis_name)
         norm.average(own[0] + bias, own[1])
         mean, var = own if self.window == 1 else self.statistics(x, z, *own)

@@ -12,7 +12,7 @@ from jax import Array
 
 from meanfield_jax.layers.base import Injection, Kernel, Problem, Shape, layer
 from meanfield_jax.layers.batch_norm import BatchNormModule, batch_rule
-from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
+from meanfield_jax.layers.norm import Norm, normalize, of_rank, statistics_dtype
 
 
 @layer
@@ -90,6 +90,8 @@ class InstanceEnhancementModule(BatchNormModule):
         """Normalizes x of shape (samples, *positions, channels)."""
         positions = tuple(range(1, x.ndim - 1))
         means = x.astype(statistics_dtype(x)).mean(positions, keepdims=True)
-        gate = jax.nn.sigmoid(self.gate_scale[...] * means + self.gate_bias[...])
-        scale = gate * self.scale[...]
-        return normalize(x, *self.statistics(x), scale, self.bias[...], self.eps)
+        gate_scale, gate_bias, scale = (
+            of_rank(value[...], x.ndim) for value in (self.gate_scale, self.gate_bias, self.scale)
+        )
+        gate = jax.nn.sigmoid(gate_scale * means + gate_bias)
+        return normalize(x, *self.statistics(x), gate * scale, self.bias[...], self.eps)

@@ -123,8 +123,9 @@ class FlaxNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalizes x of shape (samples, *positions, channels)."""
-        y = self.norm(x.astype(statistics_dtype(x))) * self.scale[...] + self.bias[...]
-        return y.astype(x.dtype)
+        y = self.norm(x.astype(statistics_dtype(x)))
+        scale, bias = (of_rank(value[...], x.ndim) for value in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
 
 
 def flax_options(spec: Norm, rngs: nnx.Rngs) -> dict[str, Any]:
@@ -153,9 +154,15 @@ def statistics_dtype(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def of_rank(value: Array | float, ndim: int) -> Array:
+    """The value with axes of size 1 in front: JAX can be set to refuse to add them by itself."""
+    return jnp.expand_dims(value, range(ndim - jnp.ndim(value)))
+
+
 def normalize(
     x: Array, mean: Array, var: Array, scale: Array | float, bias: Array | float, eps: float
 ) -> Array:
     """Scale (x - mean) / sqrt(var + eps) + bias, broadcast; of x's dtype."""
+    mean, var, scale, bias = (of_rank(value, x.ndim) for value in (mean, var, scale, bias))
     y = (x - mean) * (scale * jax.lax.rsqrt(var + eps)) + bias
     return y.astype(x.dtype)

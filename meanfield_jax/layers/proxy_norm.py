@@ -31,7 +31,7 @@ from meanfield_jax.layers.base import (
 )
 from meanfield_jax.layers.combine import joined, located
 from meanfield_jax.layers.layer_norm import LayerNorm
-from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
+from meanfield_jax.layers.norm import Norm, normalize, of_rank, statistics_dtype
 
 NUM_QUANTILES = 256
 
@@ -79,7 +79,7 @@ class ProxyNorm(Layer):
         >>> import meanfield_jax as mf
         >>> for norm in (mf.LayerNorm(), mf.ProxyNorm(mf.LayerNorm())):
         ...     net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=norm, bias_var=0.0)
-        ...     order = mf.analyze(net).order_parameters
+        ...     order = mf.analyze(net, num_samples=200).order_parameters
         ...     print(f"{order.q_hat_xy[-1] / order.q_hat[-1]:.3f}")  # of two inputs' power
         0.605
         0.000
@@ -260,5 +260,8 @@ def proxy_statistics(
         Both of the shape of ``scale``, over the 256 quantiles of Y.
     """
     points = jnp.asarray(QUANTILES, scale.dtype).reshape(-1, *[1] * scale.ndim)
+    scale, bias, beta_tilde, gamma_tilde = (
+        of_rank(value, points.ndim) for value in (scale, bias, beta_tilde, gamma_tilde)
+    )
     values = function(scale * (beta_tilde + (1 + gamma_tilde) * points) + bias)
     return values.mean(0), values.var(0)

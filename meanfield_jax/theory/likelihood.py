@@ -59,7 +59,7 @@ def of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Arr
     num_samples, num_outputs = len(vectors), classes.shape[-1]
     classes = jnp.broadcast_to(classes, (num_samples, num_outputs, num_outputs))
     coupled = min(num_samples, max(COUPLED // num_outputs, 1))
-    scaled = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    scaled = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))[None]
     top, rest = scaled[:, num_samples - coupled :], scaled[:, : num_samples - coupled]
     matrix = einsum("ia,ib,ikl->akbl", top, top, classes)
     large = jnp.linalg.eigvalsh(matrix.reshape(coupled * num_outputs, -1))
@@ -68,6 +68,7 @@ def of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Arr
 
 
 def _covariance(probabilities: Array) -> Array:
-    """diag(p) - p p^T for class probabilities p, (..., C): (..., C, C)."""
-    outer = probabilities[..., :, None] * probabilities[..., None, :]
-    return probabilities[..., None] * jnp.eye(probabilities.shape[-1], dtype=outer.dtype) - outer
+    """diag(p) - p p^T for class probabilities p, (samples, C): (samples, C, C)."""
+    outer = probabilities[:, :, None] * probabilities[:, None, :]
+    identity = jnp.eye(probabilities.shape[-1], dtype=outer.dtype)
+    return probabilities[:, :, None] * identity[None] - outer

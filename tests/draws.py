@@ -1,0 +1,149 @@
+"""Theory against networks drawn at random: the one Monte Carlo harness of the tests.
+
+The networks are made by ``build`` under jit, by a generator of random numbers that compiles fast,
+and their tangent kernels come from dense Jacobians: no line of the operators is used.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tolerance import assert_close, standard_error
+
+import meanfield_jax as mf
+
+NUM_VECTORS = 3
+"""Eigenvectors of the predicted kernel whose quadratic forms are compared."""
+
+UNFUSED = {"xla_disable_hlo_passes": "fusion"} if jax.default_backend() == "cpu" else None
+"""Options under which a program that holds a whole theory compiles faster on CPU."""
+
+TOGETHER = 16
+"""Draws of one call, so that any number of draws shares a program."""
+
+
+@functools.partial(jax.jit, static_argnames=("network", "statistics"))
+def _tangents(network: mf.Network, statistics: str, keys, x):
+    def draw(key, x):
+        model = mf.build(network, rngs=nnx.Rngs(key))
+        if statistics == "frozen":
+            mf.calibrate(model, x)
+            model.eval()
+        apply, params = mf.functional(model)
+        rows = [
+            leaf.reshape(len(x), network.output_shape[0], -1)
+            for leaf in jax.tree.leaves(jax.jacrev(apply)(params, x))
+        ]
+        jacobian = jnp.concatenate(rows, -1)
+        products = jnp.einsum("ikp,jkp->ij", jacobian, jacobian, precision="highest")
+        return products / network.output_shape[0]
+
+    return jax.vmap(draw)(keys, x)
+
+
+def tangents(
+    network: mf.Network, x: Any, draws: int, *, statistics: str = "batch", seed: int = 1
+) -> np.ndarray:
+    """The tangent kernels of random networks, averaged over the outputs, (draws, n, n).
+
+    Args:
+        network: The specification, its numbers floats.
+        x: A batch, (n, *input_shape); or a number n: Gaussian inputs, others for each draw.
+        draws: How many networks, a multiple of ``TOGETHER``.
+        statistics: "batch", or "frozen" after a calibration on the batch.
+        seed: Of all draws.
+    """
+    rng, found = np.random.default_rng(seed), []
+    keys = jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), draws)
+    with jax.enable_x64(False):
+        for first in range(0, draws, TOGETHER):
+            if isinstance(x, int):
+                inputs = rng.normal(size=(TOGETHER, x, *network.input_shape))
+            else:
+                inputs = np.broadcast_to(x, (TOGETHER, *np.shape(x)))
+            part = keys[first : first + TOGETHER]
+            found.append(_tangents(network, statistics, part, inputs.astype(np.float32)))
+    return np.concatenate(found)
+
+
+@functools.cache
+def _tangent_of(network: mf.Network, statistics: str):
+    """The tangent kernel alone; under jit, only what it needs is compiled."""
+    options = dict(statistics=statistics)
+    return jax.jit(lambda x: mf.analyze(network, data=x, **options).kernel.tangent)
+
+
+def predicted(network: mf.Network, x: Any, statistics: str = "batch") -> np.ndarray:
+    """The tangent kernel on a batch by theory, in float64, (n, n)."""
+    with jax.enable_x64():
+        return np.asarray(_tangent_of(network, statistics)(jnp.asarray(x, float)))
+
+
+def summaries(matrix: np.ndarray, vectors=()) -> np.ndarray:
+    """Mean on the diagonal, mean off it, and the quadratic forms of vectors, (..., numbers)."""
+    matrix = np.asarray(matrix, np.float64)
+    n = matrix.shape[-1]
+    trace, total = np.trace(matrix, axis1=-2, axis2=-1), matrix.sum((-2, -1))
+    forms = [np.einsum("i,...ij,j", vector, matrix, vector) for vector in vectors]
+    return np.stack([trace / n, (total - trace) / (n * (n - 1)), *forms], -1)
+
+
+def assert_mean(values: Any, expected: Any, width: float, scale: Any = None) -> None:
+    """The mean over draws, the leading axis, is as expected.
+
+    To four standard errors and what finite width may cost.
+    """
+    values = np.asarray(values, np.float64)
+    error = standard_error(values)
+    options = dict(standard_error=error, width=width)
+    assert_close(values.mean(0), expected, "monte_carlo", scale, **options)
+
+
+def assert_meets_theory(
+    network: mf.Network, x: Any, width: float, draws: int = 64, statistics: str = "batch"
+) -> None:
+    """Theory on a batch, or of n Gaussian inputs, is the mean over draws of networks.
+
+    Args:
+        network: The specification.
+        x: A batch, or n.
+        width: The smallest width; differences of 3/width are allowed, see ``tolerance``.
+        draws: How many networks.
+        statistics: As in ``tangents``.
+    """
+    measured = tangents(network, x, draws, statistics=statistics)
+    if isinstance(x, int):
+        with jax.enable_x64():
+            fisher = mf.analyze(network, num_samples=x, statistics=statistics).fisher
+        assert_mean(summaries(measured), [fisher.tangent_same, fisher.tangent_other], width)
+        return
+    expected = predicted(network, x, statistics)
+    vectors = np.linalg.eigh(expected)[1][:, -NUM_VECTORS:].T
+    assert_mean(summaries(measured, vectors), summaries(expected, vectors), width)
+
+
+def outliers(network: mf.Network, x: Any, draws: int, statistics: str = "batch") -> np.ndarray:
+    """Mean of the C largest eigenvalues of the Fisher matrix of each draw, by Lanczos, (draws,).
+
+    Args:
+        network: The specification.
+        x: As in ``tangents``.
+        draws: How many networks.
+        statistics: As in ``tangents``.
+    """
+    means = []
+    for seed in range(draws):
+        inputs = x
+        if isinstance(x, int):
+            inputs = np.random.default_rng(seed).normal(size=(x, *network.input_shape))
+        inputs = jnp.asarray(inputs, jnp.float32)
+        model = mf.build(network, rngs=nnx.Rngs(100 + seed))
+        if statistics == "frozen":
+            mf.calibrate(model, inputs)
+        operator = mf.fisher_operator(model, inputs, statistics=statistics)
+        found = mf.top_eigenvalues(operator, network.output_shape[0], tol=1e-3).raise_if_failed()
+        means.append(float(found.eigenvalues.mean()))
+    return np.array(means)
