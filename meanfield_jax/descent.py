@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +78,7 @@ class Problem:
         statistics: As in :func:`analyze`.
     """
 
-    numbers: list[float | Array | None]
+    numbers: Sequence[float | None]
     bounds: dict[str, tuple[float, float]]
     objective: Objective
     num_samples: int | None
@@ -111,7 +111,7 @@ class Problem:
 
     def network_at(self, values: Mapping[str, Any]) -> Network:
         """The specification with these numbers."""
-        numbers = [0.0 if number is None else number for number in self.numbers]
+        numbers: list[Any] = [0.0 if number is None else number for number in self.numbers]
         for leaf in self.leaves:
             numbers[leaf.position] = values[leaf.field][leaf.place]
         return jax.tree.unflatten(self.structure, numbers)

@@ -3,11 +3,10 @@
 import math
 import os
 from collections.abc import Collection
+from typing import Any
 
-import jax
 
-
-def memory_of(devices: Collection[jax.Device]) -> float:
+def memory_of(devices: Collection[Any]) -> float:
     """Bytes that the devices have together; infinite where the system does not say."""
     if all(device.platform == "cpu" for device in devices):
         # they share the machine's

@@ -247,6 +247,7 @@ def _start(setting: Problem) -> dict[str, np.ndarray]:
     values: dict[str, dict[int, list[Any]]] = {}
     for leaf in setting.leaves:
         value = setting.numbers[leaf.position]
+        assert value is not None
         free = (0.0 if leaf.field in POSITIVE else -math.inf, math.inf)
         low, high = setting.bounds.get(leaf.field, free)
         if not low < value < high:

@@ -48,7 +48,8 @@ class Own(nnx.Module):
 def drawn(source) -> tuple:
     """Graph and state of a model, from one program."""
     create = functools.partial(mf.build, source) if isinstance(source, mf.Network) else source
-    return nnx.split(nnx.jit(lambda: create(rngs=nnx.Rngs(0)))())
+    key = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
+    return nnx.split(nnx.jit(lambda: create(rngs=nnx.Rngs(key)))())
 
 
 def built(source):

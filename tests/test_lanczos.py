@@ -1,5 +1,6 @@
 """Lanczos: its identities, independent packages, honest error bounds, every status and error."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import scipy.sparse.linalg
 from jax.tree_util import register_dataclass
 
 from meanfield_jax.empirical import lanczos
-from meanfield_jax.empirical.density import spectral_density
+from meanfield_jax.empirical.density import SpectralDensity, spectral_density
 from meanfield_jax.empirical.lanczos import Status, top_eigenvalues
 from meanfield_jax.errors import SpecError
 
@@ -89,6 +90,10 @@ def fisher_like(kind, rng, size=5_000):
     return np.sort(np.r_[outliers, bulk])[::-1]
 
 
+density_of = jax.jit(SpectralDensity.density, static_argnames=("sigma", "relative_sigma"))
+
+
+@functools.partial(jax.jit, static_argnames="steps")
 def recurrence(op, steps, seed=0):
     matvec = op.linearize()
     return jax.lax.fori_loop(
@@ -130,7 +135,8 @@ def test_moments_are_those_of_the_start_vector(dtype):
     op = dense(np.linspace(1, 4, 40), dtype)
     quadrature = spectral_density(op, num_steps=6, num_draws=3)
     keys = jax.random.split(jax.random.key(0), 3)
-    starts = np.asarray([jax.random.normal(key, (40,), dtype) for key in keys], float)
+    normal = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (40,), dtype)))
+    starts = np.asarray(normal(keys), float)
     starts /= np.linalg.norm(starts, axis=1, keepdims=True)
     for order in (0, 1, 2, 5, 11):  # exact up to degree 2 * 6 - 1
         power = np.linalg.matrix_power(np.asarray(op.matrix, float), order)
@@ -154,7 +160,7 @@ def test_density_integrates_to_one_on_plain_and_logarithmic_grids():
     # trapezoids are exact on Gaussians as wide as many grid steps; float32 sums 4001 terms
     tolerance = 1e-3
     for grid, options in ((plain, {}), (plain, dict(sigma=0.2)), (logarithmic, width)):
-        density = np.asarray(quadrature.density(grid, **options))
+        density = np.asarray(density_of(quadrature, grid, **options))
         assert (density >= 0).all()
         np.testing.assert_allclose(np.trapezoid(density, grid), 1, rtol=tolerance)
 
@@ -186,7 +192,8 @@ def test_recurrence_matches_matfree():
     with jax.enable_x64(True):
         op = dense(np.linspace(0, 5, 50), "float64")
         krylov = recurrence(op, 12)
-        peer = matfree.decomp.tridiag_sym(12)(lambda v: op.matrix @ v, krylov.basis[0])
+        tridiagonal = matfree.decomp.tridiag_sym(12)
+        peer = jax.jit(lambda v: tridiagonal(lambda v: op.matrix @ v, v))(krylov.basis[0])
         bound = rounding("float64", 50, 5)
         np.testing.assert_allclose(krylov.projected, peer.J_small, rtol=0, atol=bound)
 
@@ -266,13 +273,13 @@ def test_scale_of_the_operator_does_not_matter(scale):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_zero_operator(k):
-    op = DenseOperator(jnp.zeros((60, 60)))
+    op = dense(np.zeros(60))
     result = solve(op, k).raise_if_failed()
     np.testing.assert_array_equal(result.eigenvalues, 0)
     assert int(result.num_matvecs) <= k + 1
     quadrature = spectral_density(op, num_steps=5)
     np.testing.assert_array_equal(quadrature.nodes, 0)
-    assert np.isfinite(quadrature.density(np.linspace(-1, 1, 9))).all()
+    assert np.isfinite(density_of(quadrature, np.linspace(-1, 1, 5))).all()
 
 
 def test_operator_smaller_than_the_number_of_steps(dtype):
@@ -293,7 +300,7 @@ def test_dtype_is_kept(dtype):
     result = solve(op, 3)
     quadrature = spectral_density(op, num_steps=5)
     leaves = [result.eigenvalues, result.residual_bounds, result.error_bounds]
-    leaves += [result.eigenvectors, quadrature.nodes, quadrature.density(np.linspace(0, 1, 5))]
+    leaves += [result.eigenvectors, quadrature.nodes, density_of(quadrature, np.linspace(0, 1, 5))]
     assert {str(leaf.dtype) for leaf in leaves} == {dtype}
 
 
@@ -310,7 +317,8 @@ def test_second_operator_of_the_same_structure_does_not_compile_again():
 
 
 def test_inside_jit_and_vmap():
-    matrices = jnp.stack([dense(np.linspace(0, s, 30) ** 2).matrix for s in (1.0, 2.0, 3.0)])
+    each = [np.asarray(dense(np.linspace(0, s, 30) ** 2).matrix) for s in (1.0, 2.0, 3.0)]
+    matrices = jnp.asarray(np.stack(each))
     run = jax.jit(jax.vmap(lambda matrix: top_eigenvalues(DenseOperator(matrix), 2)))
     result = run(matrices).raise_if_failed()
     assert result.eigenvalues.shape == (3, 2)
@@ -331,7 +339,9 @@ def test_max_steps_keeps_the_best_estimates():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_product_that_is_not_finite(value):
-    op = DenseOperator(jnp.eye(60).at[3, 3].set(value))
+    matrix = np.eye(60, dtype=np.float32)
+    matrix[3, 3] = value
+    op = DenseOperator(jnp.asarray(matrix))
     result = solve(op, 3)
     assert result.status == Status.NOT_FINITE
     assert np.isnan(result.eigenvalues).all()
@@ -343,8 +353,9 @@ def test_product_that_is_not_finite(value):
 
 
 def test_failure_in_a_batch_names_the_run():
-    matrices = jnp.stack([jnp.eye(20), jnp.full((20, 20), jnp.nan)])
-    result = jax.vmap(lambda matrix: top_eigenvalues(DenseOperator(matrix)))(matrices)
+    matrices = jnp.asarray(np.stack([np.eye(20), np.full((20, 20), np.nan)]), jnp.float32)
+    run = jax.jit(jax.vmap(lambda matrix: top_eigenvalues(DenseOperator(matrix))))
+    result = run(matrices)
     assert result.status.tolist() == [Status.CONVERGED, Status.NOT_FINITE]
     with pytest.raises(RuntimeError, match=r"product 1 in run \(1,\)"):
         result.raise_if_failed()

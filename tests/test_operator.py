@@ -42,7 +42,8 @@ def in_double(model: nnx.Module) -> nnx.Module:
 def drawn(source) -> tuple:
     """Graph and state of a model, from one program."""
     create = functools.partial(mf.build, source) if isinstance(source, mf.Network) else source
-    return nnx.split(nnx.jit(lambda: in_double(create(rngs=nnx.Rngs(0))))())
+    key = jax.random.key(0, impl="unsafe_rbg")  # compiles fast
+    return nnx.split(nnx.jit(lambda: in_double(create(rngs=nnx.Rngs(key))))())
 
 
 def built(source) -> nnx.Module:
@@ -570,10 +571,10 @@ def test_convolution_layers_equal_those_of_flax(side, stride, padding):
 
     @jax.jit
     def both(x):
-        own = in_double(mf.build(network, rngs=nnx.Rngs(0))).layers[0]
-        theirs = in_double(
-            nnx.Conv(3, 4, (side, side), strides=stride, padding=padding, rngs=nnx.Rngs(0))
-        )
+        own = built(network).layers[0]
+        rngs = nnx.Rngs(jax.random.key(0, impl="unsafe_rbg"))
+        theirs = nnx.Conv(3, 4, (side, side), strides=stride, padding=padding, rngs=rngs)
+        theirs = in_double(theirs)
         theirs.kernel[...], theirs.bias[...] = own.kernel[...], own.bias[...]
         return own(x), theirs(x)
 

@@ -27,9 +27,10 @@ def test_one_step_at_a_time_by_hand(digits):
     found = mf.train(NETWORK, digits, learning_rate=0.02, gamma=0.5, epochs=2, seed=3)
     key_draw, key_order = jax.random.split(jax.random.key(3))
     network = mf.mlp([40], inputs=64, outputs=10, norm=mf.BatchNorm(0.5))
-    apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(key_draw)))
+    draw = jax.jit(lambda key: mf.functional(mf.build(network, rngs=nnx.Rngs(key))))
+    apply, params = draw(key_draw)
     optimizer = optax.sgd(0.02, 0.9)
-    memory = optimizer.init(params)
+    memory = jax.jit(optimizer.init)(params)
 
     @jax.jit
     def step(params, memory, rows):
@@ -40,9 +41,10 @@ def test_one_step_at_a_time_by_hand(digits):
         updates, memory = optimizer.update(slope, memory)
         return optax.apply_updates(params, updates), memory, value
 
-    for epoch, key in enumerate(jax.random.split(key_order, 2)):
+    order = jax.jit(jax.vmap(lambda key: jax.random.permutation(key, 400)))
+    for epoch, batches in enumerate(np.asarray(order(jax.random.split(key_order, 2)))):
         values = []
-        for rows in jax.random.permutation(key, 400).reshape(4, 100):
+        for rows in batches.reshape(4, 100):
             params, memory, value = step(params, memory, rows)
             values.append(float(value))
         # eight steps, each of which may amplify rounding
