@@ -103,7 +103,7 @@ def assert_mean(values: Any, expected: Any, width: float, scale: Any = None) -> 
 
 
 def assert_meets_theory(
-    network: mf.Network, x: Any, width: float, draws: int = 64, statistics: str = "batch"
+    network: mf.Network, x: Any, width: float, draws: int = 32, statistics: str = "batch"
 ) -> None:
     """Theory on a batch, or of n Gaussian inputs, is the mean over draws of networks.
 

@@ -17,12 +17,19 @@ MODULES = [
     for info in pkgutil.walk_packages(meanfield_jax.__path__, "meanfield_jax.")
     if not info.name.endswith("__main__")
 ]
+SLOW = ("meanfield_jax.experiments.", "meanfield_jax.objectives", "meanfield_jax.layers.proxy_norm")
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith(SLOW) else ())
+        for name in MODULES
+    ],
+)
 def test_docstring_examples_run(name):
     result = doctest.testmod(
         importlib.import_module(name),

@@ -57,6 +57,24 @@ def padded_points(weight_var, bias_var, activation) -> mf.FixedPoint:
     return jax.lax.map(at, (weight_var, bias_var))
 
 
+MANY, PUBLISHED = (10**4, 10**5), (4, 6, 8, 16, 32, 64, 128, 256)
+SIZES = dict(relu=(*PUBLISHED, *MANY), identity=PUBLISHED, tanh=(6, 8, *MANY), erf=MANY)
+# XLA takes half the time for these sums without fusion
+UNFUSED = {"xla_disable_hlo_passes": "fusion"} if jax.default_backend() == "cpu" else {}
+
+
+def batch_growths(activation, gamma=1.0, beta=0.0) -> dict[int, float]:
+    """By the size of the batch, by one program for each activation."""
+    growths = np.asarray(stacked_growths(activation, gamma, beta))
+    return dict(zip(SIZES[activation], growths, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=UNFUSED)
+def stacked_growths(activation, gamma, beta):
+    growths = [mf.batch_growth(activation, n, gamma=gamma, beta=beta) for n in SIZES[activation]]
+    return jnp.stack(growths)
+
+
 # forward mode through quadrature and through a closed form, reverse mode through the latter
 JACOBIANS = dict(tanh=jax.jacfwd, relu=jax.jacfwd, erf=jax.jacrev)
 SLOPES = ("q", "c", "chi_q", "chi_c", "chi_1", "growth")
@@ -331,13 +349,12 @@ def test_the_picture_shows_both_phases(activation, phases):
 @pytest.mark.slow
 def test_growth_behind_batch_norm_with_relu_as_published():
     printed = "3.0841 2.0038 1.7882 1.5900 1.5220 1.4931 1.4797 1.4732"
-    sizes = (4, 6, 8, 16, 32, 64, 128, 256)
-    assert_printed([mf.batch_growth("relu", n) for n in sizes], printed)
+    growths = batch_growths("relu")
+    assert_printed([growths[n] for n in PUBLISHED], printed)
     normed = block(2.0, 0.3, "relu", mf.BatchNorm(eps=0.0))
-    for n in sizes:
-        assert_close(mf.fixed_point(normed, num_samples=n).growth, mf.batch_growth("relu", n),
-                     "quadrature_edge")  # fmt: skip
-        assert_close(mf.batch_growth("identity", n), (n - 2) / (n - 3), "quadrature")
+    for n, linear in batch_growths("identity").items():
+        assert_close(mf.fixed_point(normed, num_samples=n).growth, growths[n], "quadrature_edge")
+        assert_close(linear, (n - 2) / (n - 3), "quadrature")
 
 
 @pytest.mark.parametrize(
@@ -345,10 +362,11 @@ def test_growth_behind_batch_norm_with_relu_as_published():
 )
 def test_growth_on_many_samples_is_the_limit(activation, limit):
     normed = block(2.0, 0.3, activation, mf.BatchNorm(1.0, eps=0.0))
-    expected = mf.fixed_point(normed).growth
+    expected = float(mf.fixed_point(normed).growth)
     if limit is not None:
         assert_close(expected, limit, "printed", printed="1.17781")
-    errors = [abs(mf.batch_growth(activation, n) - expected) for n in (10**4, 10**5)]
+    growths = batch_growths(activation)
+    errors = [abs(growths[n] - expected) for n in MANY]
     assert errors[0] < 10 / 10**4
     assert errors[1] < 0.11 * errors[0]
 
@@ -374,8 +392,8 @@ def test_growth_on_a_small_batch_is_that_of_a_random_one(
     ratio = grown.mean() / variance.mean()
     # of a ratio of means, by its linearization
     error = standard_error((grown - ratio * variance) / variance.mean())
-    expected = mf.batch_growth(activation, num_samples, gamma=gamma, beta=beta)
-    assert_close(ratio, float(expected), "monte_carlo", standard_error=error)
+    expected = batch_growths(activation, gamma, beta)[num_samples]
+    assert_close(ratio, expected, "monte_carlo", standard_error=error)
 
 
 # ---- the command line

@@ -136,7 +136,7 @@ def test_moments_are_those_of_the_start_vector(dtype):
     quadrature = spectral_density(op, num_steps=6, num_draws=3)
     keys = jax.random.split(jax.random.key(0), 3)
     normal = jax.jit(jax.vmap(lambda key: jax.random.normal(key, (40,), dtype)))
-    starts = np.asarray(normal(keys), float)
+    starts = np.array(normal(keys), float)
     starts /= np.linalg.norm(starts, axis=1, keepdims=True)
     for order in (0, 1, 2, 5, 11):  # exact up to degree 2 * 6 - 1
         power = np.linalg.matrix_power(np.asarray(op.matrix, float), order)

@@ -97,7 +97,7 @@ def check_dense(op: mf.FisherOperator, apply=None, params=None) -> np.ndarray:
 
 
 def plain(params, x):
-    hidden = jnp.tanh(x @ params["in"]["w"] + params["in"]["b"])
+    hidden = jnp.tanh(x @ params["in"]["w"] + params["in"]["b"][None])
     return hidden @ params["out"]
 
 

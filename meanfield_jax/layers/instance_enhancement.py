@@ -59,8 +59,11 @@ class InstanceEnhancementBatchNorm(Norm):
         # of gamma, and of what the gate depends on: beta_hat, and gamma_hat times m
         instance = (kernel.pooled() if kernel.positions else kernel).moment
         gates = (self.gamma * a * (1 - a)) ** 2
+        # the instance's at all pairs of positions
         scale = jax.tree.map(
-            lambda entry, means: (a**2 + gates * (1 + means)) * entry, own.scale, instance
+            lambda entry, means: (a**2 + gates * (1 + of_rank(means, entry.ndim))) * entry,
+            own.scale,
+            instance,
         )
         return behind, dataclasses.replace(own, scale=scale)
 
