@@ -22,7 +22,7 @@ RESNET = mf.preact_resnet(
 )
 BLOCK = mf.preact_resnet([8], blocks=1, inputs=(2, 2, 3), outputs=3, norm=mf.BatchNorm())
 RATES = [0.03, 0.1]
-SMALL = dict(batch_sizes=[50, 100], learning_rates=RATES)
+SMALL = dict(batch_sizes=[50, 100], learning_rates=RATES, epochs=1)
 """Batches of 100, two rates, two seeds: shapes of the command below and of compare's example."""
 
 
@@ -87,7 +87,7 @@ def test_each_number_is_that_of_the_function_it_comes_from(compared):
     found = mf.top_eigenvalues(mf.fisher_operator(model, x[:100]), 1, tol=1e-5)
     assert float(at.measured.sel(draw=1)) == pytest.approx(float(found.eigenvalues[0]), rel=1e-3)
     rates, seeds = np.meshgrid(RATES, [0, 1], indexing="ij")
-    options = dict(learning_rate=rates, seed=seeds, epochs=2, loss="cross_entropy")
+    options = dict(learning_rate=rates, seed=seeds, epochs=1, loss="cross_entropy")
     runs = mf.train(network, (x, y), test=test, **options)
     cells = at.transpose("learning_rate", "seed", ...)
     assert cells.loss.values == pytest.approx(np.asarray(runs.loss[..., -1]), rel=1e-4)
@@ -189,7 +189,8 @@ def test_bad_input_is_one_line(changed, expected):
 def test_the_command_compares_all_norms_that_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["compare", "--widths", "64", "--num-samples", "200", "--num-test", "200"]
-    command += ["--batch-sizes", "100", "--learning-rates", "0.03", "0.1", "--draws", "1"]
+    command += ["--batch-sizes", "100", "--learning-rates", "0.03", "0.1"]
+    command += ["--epochs", "1", "--draws", "1"]
     assert main([*command, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     names = shown["variables"]["norm"]["values"]

@@ -169,8 +169,8 @@ def compare(
         >>> x, labels = mf.data.load("digits", num_samples=200, flatten=True)
         >>> test = mf.data.load("digits", split="test", num_samples=200, flatten=True)
         >>> net = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
-        >>> options = dict(norms=["none", "batch"], batch_sizes=[100], learning_rates=[0.01, 0.1])
-        >>> found = mf.compare(net, (x, labels), test=test, **options)
+        >>> options = dict(batch_sizes=[100], learning_rates=[0.01, 0.1], epochs=1)
+        >>> found = mf.compare(net, (x, labels), test=test, norms=["none", "batch"], **options)
         >>> bool((abs(found.ratio - 1) < 0.5).all())
         True
     """
