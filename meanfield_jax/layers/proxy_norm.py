@@ -138,7 +138,10 @@ class ProxyNorm(Layer):
         output = value.at[0].add(-mean) / std
         functions, weights = [], []
         for direct, dmean, dstd in zip(
-            (safe.divide(deviation, gamma)[None] * moved, slope), mean_changes, std_changes, strict=True
+            (safe.divide(deviation, gamma)[None] * moved, slope),
+            mean_changes,
+            std_changes,
+            strict=True,
         ):
             by_proxy = (dstd * output).at[0].add(dmean)
             functions += [direct - by_proxy, direct, by_proxy]
