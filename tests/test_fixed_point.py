@@ -178,7 +178,6 @@ def test_the_edge_of_relu_is_a_point():
     assert np.isnan(grid.q.sel(weight_var=3.0)).all()
 
 
-@pytest.mark.slow
 def test_every_status_is_reached():
     cases = {
         mf.FixedPointStatus.CONVERGED: [block(1.5, 0.5, "relu")],
@@ -213,7 +212,6 @@ def test_tanh_is_marginal_at_its_edge_of_chaos():
     assert found.raise_if_failed() is found
 
 
-@pytest.mark.slow
 def test_where_a_block_begins_does_not_matter():
     dense, phi, norm = mf.Dense(WIDTH, 2.5, 0.1), mf.Activation("relu"), mf.BatchNorm()
     expected = mf.fixed_point(mf.Sequential((dense, norm, phi)))
@@ -371,7 +369,6 @@ def test_growth_on_many_samples_is_the_limit(activation, limit):
     assert errors[1] < 0.11 * errors[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "function"), [("tanh", jnp.tanh), ("relu", jax.nn.relu)])
 @pytest.mark.parametrize(("num_samples", "gamma", "beta"), [(8, 1.0, 0.0), (6, 2.0, 0.4)])
 def test_growth_on_a_small_batch_is_that_of_a_random_one(

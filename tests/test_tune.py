@@ -23,9 +23,9 @@ def network(hidden=2, activation="relu", norm=True, **options):
     return mf.mlp([300] * hidden, inputs=784, outputs=10, activation=activation, norm=norm)
 
 
-def repeated(activation, times):
+def repeated(activation, times, **options):
     """Blocks that are compiled as one."""
-    block = mf.Sequential((mf.Dense(300), mf.BatchNorm(), mf.Activation(activation)))
+    block = mf.Sequential((mf.Dense(300), mf.BatchNorm(**options), mf.Activation(activation)))
     return mf.Network((300,), (mf.Repeat(block, times), mf.Dense(10)))
 
 
@@ -211,7 +211,7 @@ def test_growth_of_a_shifted_rectifier_is_the_integral(ratio, x64):
     first = normal.pdf(ratio) + ratio * normal.cdf(ratio)
     second = (1 + ratio**2) * normal.cdf(ratio) + ratio * normal.pdf(ratio)
     expected = normal.cdf(ratio) / (second - first**2)
-    net = network(gamma=gamma, beta=ratio * gamma, eps=0.0)
+    net = repeated("relu", 3, gamma=gamma, beta=ratio * gamma, eps=0.0)
     assert_close(objectives.growth(mf.analyze(net)), expected, "quadrature")
 
 
