@@ -148,7 +148,16 @@ def fixed_point(
     check_choice("statistics", statistics, STATISTICS)
     check_numbers(block)
     check_num_samples(block, num_samples)
-    block = known_numbers(_ending_in_weights(block))
+    return solve(known_numbers(block), statistics, num_samples)
+
+
+def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> FixedPoint:
+    """The fixed point of a block in the form of :func:`known_numbers`, its numbers not checked.
+
+    Returns:
+        As :func:`fixed_point`.
+    """
+    block = _ending_in_weights(block)
     dtype = jnp.result_type(float, *jax.tree.leaves(block))
     start = input_kernel((_checked_width(block),), num_samples, statistics, False, dtype)
     behind = jax.eval_shape(lambda: block.propagate(start, None)[0])

@@ -14,7 +14,8 @@ from jax import Array
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.table import is_smooth, tabulated
 from meanfield_jax.layers import Activation, Dense, Layer
-from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point
+from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point, solve
+from meanfield_jax.theory.propagate import known_numbers
 
 CHUNK = 1024
 """Cells solved together, each batch until its slowest is done."""
@@ -85,7 +86,7 @@ def phase_diagram(
     options: dict[str, Any] = dict(statistics=statistics, num_samples=num_samples)
     # checks the block, with its numbers, before they are traced
     jax.eval_shape(lambda: fixed_point(block, **options))
-    fast = block.changed(_with_table)
+    fast = known_numbers(block.changed(_with_table))
     grid, critical = _solved(fast, weight_var, bias_var, **options)
     values = dict(vars(grid), **grid.depth_scales._asdict())
     data: dict[str, Any] = {
@@ -135,7 +136,7 @@ def _solved(block: Layer, weight_var: Array, bias_var: Array, **options):
                 return dataclasses.replace(inner, weight_var=weight_var, bias_var=bias_var)
             return inner
 
-        return fixed_point(block.changed(change), **options)
+        return solve(block.changed(change), **options)
 
     cells = jnp.meshgrid(weight_var, bias_var, indexing="ij")
     flat = tuple(axis.ravel() for axis in cells)
