@@ -9,6 +9,7 @@ from tolerance import assert_close
 
 import meanfield_jax as mf
 from meanfield_jax.layers.cross_iteration import CrossIterationBatchNormModule
+from meanfield_jax.layers.norm import of_rank
 
 WEIGHTS = {
     "vector": (mf.Dense(6, 1.7, 0.3), (5,)),
@@ -38,7 +39,8 @@ def moments(model, kernel, x):
     """First and second moment of every channel at these weights, without the bias."""
     weights = nnx.clone(model.layers[0])
     weights.kernel[...] = kernel
-    z = weights(x) - weights.bias[...]
+    z = weights(x)
+    z = z - of_rank(weights.bias[...], z.ndim)
     axes = tuple(range(z.ndim - 1))
     return z.mean(axes), (z**2).mean(axes)
 
@@ -63,7 +65,7 @@ def test_the_window_is_that_of_the_definition(kind, compensate, x64):
             rows.append([a + b for a, b in zip(value, slope, strict=True)])
         mean = np.mean([row[0] for row in rows], 0)
         second = np.mean([rows[0][1], *(np.maximum(b, a**2) for a, b in rows[1:])], 0)
-        z = model.layers[0](x) - model.layers[0].bias[...]
+        z = np.asarray(model.layers[0](x)) - np.asarray(model.layers[0].bias[...])
         expected = 1.3 * (z - mean) / np.sqrt(second - mean**2 + EPS) + 0.2
         # float32 constants and history in the module
         assert_close(model(x), expected, "rounding", 10.0, dtype=np.float32)
@@ -103,25 +105,29 @@ def test_the_gradient_takes_the_past_for_constant(kind, x64):
     weights = jnp.cos(jnp.arange(6.0))
 
     def value(kernel):
-        return jnp.sum(weights * nnx.merge(graph, kernel, rest, copy=True)(x) ** 2)
+        y = nnx.merge(graph, kernel, rest, copy=True)(x)
+        return jnp.sum(of_rank(weights, y.ndim) * y**2)
 
     # by hand: the same window with the past's moments as numbers
     used = nnx.merge(graph, kernel, rest, copy=True)
     here = used.layers[0].kernel[...]
     old = [
-        np.asarray(value[...] + np.sum(slope[...] * here, tuple(range(1, here.ndim))))
+        np.asarray(value[...])
+        + np.sum(np.asarray(slope[...]) * np.asarray(here), tuple(range(1, here.ndim)))
         for value, slope in ((used.mean, used.mean_slope), (used.second, used.second_slope))
     ]
 
     def by_hand(kernel):
         weights_module = nnx.clone(model.layers[0])
         weights_module.kernel[...] = kernel
-        z = weights_module(x) - weights_module.bias[...]
+        z = weights_module(x)
+        z = z - of_rank(weights_module.bias[...], z.ndim)
         mean, second = moments(model, kernel, x)
         total_mean = (mean + old[0].sum(0)) / 4
         total = (second + np.maximum(old[1], old[0] ** 2).sum(0)) / 4 - total_mean**2
+        total_mean, total = (of_rank(value, z.ndim) for value in (total_mean, total))
         y = 1.3 * (z - total_mean) / jnp.sqrt(total + EPS) + 0.2
-        return jnp.sum(weights * y**2)
+        return jnp.sum(of_rank(weights, z.ndim) * y**2)
 
     (found,) = jax.tree.leaves(jax.grad(value)(kernel))
     expected = np.asarray(jax.grad(by_hand)(here))
@@ -155,7 +161,7 @@ def test_statistics_are_nearer_to_those_of_all_data_and_compensation_helps():
             x = batch("vector", step, 4)
             everything = batch("vector", 999, 4000)
             y = np.asarray((model(x) - 0.2) / 1.3)
-            z = np.asarray(model.layers[0](x) - model.layers[0].bias[...])
+            z = np.asarray(model.layers[0](x)) - np.asarray(model.layers[0].bias[...])
             mean, second = moments(model, model.layers[0].kernel[...], everything)
             # y = (z - mean) / deviation on four samples gives both
             slope = (z - z.mean(0)).std(0) / y.std(0)
