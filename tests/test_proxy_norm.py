@@ -93,8 +93,9 @@ def test_moments_and_parameters_are_integrals_over_both_values(trainable, activa
         return output(parameters, y), (slopes * kept).reshape(*y.shape, 4)
 
     for entry, c in (("same", 1.0), ("other", correlation)):
-        y_a = jnp.asarray(node)[:, None] * jnp.ones(80)
-        y_b = c * y_a + math.sqrt(1 - c**2) * jnp.asarray(node)
+        y_a = node[:, None] * np.ones(80)
+        y_b = jnp.asarray(c * y_a + math.sqrt(1 - c**2) * node)
+        y_a = jnp.asarray(y_a)
         out_a, slope_a = values(y_a)
         out_b, slope_b = values(y_b)
         both = weight[:, None] * weight
