@@ -90,7 +90,7 @@ def test_moments_and_parameters_are_integrals_over_both_values(trainable, activa
         parameters = jnp.array([GAMMA, BETA, 0.0, 0.0])
         kept = jnp.array([trainable[0]] * 2 + [trainable[1]] * 2)
         slopes = jax.vmap(lambda point: jax.grad(output)(parameters, point))(y.ravel())
-        return output(parameters, y), (slopes * kept).reshape(*y.shape, 4)
+        return output(parameters, y), (slopes * kept[None]).reshape(*y.shape, 4)
 
     for entry, c in (("same", 1.0), ("other", correlation)):
         y_a = node[:, None] * np.ones(80)
