@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import SMALL_NORM
 from tolerance import assert_close, standard_error
 
 import meanfield_jax as mf
@@ -66,9 +67,8 @@ def test_answers_after_a_cell_has_ended_do_not_count(answer):
     assert sum(ended) == 5
 
 
-SCALED = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm())
 GAMMAS = (0.5, 2.0)
-ALONE = (without_norms(SCALED), *(with_gamma(SCALED, gamma) for gamma in GAMMAS))
+ALONE = (without_norms(SMALL_NORM), *(with_gamma(SMALL_NORM, gamma) for gamma in GAMMAS))
 
 
 def test_every_draw_is_the_network_of_its_seed():
@@ -85,7 +85,7 @@ def test_many_at_once_are_the_same_as_each_alone():
     x, y = samples(20, 5, 2)
     # near the targets, where rounding is not blown up
     options = dict(num_steps=50, residual=1e-3)
-    found = mf.measured_boundary(SCALED, x, y, gammas=GAMMAS, draws=2, seed=3, **options)
+    found = mf.measured_boundary(SMALL_NORM, x, y, gammas=GAMMAS, draws=2, seed=3, **options)
     for (row, network), draw in itertools.product(enumerate(ALONE), range(2)):
         alone = mf.measured_boundary(network, x, y, draws=1, seed=3 + draw, **options)
         assert found.boundary[row, draw] == alone.boundary[0, 0]

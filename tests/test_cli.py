@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import xarray as xr
+from networks import wide
 
 import meanfield_jax as mf
 from meanfield_jax.cli import main
@@ -27,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 def test_analyze_prints_what_the_theory_says(capsys):
     assert main(["analyze", "--gamma", "0.5", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=mf.BatchNorm(gamma=0.5))
+    net = wide(norm=mf.BatchNorm(gamma=0.5))
     with jax.enable_x64():
         expected = float(mf.analyze(net).eta_max(momentum=0.9))
     assert printed["variables"]["eta_max"]["values"] == pytest.approx(expected, rel=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from flax import nnx
+from networks import DIGITS
 from rich.console import Console
 
 import meanfield_jax as mf
@@ -16,7 +17,6 @@ from meanfield_jax.cli import main
 from meanfield_jax.experiments.compare import NORMS, norm_of, table
 from meanfield_jax.variants import with_norm
 
-MLP = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
 RESNET = mf.preact_resnet(
     [8, 16], blocks=1, inputs=(4, 4, 3), outputs=3, norm=mf.BatchNorm(), bias_var=0.1
 )
@@ -70,12 +70,12 @@ def test_groups_divide_the_channels():
 @pytest.fixture(scope="module")
 def compared():
     norms = dict(own=mf.BatchNorm(gamma=0.5), layer=mf.LayerNorm())
-    return mf.compare(MLP, digits(200), test=digits(200, "test"), norms=norms, **SMALL)
+    return mf.compare(DIGITS, digits(200), test=digits(200, "test"), norms=norms, **SMALL)
 
 
 @pytest.mark.slow
 def test_each_number_is_that_of_the_function_it_comes_from(compared):
-    network = with_norm(MLP, mf.BatchNorm(gamma=0.5))
+    network = with_norm(DIGITS, mf.BatchNorm(gamma=0.5))
     (x, y), test = digits(200), digits(200, "test")
     at = compared.sel(norm="own", batch_size=100)
     fisher = mf.analyze(network, data=x[:100]).fisher
@@ -111,7 +111,7 @@ def test_the_best_rate_is_that_of_the_smallest_training_loss(compared):
 def test_a_rate_at_which_a_seed_diverged_is_never_best():
     data = digits(100)
     options = dict(batch_sizes=[100], learning_rates=[1e4], epochs=3, seeds=1, draws=1)
-    found = mf.compare(MLP, data, test=data, norms=["none"], loss="squared", **options)
+    found = mf.compare(DIGITS, data, test=data, norms=["none"], loss="squared", **options)
     assert np.isnan(found.loss).all()
     assert np.isnan(found.best_rate).all()
     assert np.isnan(found.best_test_accuracy).all()
@@ -122,11 +122,11 @@ def test_a_rate_at_which_a_seed_diverged_is_never_best():
 def test_statistics_of_too_few_samples_have_no_theory():
     data = digits(2)
     options = dict(learning_rates=[0.01], epochs=1, seeds=1, draws=1)
-    batch = mf.compare(MLP, data, test=data, norms=["batch"], batch_sizes=[1, 2], **options)
+    batch = mf.compare(DIGITS, data, test=data, norms=["batch"], batch_sizes=[1, 2], **options)
     assert np.isnan(batch.predicted).all()
     assert np.isnan(batch.measured.sel(batch_size=1)).all()
     assert np.isfinite(batch.measured.sel(batch_size=2)).all()
-    layer = mf.compare(MLP, data, test=data, norms=["layer"], batch_sizes=[1], **options)
+    layer = mf.compare(DIGITS, data, test=data, norms=["layer"], batch_sizes=[1], **options)
     assert np.isfinite(layer.predicted).all()
 
 
@@ -177,7 +177,7 @@ def test_the_table_marks_what_theory_does_not_vouch_for(compared):
     ],
 )
 def test_bad_input_is_one_line(changed, expected):
-    arguments = dict(network=MLP, data=digits(64), test=digits(8, "test"), **SMALL) | changed
+    arguments = dict(network=DIGITS, data=digits(64), test=digits(8, "test"), **SMALL) | changed
     with pytest.raises(mf.SpecError) as caught:
         mf.compare(**arguments)
     assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from networks import SMALL
 from tolerance import assert_close, assert_printed, standard_error
 
 import meanfield_jax as mf
@@ -341,7 +342,7 @@ def test_input_dependence_against_the_jacobian(network):
 
 
 def test_input_dependence_of_equal_and_of_unrelated_gradients():
-    model = built(mf.mlp([30], inputs=8, outputs=3))
+    model = built(SMALL)
     same = jnp.asarray(np.broadcast_to(normal(8), (10, 8)))
     found = mf.diagnostics.input_dependence(model, LOSS, same, np.ones(10, int))
     assert_close(found.ratio, 1.0, "rounding", dtype=np.float32)
@@ -379,7 +380,7 @@ def test_inputs_may_be_whole_numbers():
 
 @pytest.mark.slow
 def test_noise_falls_as_theory_says_where_samples_do_not_interact():
-    model, x = built(mf.mlp([30], inputs=8, outputs=3)), normal(60, 8)
+    model, x = built(SMALL), normal(60, 8)
     rates, sizes = [0.1, 0.3], [2, 8, 32]
     found = mf.diagnostics.gradient_noise(
         model, LOSS, x, labels(60), learning_rate=rates, batch_size=sizes, num_batches=200

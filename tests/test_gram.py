@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import SMALL_NORM, correlated, dense, wide
 from tolerance import assert_close
 
 import meanfield_jax as mf
@@ -33,13 +34,6 @@ REFERENCE = np.load(Path(__file__).parent / "data" / "neural_tangents.npz")
 three CIFAR-10 images, weight_var 2, bias_var .5, hidden widths 1000 and channels 30-60-90."""
 
 
-def correlated(num_samples: int, *shape: int, seed: int = 0) -> np.ndarray:
-    """Samples that share a few directions, as images do."""
-    rng = np.random.default_rng(seed)
-    shared = rng.normal(size=(num_samples, 3)) @ rng.normal(size=(3, int(np.prod(shape))))
-    return (shared + rng.normal(size=shared.shape)).reshape(num_samples, *shape) / 2
-
-
 def orthogonal(num_samples: int) -> np.ndarray:
     """A batch with exactly the second moments of i.i.d. inputs of unit variance."""
     return np.sqrt(num_samples) * np.eye(num_samples)
@@ -51,9 +45,9 @@ BLOCK = mf.Residual(
     mf.Sequential((mf.Activation("relu"), mf.Dense(1000), mf.Activation("relu"), mf.Dense(1000)))
 )
 PUBLISHED = {
-    "relu": mf.mlp([1000] * 3, inputs=784, outputs=10),
-    "erf": mf.mlp([1000] * 3, inputs=784, outputs=10, activation="erf"),
-    "leaky": mf.mlp([1000] * 3, inputs=784, outputs=10, activation="leaky_relu"),
+    "relu": wide(),
+    "erf": wide(activation="erf"),
+    "leaky": wide(activation="leaky_relu"),
     "residual_relu": mf.Network(
         (784,), (mf.Dense(1000), BLOCK, BLOCK, mf.Activation("relu"), mf.Dense(10))
     ),
@@ -233,8 +227,6 @@ def test_series_of_a_batch_equals_quadrature(name, mean):
 
 # ---- use
 
-NETWORK = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm())
-
 
 @pytest.mark.parametrize(
     ("data", "options", "words"),
@@ -248,7 +240,7 @@ NETWORK = mf.mlp([30], inputs=5, outputs=2, norm=mf.BatchNorm())
 )
 def test_data_that_does_not_fit_is_refused(data, options, words):
     with pytest.raises((mf.SpecError, mf.DataError)) as caught:
-        mf.analyze(NETWORK, data=data, **options)
+        mf.analyze(SMALL_NORM, data=data, **options)
     for word in words:
         assert word in str(caught.value)
 
@@ -256,14 +248,14 @@ def test_data_that_does_not_fit_is_refused(data, options, words):
 def test_more_than_memory_is_refused_before_it_is_taken(monkeypatch):
     monkeypatch.setattr(propagate, "MAX_ENTRIES", 1000)
     with pytest.raises(mf.DataError, match="at most 31 samples"):
-        mf.analyze(NETWORK, data=np.ones((50, 5)))
+        mf.analyze(SMALL_NORM, data=np.ones((50, 5)))
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch):
     monkeypatch.setattr(propagate, "memory_of", lambda devices: 75 * 8 * 10.0**2)
     with pytest.raises(mf.DataError, match="at most 10 samples"):
-        mf.analyze(NETWORK, data=correlated(12, 5))
-    mf.analyze(NETWORK, data=correlated(10, 5))
+        mf.analyze(SMALL_NORM, data=correlated(12, 5))
+    mf.analyze(SMALL_NORM, data=correlated(10, 5))
 
 
 @pytest.mark.slow
@@ -310,11 +302,11 @@ def test_two_strong_directions_spread_alike_in_a_draw_of_a_narrow_network():
 @pytest.mark.slow
 def test_a_batch_from_outside_is_checked_inside_jit():
     x = correlated(12, 5)
-    outside = mf.analyze(NETWORK, data=x).fisher.outlier
-    inside = jax.jit(lambda: mf.analyze(NETWORK, data=x).fisher.outlier)()
+    outside = mf.analyze(SMALL_NORM, data=x).fisher.outlier
+    inside = jax.jit(lambda: mf.analyze(SMALL_NORM, data=x).fisher.outlier)()
     assert_close(inside, outside, "edge")
     with pytest.raises(mf.DataError, match="NaN"):
-        jax.jit(lambda: mf.analyze(NETWORK, data=np.full((6, 5), np.nan)).fisher.outlier)()
+        jax.jit(lambda: mf.analyze(SMALL_NORM, data=np.full((6, 5), np.nan)).fisher.outlier)()
 
 
 def test_the_spectrum_is_differentiable():
@@ -365,8 +357,8 @@ def exact_categorical(theory: mf.Theory, p: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 def test_flat_classes_divide_the_spectrum_by_their_number():
     x = correlated(12, 5)
-    plain = mf.analyze(NETWORK, data=x).fisher
-    theory = mf.analyze(NETWORK, data=x, likelihood="categorical")
+    plain = mf.analyze(SMALL_NORM, data=x).fisher
+    theory = mf.analyze(SMALL_NORM, data=x, likelihood="categorical")
     expected = np.zeros(24)
     expected[:12] = np.asarray(plain.eigenvalues) / 2
     assert_close(theory.fisher.eigenvalues, expected, "rounding", expected[0])
@@ -379,7 +371,7 @@ def test_flat_classes_divide_the_spectrum_by_their_number():
 @pytest.mark.slow
 def test_classes_of_a_draw(monkeypatch):
     x = correlated(40, 20)
-    network = mf.mlp([100] * 2, inputs=20, outputs=4, norm=mf.BatchNorm())
+    network = dense(mf.BatchNorm(), width=100)
     model = mf.build(network, rngs=nnx.Rngs(0))
     p = np.asarray(jax.nn.softmax(model(jnp.asarray(x, jnp.float32))), float)
     p /= p.sum(1, keepdims=True)
@@ -407,5 +399,5 @@ def test_classes_of_a_draw(monkeypatch):
 )
 def test_class_probabilities_that_do_not_fit_are_refused(options, words):
     with pytest.raises(mf.SpecError) as error:
-        mf.analyze(NETWORK, data=np.ones((6, 5)), **options)
+        mf.analyze(SMALL_NORM, data=np.ones((6, 5)), **options)
     assert all(word in str(error.value) for word in words)

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import CNN, SMALL
 
 import meanfield_jax as mf
 
 RELU = mf.Activation("relu")
 PRESETS = {
-    "mlp": mf.mlp([30, 20], inputs=8, outputs=3),
+    "mlp": SMALL,
     "mlp_norm": mf.mlp([30], inputs=8, outputs=3, norm=mf.BatchNorm(0.5), activation="tanh"),
     "no_hidden": mf.mlp([], inputs=8, outputs=3),
-    "cnn": mf.cnn([4, 6], inputs=(8, 8, 3)),
+    "cnn": CNN,
     "cnn_mean": mf.cnn([4], inputs=(8, 8, 3), head="mean", padding="CIRCULAR", norm=mf.BatchNorm()),
     "cnn_position": mf.cnn([4], inputs=(8, 8, 3), norm=mf.BatchNorm(axes="position")),
     "preact_resnet": mf.preact_resnet(

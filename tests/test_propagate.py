@@ -11,11 +11,13 @@ import published
 import pytest
 import xarray as xr
 from flax import nnx
+from networks import CNN_NORM, SMALL
 from tolerance import assert_close
 
 import meanfield_jax as mf
 from meanfield_jax.kernel.state import STATISTICS, input_kernel
 from meanfield_jax.theory import propagate
+from meanfield_jax.variants import with_gamma
 
 RELU = mf.Activation("relu")
 EXACT = dict(eps=0.0, trainable=False)
@@ -40,9 +42,9 @@ def propagated(network, start):
 
 
 NETWORKS = {
-    "vanilla": mf.mlp([30, 20], inputs=8, outputs=3),
+    "vanilla": SMALL,
     "norm": mf.mlp([30, 20], inputs=8, outputs=3, norm=mf.BatchNorm(1.3, 0.2), activation="erf"),
-    "cnn": mf.cnn([4, 6], inputs=(8, 8, 3), norm=mf.BatchNorm(1.3)),
+    "cnn": with_gamma(CNN_NORM, 1.3),
     "pooled": mf.cnn([4], inputs=(6, 6, 3), head="mean", norm=mf.BatchNorm(axes="position")),
     "repeat": mf.Network(
         (8,),

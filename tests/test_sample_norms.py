@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from flax import nnx
+from networks import conv, correlated, dense
 from tolerance import assert_close, standard_error
 
 import meanfield_jax as mf
@@ -30,25 +31,8 @@ NORMS = {
 }
 
 
-def correlated(num_samples: int, *shape: int, seed: int = 0) -> np.ndarray:
-    """Samples that share a few directions, of different lengths."""
-    rng = np.random.default_rng(seed)
-    shared = rng.normal(size=(num_samples, 3)) @ rng.normal(size=(3, math.prod(shape)))
-    lengths = rng.uniform(0.3, 1, (num_samples, 1))
-    return (lengths * (shared + rng.normal(size=shared.shape))).reshape(num_samples, *shape)
-
-
-def fc(width: int, norm: mf.Layer, activation: str = "relu", **options) -> mf.Network:
-    return mf.mlp([width] * 2, inputs=20, outputs=4, activation=activation, norm=norm, **options)
-
-
 def plain(name: str) -> mf.Layer:
     return dataclasses.replace(NORMS[name], beta=0.0)
-
-
-def conv(width: int, norm: mf.Layer, head: str = "flatten", **options) -> mf.Network:
-    options = dict(inputs=(8, 8, 2), outputs=4, head=head) | options
-    return mf.cnn([width] * 2, norm=norm, **options)
 
 
 # ---- identities of the theory
@@ -56,7 +40,7 @@ def conv(width: int, norm: mf.Layer, head: str = "flatten", **options) -> mf.Net
 
 def test_a_layer_norm_sets_every_second_moment_to_gamma_squared(x64):
     norm = mf.LayerNorm(GAMMA, eps=0.0)
-    order = mf.analyze(fc(50, norm, "identity")).order_parameters
+    order = mf.analyze(dense(norm, "identity", 50)).order_parameters
     assert_close(order.q_hat[1:], GAMMA**2, "rounding")
     kernel = mf.analyze(
         mf.Network((20,), (mf.Dense(50), norm, mf.Dense(3, 1.0, 0.0))), data=correlated(9, 20)
@@ -171,7 +155,7 @@ def test_groups_of_one_channel_are_an_instance_norm(x64):
 
 @pytest.mark.parametrize(("name", "modulus"), [("layer", 32), ("group", 1), ("instance", 1)])
 def test_pairs_of_positions_are_kept_where_they_count(name, modulus, monkeypatch, x64):
-    network, x = conv(6, plain(name)), jnp.asarray(correlated(4, 8, 8, 2))
+    network, x = conv(plain(name), width=6), jnp.asarray(correlated(4, 8, 8, 2))
     assert propagate._modulus(network, x, "batch") == modulus
     # where memory is short an even sample stands for them
     monkeypatch.setattr(propagate, "MAX_ENTRIES", 16**2 * 4**2 // 2)

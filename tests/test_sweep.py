@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from networks import DIGITS
 from tolerance import assert_close
 
 import meanfield_jax as mf
@@ -23,8 +24,8 @@ from meanfield_jax.experiments import diagram
 from meanfield_jax.experiments.store import Layout, Variable, create
 from meanfield_jax.experiments.sweep import _chunk, bytes_of_cell
 from meanfield_jax.experiments.train import recipe_of
+from meanfield_jax.variants import with_gamma
 
-NETWORK = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm())
 GRID = dict(gamma=[0.5, 1.0], learning_rate=[100.0, 0.01, 0.1], seed=[0, 3])
 OPTIONS = dict(epochs=2, chunk_cells=4)
 """Chunks of 2 x 2 cells, and of 1 x 2 at the edge; nearly all sweeps here share their program."""
@@ -91,13 +92,13 @@ def wait_for_chunks(store: Path, count: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_each_cell_is_what_train_gives(digits):
-    found = mf.sweep(NETWORK, digits, GRID | dict(momentum=0.5), test=digits, **OPTIONS)
+    found = mf.sweep(DIGITS, digits, GRID | dict(momentum=0.5), test=digits, **OPTIONS)
     assert found.sizes == dict(gamma=2, learning_rate=3, seed=2, epoch=2)
     for gamma in GRID["gamma"]:
         for seed in GRID["seed"]:
             cell = found.sel(gamma=gamma, seed=seed, learning_rate=0.1)
             options = dict(gamma=gamma, seed=seed, learning_rate=0.1, momentum=0.5, epochs=2)
-            alone = mf.train(NETWORK, digits, test=digits, **options)
+            alone = mf.train(DIGITS, digits, test=digits, **options)
             assert_close(cell.loss.values, alone.loss, "edge", dtype=np.float32)
             assert_close(cell.test_loss.values, alone.test_loss, "edge", dtype=np.float32)
     assert (found.diverged_at.sel(learning_rate=100.0) >= 0).all()
@@ -106,18 +107,17 @@ def test_each_cell_is_what_train_gives(digits):
 
 def test_one_scale_may_be_given_for_all(digits):
     grid = dict(gamma=0.5, learning_rate=[0.01, 0.03, 0.1, 0.3])
-    found = mf.sweep(NETWORK, digits, grid, test=digits, **OPTIONS)
+    found = mf.sweep(DIGITS, digits, grid, test=digits, **OPTIONS)
     assert found.loss.shape == (4, 2)
     assert found.eta_max_batch.shape == ()
-    network = mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm(0.5))
-    theory = mf.analyze(network, data=digits[0][:100])
+    theory = mf.analyze(with_gamma(DIGITS, 0.5), data=digits[0][:100])
     assert_close(float(found.eta_max_batch), theory.eta_max(0.9), "rounding", dtype=np.float32)
 
 
 @pytest.mark.slow
 def test_structure_and_variances_are_axes(digits):
     grid = dict(depth=[1, 2], width=[64], batch_size=[100], weight_var=[1.0, 2.0])
-    found = mf.sweep(NETWORK, digits, grid, epochs=1)
+    found = mf.sweep(DIGITS, digits, grid, epochs=1)
     at = dict(depth=2, width=64, batch_size=100)
     for weight_var in grid["weight_var"]:
         options = dict(norm=mf.BatchNorm(), weight_var=weight_var)
@@ -188,22 +188,22 @@ def test_a_damaged_chunk_is_found_and_computed_again(digits, tmp_path, damage, v
     store = tmp_path / "run.zarr"
     # the second file is a chunk at the edge
     options = OPTIONS | dict(store=store, test=digits)
-    before = mf.sweep(NETWORK, digits, GRID, **options)
+    before = mf.sweep(DIGITS, digits, GRID, **options)
     files = sorted(path for path in (store / variable / "c").rglob("*") if path.is_file())
     damage(files[1])
     seen = mf.load_sweep(store)
     assert int((seen.diverged_at == -2).sum()) == 2
     untouched = {path: path.stat().st_mtime_ns for path in files[2:]}
-    assert mf.sweep(NETWORK, digits, GRID, resume=True, **options).identical(before)
+    assert mf.sweep(DIGITS, digits, GRID, resume=True, **options).identical(before)
     assert {path: path.stat().st_mtime_ns for path in files[2:]} == untouched
 
 
 def test_a_finished_sweep_computes_nothing(digits, tmp_path, monkeypatch):
     options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
-    before = mf.sweep(NETWORK, digits, GRID, **options)
+    before = mf.sweep(DIGITS, digits, GRID, **options)
     monkeypatch.setattr("meanfield_jax.experiments.sweep.run_cells", None)
     monkeypatch.setattr("meanfield_jax.experiments.sweep.analyze", None)
-    assert mf.sweep(NETWORK, digits, GRID, resume=True, **options).identical(before)
+    assert mf.sweep(DIGITS, digits, GRID, resume=True, **options).identical(before)
     # any reader of Zarr can open it
     opened = xr.open_zarr(options["store"], consolidated=False)
     assert np.array_equal(opened.loss.values, before.loss.values, equal_nan=True)
@@ -220,7 +220,7 @@ def test_a_finished_sweep_computes_nothing(digits, tmp_path, monkeypatch):
     ],
 )
 def test_a_store_of_another_sweep_is_refused(digits, tmp_path, changes, words):
-    options = OPTIONS | dict(network=NETWORK, grid=GRID, store=tmp_path / "run.zarr", test=digits)
+    options = OPTIONS | dict(network=DIGITS, grid=GRID, store=tmp_path / "run.zarr", test=digits)
     mf.sweep(data=digits, **options)
     before = {path: path.read_bytes() for path in options["store"].rglob("*") if path.is_file()}
     with pytest.raises(mf.SpecError) as error:
@@ -231,11 +231,11 @@ def test_a_store_of_another_sweep_is_refused(digits, tmp_path, changes, words):
 
 def test_a_store_in_use_is_refused(digits, tmp_path):
     options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
-    mf.sweep(NETWORK, digits, GRID, **options)
+    mf.sweep(DIGITS, digits, GRID, **options)
     with (options["store"] / "zarr.json").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(mf.SpecError, match="another sweep is writing it"):
-            mf.sweep(NETWORK, digits, GRID, resume=True, **options)
+            mf.sweep(DIGITS, digits, GRID, resume=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_store_in_use_is_refused(digits, tmp_path):
     ],
 )
 def test_what_makes_no_sense_is_refused(digits, tmp_path, changes, words):
-    options = dict(network=NETWORK, grid=GRID, store=tmp_path / "run.zarr") | changes
+    options = dict(network=DIGITS, grid=GRID, store=tmp_path / "run.zarr") | changes
     with pytest.raises(mf.SpecError) as error:
         mf.sweep(data=digits, **options)
     assert all(word in str(error.value) for word in words)
@@ -426,7 +426,7 @@ def test_plot_reads_what_sweep_wrote(digits, tmp_path, capsys):
     from meanfield_jax.cli import main
 
     grid = GRID | dict(learning_rate=sorted(GRID["learning_rate"]))
-    mf.sweep(NETWORK, digits, grid, store=tmp_path / "run.zarr", test=digits, **OPTIONS)
+    mf.sweep(DIGITS, digits, grid, store=tmp_path / "run.zarr", test=digits, **OPTIONS)
     picture = tmp_path / "run.png"
     assert main(["plot", str(tmp_path / "run.zarr"), "--output", str(picture), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"

@@ -4,32 +4,14 @@ tests/test_contract.py does the same for every layer, at two widths; here stands
 example does not reach: evaluation, convolutions, offsets, other activations, residual networks.
 """
 
-import math
-
 import draws
-import numpy as np
 import pytest
+from networks import conv, correlated, dense
 
 import meanfield_jax as mf
 
 N = 16
 RELU = mf.Activation("relu")
-
-
-def correlated(num_samples: int, *shape: int, seed: int = 0) -> np.ndarray:
-    """Samples of different lengths that share a few directions, as images do."""
-    rng = np.random.default_rng(seed)
-    shared = rng.normal(size=(num_samples, 3)) @ rng.normal(size=(3, math.prod(shape)))
-    lengths = rng.uniform(0.3, 1, (num_samples, 1))
-    return (lengths * (shared + rng.normal(size=shared.shape))).reshape(num_samples, *shape)
-
-
-def dense(norm: mf.Layer | None, activation: str = "relu", width: int = 256) -> mf.Network:
-    return mf.mlp([width] * 2, inputs=20, outputs=4, activation=activation, norm=norm)
-
-
-def conv(norm: mf.Layer | None, head: str = "flatten", width: int = 32) -> mf.Network:
-    return mf.cnn([width] * 2, inputs=(8, 8, 2), outputs=4, head=head, norm=norm)
 
 
 def strided_once(norm: mf.Layer, head: str) -> mf.Network:

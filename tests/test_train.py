@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from networks import DIGITS
 from tolerance import assert_close
 
 import meanfield_jax as mf
+from meanfield_jax.variants import with_gamma
 
-NETWORK = mf.mlp([40], inputs=64, outputs=10, norm=mf.BatchNorm())
 BLOCK = (mf.Dense(40), mf.BatchNorm(), mf.Activation("relu"))
 REPEATED = mf.Network((64,), (*BLOCK, mf.Repeat(mf.Sequential(BLOCK), 2), mf.Dense(10)))
 
@@ -24,9 +25,9 @@ def digits():
 def test_one_step_at_a_time_by_hand(digits):
     """The same draw and order, with optax and a Python loop."""
     x, labels = jnp.asarray(digits[0]), jnp.asarray(digits[1])
-    found = mf.train(NETWORK, digits, learning_rate=0.02, gamma=0.5, epochs=2, seed=3)
+    found = mf.train(DIGITS, digits, learning_rate=0.02, gamma=0.5, epochs=2, seed=3)
     key_draw, key_order = jax.random.split(jax.random.key(3))
-    network = mf.mlp([40], inputs=64, outputs=10, norm=mf.BatchNorm(0.5))
+    network = with_gamma(DIGITS, 0.5)
     draw = jax.jit(lambda key: mf.functional(mf.build(network, rngs=nnx.Rngs(key))))
     apply, params = draw(key_draw)
     optimizer = optax.sgd(0.02, 0.9)
@@ -55,14 +56,14 @@ def test_one_step_at_a_time_by_hand(digits):
 def test_runs_do_not_touch_each_other(digits):
     """A run that diverges beside it changes nothing; seeds and scales differ."""
     rates, gammas = np.array([0.01, 1e3]), np.array([[0.5], [1.0]])
-    both = mf.train(NETWORK, digits, learning_rate=rates, gamma=gammas, epochs=2)
+    both = mf.train(DIGITS, digits, learning_rate=rates, gamma=gammas, epochs=2)
     assert both.loss.shape == (2, 2, 2)
     assert both.diverged.tolist() == [[False, True]] * 2
     assert np.isnan(both.loss[:, 1, -1]).all()
     assert np.all(both.diverged_at[:, 1] >= 1)
-    alone = mf.train(NETWORK, digits, learning_rate=0.01, gamma=1.0, epochs=2)
+    alone = mf.train(DIGITS, digits, learning_rate=0.01, gamma=1.0, epochs=2)
     assert_close(both.loss[1, 0], alone.loss, "edge", dtype=np.float32)
-    seeds = mf.train(NETWORK, digits, learning_rate=0.01, gamma=1.0, seed=np.arange(4), epochs=2)
+    seeds = mf.train(DIGITS, digits, learning_rate=0.01, gamma=1.0, seed=np.arange(4), epochs=2)
     assert len(np.unique(seeds.loss[:, 0])) == 4
 
 
@@ -71,7 +72,7 @@ def test_runs_do_not_touch_each_other(digits):
     ("network", "options"),
     [
         (REPEATED, dict(learning_rate=0.02, gamma=0.5)),
-        (NETWORK, dict(learning_rate=3e-3, optimizer=optax.adam, loss="cross_entropy")),
+        (DIGITS, dict(learning_rate=3e-3, optimizer=optax.adam, loss="cross_entropy")),
     ],
     ids=["squared", "cross_entropy"],
 )
@@ -93,7 +94,7 @@ def test_scales_that_do_not_learn_stay(digits):
 
     def losses(learning_rate: float, train_gamma: bool):
         options = dict(gamma=1.0, epochs=2, train_gamma=train_gamma)
-        return mf.train(NETWORK, digits, learning_rate=learning_rate, **options).loss
+        return mf.train(DIGITS, digits, learning_rate=learning_rate, **options).loss
 
     assert_close(losses(0.0, True), losses(0.0, False), "rounding", dtype=np.float32)
     assert abs(losses(0.02, True)[1] / losses(0.02, False)[1] - 1) > 1e-4
@@ -114,7 +115,7 @@ def test_scales_that_do_not_learn_stay(digits):
     ],
 )
 def test_what_makes_no_sense_is_refused(digits, options, words):
-    arguments = dict(network=NETWORK, data=digits) | options
+    arguments = dict(network=DIGITS, data=digits) | options
     with pytest.raises((mf.SpecError, mf.DataError)) as error:
         mf.train(arguments.pop("network"), arguments.pop("data"), **arguments)
     assert all(word in str(error.value) for word in words)

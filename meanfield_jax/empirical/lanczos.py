@@ -219,8 +219,8 @@ def _search_step(matvec, op, k, tol, key, state):
     status = jnp.where(finite, status, Status.NOT_FINITE).astype(jnp.int32)
 
     # a fresh start freezes these residuals, so it leaves room for them to fluctuate
-    settled = passed & jnp.all((error <= jnp.maximum(allowed / 2, floor)) | ~asked)
-    fresh = (krylov.beta == 0) | (settled & ~alive)
+    ready = passed & jnp.all((error <= jnp.maximum(allowed / 2, floor)) | ~asked)
+    fresh = (krylov.beta == 0) | (ready & ~alive)
     return _Search(
         krylov=krylov,
         step=step + 1,
@@ -365,12 +365,13 @@ def _first(found: TopEigenvalues, k: int) -> TopEigenvalues:
     """The first k of the eigenvalues that there is room for, without compiling anything."""
 
     def cut(array):
-        if array is None or isinstance(array, Tracer):
-            return None if array is None else array[:k]
+        if isinstance(array, Tracer):
+            return array[:k]
         return jax.device_put(np.asarray(array)[:k])
 
     names = ("eigenvalues", "residual_bounds", "error_bounds", "eigenvectors")
-    return replace(found, **{name: cut(getattr(found, name)) for name in names})
+    arrays = {name: getattr(found, name) for name in names}
+    return replace(found, **jax.tree.map(cut, arrays))
 
 
 def check_dtype(op):
