@@ -36,6 +36,8 @@ PACKAGES = (
     "torch",
     "curvlinops-for-pytorch",
     "pyhessian",
+    "hessian-eigenthings",
+    "laplax",
 )
 console = Console(width=150)
 

@@ -27,6 +27,8 @@ CURVLINOPS = "curvlinops GGN + eigsh"
 CURVLINOPS_DUAL = "curvlinops J J^T by hand + eigsh"
 PYHESSIAN = "PyHessian, tol 1e-3 (default)"
 PYHESSIAN_FINE = "PyHessian, tol 1e-5"
+EIGENTHINGS = "hessian-eigenthings, step count given"
+LAPLAX = "laplax GGN + its LOBPCG"
 PYHESSIAN_STATELESS = "PyHessian, tol 1e-5, no running statistics"
 
 
@@ -42,7 +44,10 @@ def make_peers(case: str, steps: list[dict[str, Any]], quick: bool) -> list[Peer
         Peer(CURVLINOPS, "peers:curvlinops_eigsh", colds=colds),
         Peer(CURVLINOPS_DUAL, "peers:curvlinops_eigsh_dual"),
         Peer(PYHESSIAN, "peers:pyhessian_power", dict(tol=1e-3)),
+        Peer(EIGENTHINGS, "peers:eigenthings_lanczos", dict(num_steps=steps[0]["num_steps"])),
     ]
+    if case == "A":  # minutes a call
+        peers.append(Peer(LAPLAX, "peers:laplax_lobpcg", rounds=1))
     if case != "B":  # a minute for nothing new
         rounds = 1 if case == "A" else 0
         fine = Peer(PYHESSIAN_FINE, "peers:pyhessian_power", dict(tol=1e-5), rounds=rounds)

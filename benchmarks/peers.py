@@ -226,6 +226,41 @@ def matfree_steps(case: str, parameter_space: bool, truth: float, tol: float) ->
     return solve
 
 
+def laplax_lobpcg(case: str, tol: float = 1e-4) -> Solve:
+    """With laplax's product with the GGN of the squared error and its LOBPCG.
+
+    Its Hessian of ``"mse"`` is 2, and its factor 1 / n.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.flatten_util import ravel_pytree
+    from laplax.curv.ggn import create_ggn_mv
+    from laplax.curv.lobpcg import lobpcg_standard
+
+    apply, params, inputs = _jax_problem(CASES[case])
+    flat, unravel = ravel_pytree(params)
+    start = jax.random.normal(jax.random.key(0), (flat.size, 1))
+    data = dict(input=inputs, target=jnp.zeros((len(inputs), NUM_OUTPUTS)))
+    count = 0
+
+    def solve() -> dict[str, Any]:
+        nonlocal count
+        multiply = create_ggn_mv(
+            lambda input, params: apply(params, input),
+            params,
+            data,
+            loss_fn="mse",
+            vmap_over_data=False,
+        )
+        product = jax.jit(
+            lambda block: jax.vmap(lambda v: ravel_pytree(multiply(unravel(v)))[0], 1, 1)(block)
+        )
+        values, _, count = lobpcg_standard(product, start, tol=tol, calc_dtype=jnp.float32)
+        return dict(value=float(values[0]) / 2, products=int(count))
+
+    return solve
+
+
 # PyTorch peers.
 
 
@@ -363,5 +398,29 @@ def pyhessian_density(case: str, num_steps: int) -> Solve:
     def solve() -> dict[str, Any]:
         (nodes,), _ = make().density(iter=num_steps, n_v=1)
         return dict(top=float(np.max(nodes)), products=num_steps)
+
+    return solve
+
+
+def eigenthings_lanczos(case: str, num_steps: int) -> Solve:
+    """hessian-eigenthings' Lanczos on its GGN; it must be told the number of steps."""
+    import hessian_eigenthings as eigenthings
+    import torch
+
+    model, inputs = torch_model(CASES[case], running_statistics=False), torch_inputs(CASES[case])
+    batch = (inputs, torch.zeros(len(inputs), NUM_OUTPUTS))
+
+    def loss(outputs: Any, targets: Any) -> Any:
+        return 0.5 * torch.sum((outputs - targets) ** 2) / len(inputs)
+
+    def solve() -> dict[str, Any]:
+        operator = eigenthings.GGNOperator(
+            model,
+            [batch],
+            eigenthings.supervised_forward,
+            eigenthings.supervised_loss_of_output(loss),
+        )
+        result = eigenthings.lanczos(operator, k=1, max_iter=num_steps, which="LA", seed=0)
+        return dict(value=float(result.eigenvalues[0]), products=num_steps)
 
     return solve

@@ -94,8 +94,8 @@ def measured(num_samples: int) -> Callable[[], dict[str, Any]]:
 
     @jax.jit
     def kernel(op):
-        units = jnp.eye(num_samples, dtype=x.dtype)[:, :, None]
-        return jax.lax.map(op.linearize(), units, batch_size=10)[..., 0]
+        units = jnp.eye(num_samples, dtype=x.dtype)
+        return jax.lax.map(op.dual.linearize(), units, batch_size=10)
 
     def solve() -> dict[str, Any]:
         return dict(answer=float(np.linalg.eigvalsh(kernel(op))[-1]))

@@ -61,7 +61,7 @@ def tuning(
             tuned = mf.tune(spec(next(start) / 100), goals[objective], over=over)
             growth = float(mf.objectives.growth(tuned.after).max())
         return dict(
-            status=tuned.status,
+            status=tuned.status.label,
             steps=tuned.history.sizes["step"] - 1,
             reached=float(tuned.history.objective[-1]),
             eta_max=float(tuned.history.eta_max[-1]),

@@ -7,7 +7,8 @@ the toolkit measures whether the two agree. The names below follow that way::
     theory    analyze -> Theory (order_parameters, fisher, eta_max);
               fixed_point, phase_diagram, batch_growth: blocks repeated without end
     network   build, functional, calibrate
-    measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density;
+    measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density, trace,
+              layer_table;
               diagnostics: activations, gradients, statistics of a model, inside
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
               compare, plot_comparison: one network with each of the normalization layers
@@ -20,8 +21,10 @@ the toolkit measures whether the two agree. The names below follow that way::
 from meanfield_jax import data, diagnostics, objectives
 from meanfield_jax.empirical.density import SpectralDensity, spectral_density
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
-from meanfield_jax.empirical.lanczos import Status, TopEigenvalues, top_eigenvalues
+from meanfield_jax.empirical.lanczos import TopEigenvalues, top_eigenvalues
+from meanfield_jax.empirical.layer_table import layer_table
 from meanfield_jax.empirical.model import build, calibrate, functional
+from meanfield_jax.empirical.trace import Trace, trace
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
 from meanfield_jax.experiments.compare import compare
@@ -58,8 +61,9 @@ from meanfield_jax.plots import (
     plot_tuning,
     plot_validation,
 )
+from meanfield_jax.status import Status
 from meanfield_jax.theory.batch_growth import batch_growth
-from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point
+from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.phase_diagram import phase_diagram
 from meanfield_jax.theory.propagate import Theory, analyze
@@ -77,7 +81,6 @@ __all__ = [
     "Dense",
     "FisherOperator",
     "FixedPoint",
-    "FixedPointStatus",
     "Flatten",
     "GlobalMeanPool",
     "GroupNorm",
@@ -95,6 +98,7 @@ __all__ = [
     "Status",
     "Theory",
     "TopEigenvalues",
+    "Trace",
     "Training",
     "Tuning",
     "analyze",
@@ -109,6 +113,7 @@ __all__ = [
     "fisher_operator",
     "fixed_point",
     "functional",
+    "layer_table",
     "learning_rate_for",
     "load_sweep",
     "measured_boundary",
@@ -126,6 +131,7 @@ __all__ = [
     "spectral_density",
     "sweep",
     "top_eigenvalues",
+    "trace",
     "train",
     "tune",
     "validate",

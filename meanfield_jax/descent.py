@@ -15,6 +15,7 @@ from rich.console import Console
 
 from meanfield_jax.network import Network
 from meanfield_jax.objectives import Objective
+from meanfield_jax.status import Status
 from meanfield_jax.theory.propagate import Theory, analyze, compiled
 
 POSITIVE = ("gamma", "weight_var", "bias_var")
@@ -32,9 +33,6 @@ TOLERANCE = 1e-5
 
 CHUNK = 20
 """Steps between two looks from the host, and rows of history that the device keeps."""
-
-RUNNING, CONVERGED, STALLED, NOT_FINITE, RUNAWAY, INDEPENDENT = range(6)
-"""How a descent stands."""
 
 LONGEST, SHORTEST = 1.0, 2.0**-30
 """Of the default optimizer: longest step in any coordinate (a factor e), least share of one."""
@@ -127,7 +125,7 @@ class State(NamedTuple):
 
     Attributes:
         step: How many steps were taken.
-        status: One of the codes above.
+        status: A :class:`Status`; MAX_STEPS while it runs.
         position: Where it is.
         start: Where it began.
         value: The objective there; NaN before the first step.
@@ -169,8 +167,8 @@ def descend(
             rows = np.arange(taken, state.step) % CHUNK
             parts.append({name: column[rows] for name, column in state.rows.items()})
             if limit == 1 and _independent(setting, state, data, tolerance):
-                state = state._replace(status=INDEPENDENT)
-            if state.status != RUNNING:
+                state = state._replace(status=Status.INDEPENDENT)
+            if state.status != Status.MAX_STEPS:
                 break
             line.update(f"Tuning: step {state.step}, objective {state.value:.4g}")
     return state, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -182,7 +180,7 @@ def _started(setting: Problem, start: Position) -> State:
     columns |= {field: at.shape for field, at in start.items()}
     return State(
         step=jnp.zeros((), int),
-        status=jnp.asarray(RUNNING, int),
+        status=jnp.asarray(Status.MAX_STEPS, int),
         position=start,
         start=start,
         value=jnp.full((), jnp.nan, dtype),
@@ -218,7 +216,7 @@ def _descend_to(
         trial = jax.tree.map(lambda at, way: at + state.rate * way, state.position, state.way)
         (value, row), slope = jax.value_and_grad(evaluate, has_aux=True)(trial)
         halved = state._replace(rate=state.rate / 2)
-        status = jnp.where(halved.rate < SHORTEST, STALLED, RUNNING)
+        status = jnp.where(halved.rate < SHORTEST, Status.STALLED, Status.MAX_STEPS)
         halved = halved._replace(status=status.astype(int))
         taken = _taken(setting, state, trial, value, slope, row, tolerance)
         way: Any
@@ -236,7 +234,7 @@ def _descend_to(
         return _select(enough, taken, halved) if searching else taken
 
     def unfinished(state: State) -> Array:
-        return (state.status == RUNNING) & (state.step < limit)
+        return (state.status == Status.MAX_STEPS) & (state.step < limit)
 
     return jax.lax.while_loop(unfinished, turn, state)
 
@@ -308,8 +306,11 @@ def _status(
         jnp.any(jnp.stack(far)) if far else jnp.zeros((), bool),
         steepest <= tolerance * jnp.maximum(1.0, jnp.abs(value)),
     ]
-    results = [jnp.asarray(status, int) for status in (NOT_FINITE, RUNAWAY, CONVERGED)]
-    return jnp.select(conditions, results, jnp.asarray(RUNNING, int))
+    results = [
+        jnp.asarray(status, int)
+        for status in (Status.NOT_FINITE, Status.DIVERGED, Status.CONVERGED)
+    ]
+    return jnp.select(conditions, results, jnp.asarray(Status.MAX_STEPS, int))
 
 
 def _reach(field: str) -> float:
@@ -326,7 +327,7 @@ def _independent(setting: Problem, state: State, data: Array | None, tolerance: 
     """Whether the objective, not being solved, is the same at the start and to both sides of it."""
     value = float(state.value)
     flat = FLAT * abs(value)
-    if state.status == NOT_FINITE or abs(value) <= tolerance or largest(state.slope) > flat:
+    if state.status == Status.NOT_FINITE or abs(value) <= tolerance or largest(state.slope) > flat:
         return False
     start, unravel = ravel_pytree(state.start)
     for factor in (0.5, 2.0):

@@ -13,7 +13,7 @@ from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.experiments.compare import ABBREVIATIONS
 from meanfield_jax.experiments.diagram import averaged
-from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.theory.propagate import Theory
 from meanfield_jax.tune import Tuning
 
@@ -279,7 +279,7 @@ def plot_tuning(tuning: Tuning) -> Figure:
     descent.plot(history.step, history.eta_max, color=COLOR["batch"])
     descent.set(ylabel="largest stable learning rate", title="descent")
     _count(descent, "step")
-    figure.suptitle(f"{history.objective.long_name}: {tuning.status.replace('_', ' ')}")
+    figure.suptitle(f"{history.objective.long_name}: {tuning.status.label.replace('_', ' ')}")
     return figure
 
 
@@ -336,7 +336,7 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
 
     def stable(value: np.ndarray) -> np.ndarray:
         """From lambda_max to eta_max, and back."""
-        return np.asarray(eta_max(jnp.asarray(value), dataset.momentum))
+        return np.asarray(stable_rate(jnp.asarray(value), dataset.momentum))
 
     stability.secondary_yaxis("right", functions=(stable, stable)).set_ylabel("eta_max")
     rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: eta_max by theory)")

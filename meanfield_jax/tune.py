@@ -13,14 +13,9 @@ import xarray as xr
 from jax import Array
 
 from meanfield_jax.descent import (
-    CONVERGED,
     FAR,
     FIELDS,
-    INDEPENDENT,
-    NOT_FINITE,
     POSITIVE,
-    RUNAWAY,
-    STALLED,
     TOLERANCE,
     Leaf,
     Problem,
@@ -32,11 +27,9 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.base import check_positive_int
 from meanfield_jax.network import Network
 from meanfield_jax.objectives import Objective
+from meanfield_jax.status import Status
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.propagate import Theory
-
-STATUS = ("max_steps", "converged", "stalled", "diverged", "diverged", "independent")
-"""By the code of a descent's end."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -47,8 +40,8 @@ class Tuning:
         network: The tuned specification.
         before: Theory at the start.
         after: Theory of the tuned one.
-        status: ``"converged"``, ``"max_steps"``, ``"stalled"``, ``"diverged"`` or
-            ``"independent"``, see :func:`tune`.
+        status: A :class:`Status`: CONVERGED, MAX_STEPS, STALLED, NOT_FINITE, DIVERGED or
+            INDEPENDENT, see :func:`tune`.
         message: The same in words, with what to do about it.
         history: By ``step``: objective, lambda_max, eta_max, and by ``layer`` too every field tuned
             (NaN where a layer has none).
@@ -57,7 +50,7 @@ class Tuning:
     network: Network
     before: Theory
     after: Theory
-    status: str
+    status: Status
     message: str
     history: xr.Dataset
 
@@ -65,9 +58,9 @@ class Tuning:
         """Returns itself.
 
         Raises:
-            RuntimeError: the status is not ``"converged"``.
+            RuntimeError: the status is not CONVERGED.
         """
-        if self.status == "converged":
+        if self.status == Status.CONVERGED:
             return self
         raise RuntimeError(f"tune: {self.message}")
 
@@ -153,8 +146,8 @@ def tune(
         >>> import meanfield_jax as mf
         >>> net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=mf.BatchNorm())
         >>> tuned = mf.tune(net, lambda theory: (theory.fisher.lambda_max / 50 - 1) ** 2)
-        >>> tuned.status, round(float(tuned.after.fisher.lambda_max), 1)
-        ('converged', 50.0)
+        >>> tuned.status.name, round(float(tuned.after.fisher.lambda_max), 1)
+        ('CONVERGED', 50.0)
     """
     check_positive_int("max_steps", max_steps)
     eta_max(1.0, momentum)  # checks the momentum
@@ -188,7 +181,7 @@ def tune(
         network=tuned,
         before=before,
         after=setting.theory(tuned, data),
-        status=STATUS[state.status],
+        status=Status(int(state.status)),
         message=_message(state, tolerance, [name for name in ("beta", *FIELDS) if name in present]),
         history=_history(leaves, rows, momentum, objective),
     )
@@ -295,21 +288,21 @@ def _message(state: State, tolerance: float, present: list[str]) -> str:
     fields, steps = tuple(state.position), int(state.step)
     names, last = " and ".join(fields), f"step {steps - 1}"
     others = [name for name in present if name not in fields]
-    if state.status == CONVERGED:
+    if state.status == Status.CONVERGED:
         return f"converged at {last}"
-    if state.status == NOT_FINITE:
+    if state.status == Status.NOT_FINITE:
         return f"the objective is not finite at {last}; start elsewhere or give bounds"
-    if state.status == RUNAWAY:
+    if state.status == Status.DIVERGED:
         return (
             f"{names} left the start by a factor of {FAR:g} by {last} and the objective still "
             "falls: it has no minimum nearby; give bounds, or hold something fixed, as "
             "objectives.max_eta_max (a floor on the outputs) and objectives.target_eta_max do"
         )
-    if state.status == INDEPENDENT:
+    if state.status == Status.INDEPENDENT:
         more = f"; tune {others[0]} as well: over={(*fields, others[0])!r}" if others else ""
         return f"the objective does not depend on {names}{more}"
     steepest = float(largest(state.slope))
-    if state.status == STALLED:
+    if state.status == Status.STALLED:
         return f"no step from {last} makes the objective smaller, derivative {steepest:.1e}"
     reached = f"derivative {steepest:.1e}, tolerance {tolerance:.1e}"
     return f"not converged at {last}: {reached}; raise max_steps"

@@ -144,7 +144,7 @@ def test_a_hundred_fixed_points_are_those_of_scipy(activation):
     highest = 4.0 if activation in ("tanh", "erf") else 1.8
     weight_var, bias_var = rng.uniform(0.3, highest, 100), rng.uniform(0.02, 0.6, 100)
     found = points(weight_var, bias_var, activation)
-    assert (np.asarray(found.status) == mf.FixedPointStatus.CONVERGED).all()
+    assert (np.asarray(found.status) == mf.Status.CONVERGED).all()
     expected = [by_scipy(activation, *cell) for cell in zip(weight_var, bias_var, strict=True)]
     # rounding of the oracle is magnified where the correlation map is almost parallel to c
     worse = 1 / np.abs(1 - np.asarray(found.chi_c))
@@ -180,9 +180,9 @@ def test_the_edge_of_relu_is_a_point():
 
 def test_every_status_is_reached():
     cases = {
-        mf.FixedPointStatus.CONVERGED: [block(1.5, 0.5, "relu")],
-        mf.FixedPointStatus.MARGINAL: [block(2.0, 0.0, "relu")],
-        mf.FixedPointStatus.NO_FIXED_POINT: [
+        mf.Status.CONVERGED: [block(1.5, 0.5, "relu")],
+        mf.Status.MARGINAL: [block(2.0, 0.0, "relu")],
+        mf.Status.NO_FIXED_POINT: [
             block(2.0, 0.5, "relu"),
             block(2.5, 0.0, "relu"),
             mf.Residual(mf.Sequential((mf.Activation("relu"), mf.Dense(9, 1.0, 0.1)))),
@@ -192,7 +192,7 @@ def test_every_status_is_reached():
         for one in blocks:
             point = mf.fixed_point(one)
             assert point.status == status, one
-            failed = status == mf.FixedPointStatus.NO_FIXED_POINT
+            failed = status == mf.Status.NO_FIXED_POINT
             assert bool(jnp.isnan(point.q)) == failed
             if failed:
                 with pytest.raises(RuntimeError, match="without bound"):
@@ -206,8 +206,8 @@ def test_every_status_is_reached():
 def test_tanh_is_marginal_at_its_edge_of_chaos():
     edge = diagram("tanh").critical_weight_var.sel(bias_var=0.05).item()
     found = points([3.0, 1.0, edge], [0.05, 0.0, 0.05], "tanh")
-    marginal = mf.FixedPointStatus.MARGINAL
-    assert list(found.status) == [mf.FixedPointStatus.CONVERGED, marginal, marginal]
+    marginal = mf.Status.MARGINAL
+    assert list(found.status) == [mf.Status.CONVERGED, marginal, marginal]
     assert not np.isnan(found.q).any()
     assert found.raise_if_failed() is found
 

@@ -24,13 +24,13 @@ TRACES = []
 @register_dataclass
 @dataclass(frozen=True)
 class DenseOperator:
-    """A symmetric matrix on arrays of shape (size / 2, 2)."""
+    """A symmetric matrix."""
 
     matrix: jax.Array
 
     @property
     def shape(self):
-        return (self.matrix.shape[0] // 2, 2)
+        return self.matrix.shape
 
     @property
     def dtype(self):
@@ -38,7 +38,7 @@ class DenseOperator:
 
     def linearize(self):
         TRACES.append(self.shape)
-        return lambda u: jnp.matmul(self.matrix, u.ravel(), precision="highest").reshape(self.shape)
+        return lambda u: jnp.matmul(self.matrix, u, precision="highest")
 
 
 @register_dataclass
@@ -50,14 +50,14 @@ class DiagonalOperator:
 
     @property
     def shape(self):
-        return (self.spectrum.shape[0] // 10, 10)
+        return (self.spectrum.shape[0],) * 2
 
     @property
     def dtype(self):
         return self.spectrum.dtype
 
     def linearize(self):
-        return lambda u: (self.spectrum * u.ravel()).reshape(self.shape)
+        return lambda u: self.spectrum * u
 
 
 def rounding(dtype, size, scale=1.0):
@@ -99,8 +99,8 @@ def recurrence(op, steps, seed=0):
     return jax.lax.fori_loop(
         0,
         steps,
-        lambda step, krylov: lanczos.expand(matvec, op.shape, krylov, step),
-        lanczos.begin(math.prod(op.shape), steps, op.dtype, jax.random.key(seed)),
+        lambda step, krylov: lanczos.expand(matvec, krylov, step),
+        lanczos.begin(op.shape[0], steps, op.dtype, jax.random.key(seed)),
     )
 
 
@@ -180,7 +180,7 @@ def test_eigenpairs_match_dense_and_arpack(dtype, k):
     np.testing.assert_allclose(result.eigenvalues, exact, rtol=tolerance)
     np.testing.assert_allclose(result.eigenvalues, arpack, rtol=tolerance)
     vectors = np.asarray(result.eigenvectors, float)
-    assert vectors.shape == (k, *op.shape)
+    assert vectors.shape == (k, op.shape[0])
     flat = vectors.reshape(k, -1)
     np.testing.assert_allclose(flat @ flat.T, np.eye(k), rtol=0, atol=rounding(dtype, 60))
     residual = np.linalg.norm(flat @ matrix - exact[:, None] * flat, axis=1)
@@ -313,7 +313,7 @@ def test_second_operator_of_the_same_structure_does_not_compile_again():
         op = dense(np.linspace(0, 1, 34), seed=seed)
         top_eigenvalues(op, tol=1e-2 / (seed + 1), key=jax.random.key(seed))
         spectral_density(op, num_steps=4, key=jax.random.key(seed))
-    assert len(TRACES) == 2
+    assert len(TRACES) == 1  # one product for both
 
 
 def test_inside_jit_and_vmap():

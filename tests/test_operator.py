@@ -74,15 +74,8 @@ def flat_jacobian(apply, params, x, keep=lambda path: True) -> np.ndarray:
 
 
 def dense_of(op: mf.FisherOperator) -> np.ndarray:
-    """The operator as a matrix."""
-    size = math.prod(op.shape)
-    basis = np.eye(size, dtype=op.dtype).reshape(size, *op.shape)
-    return np.asarray(products(op, basis)).reshape(size, size).T
-
-
-@jax.jit
-def products(op: mf.FisherOperator, vectors):
-    return jax.vmap(op.linearize())(vectors)
+    """The dual as a matrix."""
+    return np.asarray(op.dual.to_dense())
 
 
 def check_dense(op: mf.FisherOperator, apply=None, params=None) -> np.ndarray:
@@ -109,7 +102,7 @@ def plain_params():
 
 def test_a_plain_function():
     op = mf.FisherOperator(plain, plain_params(), data((4,)))
-    assert op.shape == (7, 3)
+    assert (op.shape, op.dual.shape, op.output_shape) == ((40, 40), (21, 21), (7, 3))
     assert op.dtype == jnp.float64
     check_dense(op)
 
@@ -319,15 +312,12 @@ def test_batches_of_a_model_with_frozen_statistics():
     assert_close(dense_of(op), whole, "rounding", whole.max())
 
 
-@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
-def test_the_product_in_parameter_space_shares_the_spectrum(likelihood):
-    op = mf.FisherOperator(plain, plain_params(), data((4,)), likelihood=likelihood)
-    flat, unravel = jax.flatten_util.ravel_pytree(op.params)
-
-    def product(vector):
-        return jax.flatten_util.ravel_pytree(op.parameter_product(unravel(vector)))[0]
-
-    matrix = np.asarray(jax.jit(jax.vmap(product))(jnp.eye(flat.size)))
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical", "bernoulli"])
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_the_operator_and_its_dual_share_the_spectrum(likelihood, batch_size):
+    x = data((4,))
+    op = mf.FisherOperator(plain, plain_params(), x, likelihood, batch_size)
+    matrix = np.asarray(op.to_dense())
     assert_close(matrix, matrix.T, "rounding", matrix.max())
     outputs, parameters = (np.linalg.eigvalsh(m)[::-1][:21] for m in (dense_of(op), matrix))
     assert_close(parameters, outputs, "rounding", outputs[0])
@@ -338,13 +328,12 @@ def test_the_operator_passes_through_jit_and_other_parameters_need_no_new_one():
 
     @jax.jit
     def trace_count(op, vector):
-        return op.linearize()(vector)
+        return op @ vector
 
-    vector = jax.random.normal(jax.random.key(1), op.shape)
-    size = np.abs(dense_of(op)).sum(1).max()
-    assert_close(
-        trace_count(op, vector).ravel(), dense_of(op) @ vector.ravel(), "rounding", 4 * size
-    )
+    vector = jax.random.normal(jax.random.key(1), op.shape[:1])
+    matrix = np.asarray(op.to_dense())
+    size = 4 * np.abs(matrix).sum(1).max()
+    assert_close(trace_count(op, vector), matrix @ vector, "rounding", size)
     other = mf.FisherOperator(plain, jax.tree.map(lambda a: 2 * a, op.params), op.x)
     trace_count(other, vector)
     assert trace_count._cache_size() == 1
@@ -416,13 +405,15 @@ def test_batches_of_a_model_that_normalizes_by_the_batch_are_refused():
 X = np.random.default_rng(0).normal(size=(5, 20))
 NAN = np.where(np.arange(20) == 3, np.nan, X)
 INPUTS = {
-    "half precision": (X.astype(np.float16), r"x.dtype='float16': not float32 or float64; convert"),
-    "integers": (np.ones((5, 20), int), r"x.dtype='int64': not float32 or float64; convert"),
     "nan": (NAN, r"x='5 values': NaN or infinite; remove or replace"),
     "infinite": (np.where(np.arange(20) == 3, np.inf, X), r"x='5 values': NaN or infinite"),
     "a vector": (X[0], r"x.shape=\(20,\): not a batch; give \(samples, features\)"),
     "nothing": (X[:0], r"x.shape=\(0, 20\): not a batch"),
     "wrong shape": (X[:, :19], r"x.shape=\(5, 19\): not what the network takes; give an array"),
+    "no array": ("x", r"x='str': not an array; give arrays whose leading axis is the samples"),
+    "none": ({}, r"x={}: no arrays; give inputs"),
+    "unequal": ((X, X[:4]), r"x='2 arrays': x\[0\] has 5 samples and x\[1\] 4; give all"),
+    "nested": ({"a": NAN}, r"x\[a\]='5 values': NaN or infinite"),
 }
 
 

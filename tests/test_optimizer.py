@@ -112,9 +112,7 @@ def scaled(apply, roots, params, x):
 
 @jax.jit
 def dense(operator):
-    size = int(np.prod(operator.shape))
-    unit = jnp.eye(size).reshape(size, *operator.shape)
-    return jax.vmap(operator.linearize())(unit).reshape(size, size)
+    return operator.dual.to_dense()
 
 
 def matrix_by_layer(network, roots, seed):

@@ -177,7 +177,7 @@ class Symmetric:
 
     @property
     def shape(self):
-        return (len(self.matrix) // 2, 2)
+        return self.matrix.shape
 
     @property
     def dtype(self):
@@ -185,7 +185,7 @@ class Symmetric:
 
     def linearize(self):
         product = functools.partial(jnp.matmul, precision=self.precision)
-        return lambda u: product(self.matrix, u.ravel()).reshape(self.shape)
+        return lambda u: product(self.matrix, u)
 
 
 def kept_bounds(precision: str, seeds: int = 40) -> float:

@@ -103,6 +103,10 @@ ENTRIES = {
     "top_eigenvalues, frozen": lambda turn: mf.top_eigenvalues(
         mf.fisher_operator(calibrated(turn), inputs(turn), statistics="frozen")
     ),
+    "op @ vector": lambda turn: operator(turn) @ np.full(operator(turn).shape[0], 0.1 + turn),
+    "to_dense": lambda turn: plain_operator(turn).to_dense(),
+    "trace": lambda turn: mf.trace(operator(turn), key=jax.random.key(turn)).value,
+    "layer_table": lambda turn: mf.layer_table(operator(turn), tol=1e-2 / (1 + turn), num_probes=2),
     "spectral_density": lambda turn: mf.spectral_density(
         operator(turn), num_steps=5, key=jax.random.key(turn)
     ).density(np.linspace(0, 10 + turn, 50)),

@@ -108,7 +108,7 @@ def test_derivatives_on_data_are_those_of_differences(x64):
 def test_shared_gamma_for_a_learning_rate_is_the_root_of_the_theory(x64):
     net = network()
     tuned = mf.tune(net, objectives.target_eta_max(0.1, momentum=0.5), shared=True)
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
 
     def excess(gamma):
         at = network(gamma=gamma)
@@ -128,7 +128,7 @@ def test_shared_gamma_for_a_learning_rate_is_the_root_of_the_theory(x64):
 @pytest.mark.slow
 def test_single_precision_reaches_the_target_too():
     tuned = mf.tune(network(1), objectives.target_eta_max(0.1))
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     assert float(tuned.after.eta_max()) == pytest.approx(0.1, rel=2e-4)
 
 
@@ -136,7 +136,7 @@ def test_single_precision_reaches_the_target_too():
 def test_the_history_is_that_of_the_descent(x64):
     tuned = mf.tune(network(1), lowest, over=("gamma", "weight_var"), momentum=0.5)
     history = tuned.history
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     assert history.attrs == {}
     assert history.objective.long_name == "lowest"
     assert (np.diff(history.objective) <= 0).all()
@@ -156,14 +156,14 @@ def test_the_history_is_that_of_the_descent(x64):
 def test_any_optimizer_of_optax_descends(x64):
     for optimizer in (optax.adam(0.05), optax.lbfgs()):
         tuned = mf.tune(network(1), lowest, optimizer=optimizer, max_steps=400, tolerance=1e-4)
-        assert tuned.status == "converged"
+        assert tuned.status == mf.Status.CONVERGED
         assert float(tuned.after.fisher.lambda_max) == pytest.approx(20, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_equal_shares_are_reached(x64):
     tuned = mf.tune(network(norm=False), objectives.equal_shares(), over="weight_var")
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     shares = tuned.after.fisher.shares.weights
     # the weights of the first layer see uncorrelated inputs
     assert float(shares[0]) == 0
@@ -177,14 +177,14 @@ def test_the_batch_itself_can_be_tuned_for(x64):
     net = mf.mlp([200], inputs=64, outputs=10)
     target = objectives.target_eta_max(0.05)
     tuned = mf.tune(net, target, over="weight_var", data=x, shared=True)
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     assert float(mf.analyze(tuned.network, data=x).eta_max()) == pytest.approx(0.05, rel=5e-6)
     assert tuned.after.fisher.eigenvalues.shape == (60,)
 
 
 def test_a_rectifier_needs_beta_for_unit_growth(x64):
     tuned = mf.tune(network(), objectives.unit_growth())
-    assert tuned.status == "independent"
+    assert tuned.status == mf.Status.INDEPENDENT
     assert "tune beta as well: over=('gamma', 'beta')" in tuned.message
     growth = np.asarray(objectives.growth(tuned.before))
     # BatchNorm's eps takes away 1e-5 of the variance
@@ -220,7 +220,7 @@ def test_thirty_layers_of_tanh_become_linear(x64):
     tuned = mf.tune(repeated("tanh", 30), objectives.unit_growth())
     before, after = (np.asarray(objectives.growth(t)) for t in (tuned.before, tuned.after))
     assert before[1:] == pytest.approx(1.17781, rel=1e-4)
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     assert after == pytest.approx(1, abs=1e-3)
     (gamma,) = tuned.history.gamma.isel(step=-1).values
     assert 0 < gamma < 0.3
@@ -230,7 +230,7 @@ def test_thirty_layers_of_tanh_become_linear(x64):
 @pytest.mark.parametrize("floor", [0.1, 10.0])
 def test_the_largest_rate_sits_on_the_floor_of_the_outputs(floor, x64):
     tuned = mf.tune(network(1), objectives.max_eta_max(floor))
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     above = float(objectives.output_variance(tuned.after)) / floor
     assert 1 < above < 1 + 3 * objectives.MARGIN
     # the scale before the last layer decides: V = w gamma^2 (1 - 1/pi) / 2
@@ -242,7 +242,7 @@ def test_the_largest_rate_sits_on_the_floor_of_the_outputs(floor, x64):
 def test_sharpness_falls_at_the_scale_of_the_outputs(x64):
     net = network(activation="erf", gamma=0.5)
     tuned = mf.tune(net, objectives.sharpness(0.5), bounds=dict(gamma=(0.1, 4)))
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     assert float(objectives.output_variance(tuned.after)) == pytest.approx(0.5, rel=5e-3)
     # sharper at the same scale of the outputs, which the last gamma decides: with it for all
     shared = mf.analyze(network(activation="erf", gamma=tuned.network.layers[4].gamma))
@@ -254,14 +254,14 @@ def test_sharpness_falls_at_the_scale_of_the_outputs(x64):
 
 def test_a_descent_without_end_is_said_to_run_away(x64):
     tuned = mf.tune(network(1), growing)
-    assert tuned.status == "diverged"
+    assert tuned.status == mf.Status.DIVERGED
     assert "it has no minimum nearby" in tuned.message
     assert "objectives.max_eta_max" in tuned.message
 
 
 def test_bounds_hold(x64):
     tuned = mf.tune(network(1), growing, bounds=dict(gamma=(0.3, 3)))
-    assert tuned.status == "converged"
+    assert tuned.status == mf.Status.CONVERGED
     assert tuned.network.layers[1].gamma == pytest.approx(0.3, rel=1e-5)
     assert float(tuned.history.gamma.min()) >= 0.3
 
@@ -269,17 +269,17 @@ def test_bounds_hold(x64):
 @pytest.mark.slow
 def test_too_few_steps_and_nothing_finite_are_told(x64):
     tuned = mf.tune(network(), objectives.target_eta_max(0.1), max_steps=2)
-    assert tuned.status == "max_steps"
+    assert tuned.status == mf.Status.MAX_STEPS
     assert "raise max_steps" in tuned.message
     assert tuned.history.sizes["step"] == 2
     tuned = mf.tune(network(1), lambda theory: jnp.log(-theory.eta_max()))
-    assert tuned.status == "diverged"
+    assert tuned.status == mf.Status.NOT_FINITE
     assert "not finite at step 0" in tuned.message
 
 
 def test_a_kink_is_where_no_step_helps(x64):
     tuned = mf.tune(network(1), lambda theory: jnp.abs(jnp.log(theory.eta_max() / 0.1)))
-    assert tuned.status == "stalled"
+    assert tuned.status == mf.Status.STALLED
     assert float(tuned.after.eta_max()) == pytest.approx(0.1, rel=1e-6)
     assert "no step" in tuned.message
 

@@ -44,7 +44,7 @@ class Analyze:
         with jax.enable_x64():
             theory = analyze_network(
                 network, statistics=self.statistics, num_samples=self.num_samples
-            )
+            ).raise_if_failed()
             dataset = theory.to_xarray(self.momentum)
         if self.json:
             print(json.dumps(plain(dataset), indent=2))

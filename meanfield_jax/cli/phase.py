@@ -16,7 +16,7 @@ from meanfield_jax.cli.output import check_folder, plain, write_png
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import Activation, BatchNorm, Dense, Sequential
 from meanfield_jax.plots import plot_phase_diagram
-from meanfield_jax.theory.fixed_point import FixedPointStatus
+from meanfield_jax.status import Status
 from meanfield_jax.theory.phase_diagram import phase_diagram
 
 
@@ -61,7 +61,7 @@ class Phase:
             console = Console()
             console.print(_critical_table(dataset))
             for status, count in zip(*np.unique(dataset.status, return_counts=True), strict=True):
-                console.print(f"{count} of {dataset.status.size}: {FixedPointStatus(status).name}")
+                console.print(f"{count} of {dataset.status.size}: {Status(status).name}")
         if written:
             print(f"wrote {written}", file=sys.stderr)
 

@@ -82,7 +82,7 @@ class Spectrum:
         )
         figure = plot_spectrum(
             density,
-            num_eigenvalues=int(np.prod(op.shape)),
+            num_eigenvalues=op.dual.shape[0],
             predicted=predicted,
             measured=np.asarray(top.eigenvalues),
         )

@@ -20,6 +20,7 @@ from meanfield_jax.cli.output import ComputationError, check_folder, plain, writ
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.network import Network
 from meanfield_jax.plots import plot_tuning
+from meanfield_jax.status import Status
 from meanfield_jax.tune import Tuning
 from meanfield_jax.tune import tune as tune_network
 from meanfield_jax.variants import with_depth, with_gamma
@@ -81,14 +82,16 @@ class Tune:
             tuned = self._tuned()
             written = self._written(tuned)
             if self.json:
-                history = tuned.history.assign_attrs(status=tuned.status, message=tuned.message)
+                history = tuned.history.assign_attrs(
+                    status=tuned.status.label, message=tuned.message
+                )
                 print(json.dumps(plain(history), indent=2))
             else:
                 Console().print(_table(tuned))
                 print(tuned.message)
         if written:
             print("wrote", *written, file=sys.stderr)
-        if tuned.status != "converged":
+        if tuned.status != Status.CONVERGED:
             raise ComputationError(tuned.message)
 
     def _tuned(self) -> Tuning:

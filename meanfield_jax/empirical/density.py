@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.tree_util import register_dataclass
 
 from meanfield_jax import precise
 from meanfield_jax.empirical.lanczos import begin, check_dtype, expand
+from meanfield_jax.empirical.linearized import linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.status import Status, first_failure
 
 
 @register_dataclass
@@ -28,6 +29,12 @@ class SpectralDensity:
 
     nodes: jax.Array
     weights: jax.Array
+
+    @property
+    def status(self) -> jax.Array:
+        """(num_draws,), a :class:`Status` as integer: CONVERGED or NOT_FINITE."""
+        finite = jnp.isfinite(self.nodes).all(-1)
+        return jnp.where(finite, Status.CONVERGED, Status.NOT_FINITE)
 
     def moment(self, order: int) -> jax.Array:
         """Estimate of tr(A^order) / size, a scalar."""
@@ -78,31 +85,56 @@ class SpectralDensity:
         Raises:
             RuntimeError: a product with the operator was not finite.
         """
-        failed = ~np.isfinite(np.asarray(self.nodes)).all(axis=-1)
-        if failed.any():
-            raise RuntimeError(
-                f"spectral_density: draw {int(np.argmax(failed))} met a product that is not "
-                "finite; check parameters and inputs for NaN, inf and overflow"
-            )
-        return self
+        failed = first_failure(self.status)
+        if failed is None:
+            return self
+        raise RuntimeError(
+            f"spectral_density: draw {failed.cell[0]} met a product that is not finite; "
+            "check parameters and inputs for NaN, inf and overflow"
+        )
 
 
 @partial(jax.jit, static_argnames=("num_steps", "num_draws"))
-def _spectral_density(op, key, *, num_steps, num_draws):
-    matvec, size = op.linearize(), math.prod(op.shape)
+def _density_compiled(op, key, *, num_steps, num_draws):
+    matvec = op.linearize()
 
     def quadrature(draw_key):
         krylov = lax.fori_loop(
             0,
             num_steps,
-            lambda step, krylov: expand(matvec, op.shape, krylov, step),
-            begin(size, num_steps, op.dtype, draw_key),
+            lambda step, krylov: expand(matvec, krylov, step),
+            begin(op.shape[0], num_steps, op.dtype, draw_key),
         )
-        nodes, vectors = jnp.linalg.eigh(krylov.projected)
-        return nodes, vectors[0] ** 2
+        return _nodes_and_weights(krylov)
 
     # one draw after the other: a product costs far more than the loop, and memory stays that of one
-    return SpectralDensity(*lax.map(quadrature, jax.random.split(key, num_draws)))
+    return lax.map(quadrature, jax.random.split(key, num_draws))
+
+
+def _density_stepwise(op, key, *, num_steps, num_draws):
+    op, draws = linearized(op), []
+    for draw_key in jax.random.split(key, num_draws):
+        krylov = _begin(draw_key, size=op.size, num_steps=num_steps, dtype=op.dtype)
+        for step in range(num_steps):
+            krylov = _expand(op, krylov, step)
+        draws.append(_nodes_and_weights(krylov))
+    return tuple(jnp.stack(parts) for parts in zip(*draws, strict=True))
+
+
+@partial(jax.jit, static_argnames=("size", "num_steps", "dtype"))
+def _begin(key, *, size, num_steps, dtype):
+    return begin(size, num_steps, dtype, key)
+
+
+@jax.jit
+def _expand(op, krylov, step):
+    return expand(op.linearize(), krylov, step)
+
+
+@jax.jit
+def _nodes_and_weights(krylov):
+    nodes, vectors = jnp.linalg.eigh(krylov.projected)
+    return nodes, vectors[0] ** 2
 
 
 def spectral_density(
@@ -114,7 +146,8 @@ def spectral_density(
         \Big\langle \sum_j (e_1^T s_j)^2 f(\theta_j) \Big\rangle_{starts}
 
     Args:
-        op: the operator, see ``top_eigenvalues``.
+        op: the operator, see ``top_eigenvalues``. Of a Fisher matrix the density is that of its
+            dual: n C eigenvalues, all that are not 0 among them.
         num_steps: products a draw; a draw resolves about num_steps / 2 outliers and a smooth bulk.
         num_draws: random starts, one after the other.
         key: of the starts; default ``jax.random.key(0)``.
@@ -141,9 +174,11 @@ def spectral_density(
     Source:
         Ghorbani, Krishnan and Xiao, arXiv:1901.10159, section 2; Golub and Welsch (1969).
     """
+    op = getattr(op, "dual", op)
     check_dtype(op)
     for name, value in (("num_steps", num_steps), ("num_draws", num_draws)):
         if value < 1:
             raise problem(SpecError, name, value, "nothing would be computed", "pass 1 or more")
     key = jax.random.key(0) if key is None else key
-    return _spectral_density(op, key, num_steps=num_steps, num_draws=num_draws)
+    run = _density_stepwise if loops_on_host(op, key) else _density_compiled
+    return SpectralDensity(*run(op, key, num_steps=num_steps, num_draws=num_draws))

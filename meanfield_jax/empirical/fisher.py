@@ -1,17 +1,17 @@
-"""The Fisher information matrix of a network as a linear operator, in output space.
+"""The Fisher information matrix of a network as a linear operator.
 
-F = (1/n) J^T J on P parameters and its dual (1/n) J J^T on n C outputs have the same non-zero
-eigenvalues. The dual's vectors are small (n C = 10^4 where P = 3 10^6), its dot products exact
-enough in float32, and re-orthogonalisation costs nothing.
+F = (1/n) J^T Lambda J on P parameters and its dual (1/n) Lambda^{1/2} J J^T Lambda^{1/2} on all
+outputs of a batch have the same non-zero eigenvalues. The dual's vectors are small (n C = 10^4
+where P = 3 10^6), its dot products exact enough in float32, and re-orthogonalization costs nothing:
+eigenvalues, densities and traces are computed there.
 
-A product needs one backward and one forward pass through the network linearized once. A dense
-layer with inputs H (n x N) is treated apart: J_l J_l^T delta = (H H^T + 1) delta, so its weights'
-gradient is never formed; for n < 2N that is cheaper.
+A product needs one backward and one forward pass through the network linearized once.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -23,100 +23,275 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 
 from meanfield_jax import precise
+from meanfield_jax.empirical.generic import couples_samples, dense_layers, differ
+from meanfield_jax.empirical.inputs import check_batch, check_params
 from meanfield_jax.empirical.model import (
     Functional,
-    check_mode,
-    couples_samples,
     functional,
-    has_batch_statistics,
     in_mode,
+    never_calibrated,
     path_name,
 )
-from meanfield_jax.errors import SpecError, check_choice, check_data, problem
-from meanfield_jax.theory.likelihood import LIKELIHOODS
+from meanfield_jax.empirical.operator import Product, SymmetricOperator, register_unchecked
+from meanfield_jax.empirical.products import jacobian, outer
+from meanfield_jax.errors import DataError, SpecError, check_choice, problem
 
-Product = Callable[[Array], Array]
+LIKELIHOODS = ("gaussian", "categorical", "bernoulli")
+MODES = ("batch", "frozen")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FisherOperator:
-    """(1/n) Lambda^{1/2} J J^T Lambda^{1/2}, the Fisher matrix's dual, of any ``apply(params, x)``.
+def static(default: Any) -> Any:
+    """A field that is part of what is compiled."""
+    return dataclasses.field(default=default, metadata=dict(static=True))
 
-    J is the (n C) x P Jacobian; Lambda is 1 for the Gaussian likelihood (squared loss) and
-    diag(p) - p p^T per sample, p = softmax(f), for the categorical one (cross-entropy).
+
+@register_unchecked
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FisherOperator(SymmetricOperator):
+    """F = (1/n) sum_i J_i^T Lambda_i J_i of any function ``apply(params, x)``, (P, P).
+
+    J_i is the Jacobian of sample i's outputs f. Lambda_i is
+
+    * ``"gaussian"`` (squared loss): 1;
+    * ``"categorical"`` (cross-entropy): diag(p) - p p^T, p = softmax(f) over the last axis;
+    * ``"bernoulli"`` (binary cross-entropy, independent logits): diag(p (1 - p)), p = sigmoid(f).
+
+    Outputs with further axes, (n, T, C) for T tokens, count as T C outputs of a sample: F is a mean
+    over samples and a sum over tokens.
 
     Args:
-        apply: A pure function of parameters and inputs, (samples, C). Linen: ``module.apply``.
-        params: Any pytree of floating-point arrays.
-        x: Inputs, (n, ...).
-        likelihood: ``"gaussian"`` or ``"categorical"``.
+        apply: A pure function of parameters and inputs. Of a Flax Linen module see
+            :meth:`from_linen`, of an NNX model :func:`fisher_operator`.
+        params: Any pytree of real floating-point arrays, P numbers altogether.
+        x: Inputs: an array (n, ...), or any pytree of arrays whose leading axes are the n samples
+            (tokens, masks, several inputs). ``apply`` gets it as it is.
+        likelihood: See above.
         batch_size: Samples linearized at a time, so that memory stays bounded; the network is then
             evaluated anew in every product. None: all at once.
-        only: Path of the parameters that count, others held constant; see :meth:`block`.
+        output: Which part of the outputs, where ``apply`` returns a tuple or a dictionary: an index
+            or a key. All others are ignored.
+        mask: By path, 1 for parameters that count and 0 for those that do not; see :meth:`block`.
+        dense: Set by :func:`fisher_operator`: layers with a product of their own.
 
     Raises:
         SpecError: for options that cannot be met; DataError for inputs that cannot be used.
+
+    Accuracy:
+        Products in full precision, in float32 at least, whatever the model's dtype; against dense
+        Jacobians of random models in tests/test_any_model.py.
 
     Example:
         >>> import jax, jax.numpy as jnp, meanfield_jax as mf
         >>> apply = lambda params, x: jnp.tanh(x @ params["w"])
         >>> x = jax.random.normal(jax.random.key(0), (50, 4))
         >>> op = mf.FisherOperator(apply, {"w": jnp.ones((4, 3))}, x)
-        >>> op.shape
-        (50, 3)
+        >>> op
+        FisherOperator(P=12, n=50, outputs=3, likelihood='gaussian')
+        >>> (op @ jnp.ones(12)).shape, op.to_dense().shape, op.dual.shape
+        ((12,), (12, 12), (150, 150))
+
+    Source:
+        Martens 2020 (arXiv:1412.1193), sections 5 and 9.
     """
 
-    apply: Callable[..., Array]
+    apply: Callable[..., Any]
     params: Any
-    x: Array
-    likelihood: str = dataclasses.field(default="gaussian", metadata=dict(static=True))
-    batch_size: int | None = dataclasses.field(default=None, metadata=dict(static=True))
-    only: str | None = dataclasses.field(default=None, metadata=dict(static=True))
+    x: Any
+    likelihood: str = static("gaussian")
+    batch_size: int | None = static(None)
+    output: Any = static(None)  # noqa: RUF009
+    mask: dict[str, Array] | None = None
+    dense: tuple[str, ...] = static(())
 
     def __post_init__(self):
-        if not isinstance(self.apply, (Functional, Partial)) and callable(self.apply):
-            object.__setattr__(self, "apply", Partial(self.apply))
         check_choice("likelihood", self.likelihood, LIKELIHOODS)
-        if isinstance(self.x, (np.ndarray, jax.Array)) and not isinstance(self.x, Tracer):
-            object.__setattr__(self, "x", check_data(self.x))
-            self._check_batch_size()
+        object.__setattr__(self, "params", check_params(self.params))
+        object.__setattr__(self, "x", check_batch(self.x))
+        if callable(self.apply) and jax.tree_util.all_leaves([self.apply]):
+            object.__setattr__(self, "apply", Partial(self.apply))
+        _ = self.outputs
+        if self.batch_size is not None:
+            self._check_batch_size(self.batch_size)
 
-    def _check_batch_size(self) -> None:
-        if self.batch_size is None:
-            return
-        if self.batch_size < 1:
+    def _check_batch_size(self, batch_size: int) -> None:
+        if batch_size < 1:
             cause, remedy = "not a number of samples", "give a whole number >= 1, or None"
-            raise problem(SpecError, "batch_size", self.batch_size, cause, remedy)
-        if self.x.shape[0] >= 2 and couples_samples(self.apply, self.params, self.x):
+            raise problem(SpecError, "batch_size", batch_size, cause, remedy)
+        if couples_samples(self.replace(batch_size=None)) is not False:
             cause = "the outputs depend on the whole batch (BatchNorm in training)"
             remedy = "leave batch_size out, or measure with statistics='frozen'"
-            raise problem(SpecError, "batch_size", self.batch_size, cause, remedy)
+            raise problem(SpecError, "batch_size", batch_size, cause, remedy)
+
+    @classmethod
+    def from_linen(
+        cls,
+        module: Any,
+        variables: Any,
+        x: Any,
+        *,
+        statistics: str = "batch",
+        likelihood: str = "gaussian",
+        batch_size: int | None = None,
+        output: Any = None,
+        **call: Any,
+    ) -> Self:
+        """The operator of a Flax Linen module.
+
+        Args:
+            module: The module.
+            variables: Of ``module.init`` or training: ``params``, and other collections
+                (``batch_stats``), which are held constant.
+            x: As of the class; the module is called with it as :func:`fisher_operator` says.
+            statistics: ``"batch"`` or ``"frozen"``, as in :func:`fisher_operator`. Arguments of the
+                module's call by the name of ``train``, ``training``, ``is_training``, ``eval``,
+                ``use_running_average`` and ``deterministic`` are set by it.
+            likelihood: As of the class.
+            batch_size: Likewise.
+            output: Likewise.
+            call: Further arguments of the module's call, by name, before those above.
+
+        Returns:
+            The operator.
+
+        Raises:
+            SpecError: for variables without ``params``, or in a mode other than asked for.
+
+        Example:
+            >>> import flax.linen as nn, jax, meanfield_jax as mf
+            >>> class Net(nn.Module):
+            ...     @nn.compact
+            ...     def __call__(self, x, train):
+            ...         return nn.Dense(3)(nn.BatchNorm(not train)(nn.Dense(64)(x)))
+            >>> x = jax.random.normal(jax.random.key(0), (100, 8))
+            >>> variables = Net().init(jax.random.key(1), x, train=True)
+            >>> op = mf.FisherOperator.from_linen(Net(), variables, x)
+            >>> op.shape  # 64 (8 + 1), 2 64, 3 (64 + 1)
+            (899, 899)
+        """
+        from meanfield_jax.empirical.linen import linen
+
+        check_choice("statistics", statistics, MODES)
+        apply, params = linen(module, variables, statistics, call)
+        op = cls(apply, params, x, likelihood, batch_size, output)
+        remedy = "set the mode by an argument of the call, such as train=..."
+        _check_mode(op, statistics, apply.running, apply.moved, remedy)
+        return op
+
+    @functools.cached_property
+    def outputs(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of all outputs, (n, ..., C).
+
+        Raises:
+            SpecError: if they are none that a Fisher matrix is of.
+            DataError: if the function cannot be applied to the inputs.
+        """
+        try:
+            # tracing the network costs milliseconds, and a search asks more than once
+            found = jax.eval_shape(self.evaluate, self.params, self.x)
+        except (SpecError, DataError):
+            raise
+        except (TypeError, ValueError) as error:
+            shapes = jax.tree.map(np.shape, self.x)
+            cause = f"the model cannot be applied to it ({' '.join(str(error).split())[:200]})"
+            raise problem(DataError, "x.shape", shapes, cause, "give what it takes") from error
+        return found
+
+    def evaluate(self, params: Any, x: Any, added: Mapping[str, Array] | None = None) -> Array:
+        """The outputs, in float32 at least.
+
+        Products are in full precision wherever the model asks for none.
+
+        Args:
+            params: Like ``self.params``.
+            x: Like ``self.x``, of any number of samples.
+            added: What to add to the outputs of dense layers, by path; None: nothing.
+
+        Returns:
+            (n, ..., C).
+        """
+        with precise.by_default():
+            if added is None:
+                found = self.apply(params, x)
+            else:
+                assert isinstance(self.apply, Functional)
+                found, _ = self.apply.with_added(params, dict(added), x)
+        outputs = self._picked(found)
+        num_samples = jax.tree.leaves(x)[0].shape[0]
+        if outputs.ndim == 0 or outputs.shape[0] != num_samples:
+            cause = f"not outputs of {num_samples} samples"
+            remedy = "return (n, ..., C): outputs, not a loss or a mean over the batch"
+            raise problem(SpecError, "apply(params, x).shape", outputs.shape, cause, remedy)
+        if not jnp.issubdtype(outputs.dtype, jnp.floating):
+            remedy = "return logits, or real and imaginary parts"
+            argument = "apply(params, x).dtype"
+            raise problem(SpecError, argument, str(outputs.dtype), "not real numbers", remedy)
+        if self.likelihood == "categorical" and (outputs.ndim < 2 or outputs.shape[-1] < 2):
+            cause = f"outputs of shape {outputs.shape} are no classes: their softmax is constant"
+            remedy = "use likelihood='bernoulli' for one logit"
+            raise problem(SpecError, "likelihood", self.likelihood, cause, remedy)
+        return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+
+    def _picked(self, found: Any) -> Any:
+        """The array that ``output`` names."""
+        if _is_array(found) and self.output is None:
+            return found
+        names = list(found) if isinstance(found, Mapping) else None
+        if names is None and isinstance(found, (tuple, list)):
+            names = list(range(len(found)))
+        choices = f"use output= one of {', '.join(map(repr, names))}" if names else "leave it out"
+        try:
+            part = found if self.output is None else found[self.output]
+        except (KeyError, IndexError, TypeError):
+            part = None
+        if names is None or not _is_array(part):
+            kind = type(found).__name__ if names else "an array"
+            cause = f"apply returns {kind}"
+            raise problem(SpecError, "output", self.output, cause, choices)
+        return part
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return jax.tree.leaves(self.x)[0].shape[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(n, ..., C)."""
+        return self.outputs.shape
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, C): the shape of the vectors the operator acts on."""
-        return self._outputs.shape  # pyright: ignore[reportReturnType]
+        """(P, P)."""
+        size = self.num_parameters
+        return size, size
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the vectors."""
-        return self._outputs.dtype
+        """Dtype of the vectors: that of the outputs, float32 at least."""
+        return self.outputs.dtype
 
-    @functools.cached_property
-    def _outputs(self) -> jax.ShapeDtypeStruct:
-        # tracing the network costs milliseconds, and a search asks more than once
-        return jax.eval_shape(self.apply, self.params, self.x)
-
-    def evaluate(self, params: Any, x: Array) -> Array:
-        """The outputs, with products in full precision wherever the model asks for none."""
-        with precise.by_default():
-            return self.apply(params, x)
+    @property
+    def dual(self) -> "FisherDual":
+        """(1/n) Lambda^{1/2} J J^T Lambda^{1/2}, which has the same non-zero eigenvalues."""
+        return FisherDual(self)
 
     @property
     def paths(self) -> list[str]:
         """Names of the parameters; any prefix up to a "/" is a block."""
         return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.params)]
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        if set(changes) <= {"mask", "dense"}:
+            copy = object.__new__(type(self))  # nothing to be checked again
+            copy.__dict__.update(self.__dict__ | changes)
+            return copy
+        return dataclasses.replace(self, **changes)
 
     def block(self, path: str) -> Self:
         """The operator of one layer's (or one array's) parameters, the others held constant.
@@ -125,63 +300,192 @@ class FisherOperator:
             path: Such as ``"layers/2"`` or ``"layers/2/kernel"``; see :attr:`paths`.
 
         Returns:
-            An operator on the same batch, for the block of F that belongs to these parameters.
+            An operator of the same shape, whose rows and columns of other parameters are 0. All
+            blocks share what is compiled.
 
         Raises:
             SpecError: if no parameter is below the path.
         """
-        if not any(_below(path, name) for name in self.paths):
+        mask = {name: name == path or name.startswith(path + "/") for name in self.paths}
+        if not any(mask.values()):
             remedy = f"use one of {', '.join(self.paths)}, or what stands before a /"
             raise problem(SpecError, "path", path, "no parameters there", remedy)
-        return dataclasses.replace(self, only=path)
+        return self.replace(mask={name: np.float32(counts) for name, counts in mask.items()})
 
     def linearize(self) -> Product:
-        """Evaluates the network once; returns u -> F u, (n, C) to (n, C)."""
-        if self.batch_size is None:
-            outputs, jacobian_product = _whole(self)
-        else:
-            outputs, jacobian_product = _in_batches(self, self.batch_size)
-        factor, transposed = _likelihood_factor(self.likelihood, outputs)
-        return lambda u: transposed(jacobian_product(factor(u))) / self.x.shape[0]
+        """Evaluates the network once; returns v -> F v, (P,) to (P,)."""
+        product = self._product()
+        return lambda vector: self._flat(product(self._tree(vector)))
 
     def parameter_product(self, vector: Any) -> Any:
-        """F v in parameter space, for a pytree like ``params``: J^T Lambda J v / n."""
-        outputs, pushforward = jax.linearize(lambda p: self.evaluate(p, self.x), self.params)
+        """F v for a pytree like ``params``, which is what ``op @ vector`` computes of one."""
+        return self._product()(vector)
+
+    def __matmul__(self, vector: Any) -> Any:
+        """F v.
+
+        Args:
+            vector: (P,), (P, k) for k products at once, or a pytree like ``params``.
+
+        Returns:
+            The same shape, or a pytree like ``params``.
+        """
+        if _is_array(vector) and not (
+            _is_array(self.params) and vector.shape == self.params.shape != self.shape[:1]
+        ):
+            return super().__matmul__(vector)
+        if jax.tree.structure(vector) != jax.tree.structure(self.params):
+            remedy = f"give ({self.num_parameters},) or a pytree like params"
+            cause = "neither flat nor like the parameters"
+            raise problem(SpecError, "vector", type(vector).__name__, cause, remedy)
+        return _parameter_product(self, vector)
+
+    def _product(self) -> Callable[[Any], Any]:
+        outputs, forward, backward = jacobian(self)
         factor, transposed = _likelihood_factor(self.likelihood, outputs)
-        (product,) = jax.linear_transpose(pushforward, self.params)(
-            factor(transposed(pushforward(vector)))
+
+        def product(vector: Any) -> Any:
+            vector = jax.tree.map(
+                lambda part, leaf: jnp.asarray(part, leaf.dtype), vector, self.params
+            )
+            found = backward(factor(transposed(forward(vector))))
+            return jax.tree.map(lambda leaf: leaf / self.num_samples, found)
+
+        return product
+
+    def _flat(self, tree: Any) -> Array:
+        """A pytree like ``params`` as one vector, in the order of its leaves."""
+        leaves = [jnp.ravel(leaf).astype(self.dtype) for leaf in jax.tree.leaves(tree)]
+        return jnp.concatenate(leaves)
+
+    def _tree(self, vector: Array) -> Any:
+        """The inverse of ``_flat``."""
+        leaves, treedef = jax.tree.flatten(self.params)
+        ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1]
+        parts = jnp.split(vector, ends)
+        return treedef.unflatten(
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
         )
-        return jax.tree.map(lambda leaf: leaf / self.x.shape[0], product)
+
+    def __repr__(self) -> str:
+        if not all(_is_array(leaf) for leaf in jax.tree.leaves((self.params, self.x))):
+            return f"{type(self).__name__}(...)"
+        per_sample = "x".join(map(str, self.output_shape[1:])) or "1"
+        parts = [f"P={self.num_parameters}", f"n={self.num_samples}", f"outputs={per_sample}"]
+        parts.append(f"likelihood={self.likelihood!r}")
+        if self.batch_size is not None:
+            parts.append(f"batch_size={self.batch_size}")
+        if self.mask is not None:
+            parts.append("block")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FisherDual(SymmetricOperator):
+    """The dual of a Fisher matrix, on all outputs of a batch: see :attr:`FisherOperator.dual`.
+
+    Attributes:
+        fisher: The operator it is the dual of.
+    """
+
+    fisher: FisherOperator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n C, n C), C outputs of a sample altogether."""
+        size = math.prod(self.fisher.output_shape)
+        return size, size
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """As of the operator."""
+        return self.fisher.dtype
+
+    def linearize(self) -> Product:
+        """Evaluates the network once; returns u -> A u, (n C,) to (n C,)."""
+        op = self.fisher
+        outputs, product = outer(op)
+        factor, transposed = _likelihood_factor(op.likelihood, outputs)
+
+        def dual(u: Array) -> Array:
+            moved = transposed(product(factor(u.reshape(outputs.shape))))
+            return moved.reshape(-1) / op.num_samples
+
+        return dual
+
+    def to_parameters(self, vectors: Array) -> Array:
+        """Eigenvectors of F from those of the dual, normalized: J^T Lambda^{1/2} u.
+
+        Args:
+            vectors: (k, n C).
+
+        Returns:
+            (k, P); NaN for an eigenvalue of 0.
+        """
+        return _to_parameters(self, vectors)
+
+    def __repr__(self) -> str:
+        return f"{self.fisher!r}.dual"
+
+
+@jax.jit
+def _parameter_product(op: FisherOperator, vector: Any) -> Any:
+    return op.parameter_product(vector)
+
+
+@jax.jit
+def _to_parameters(dual: FisherDual, vectors: Array) -> Array:
+    op = dual.fisher
+    outputs, _, backward = jacobian(op)
+    factor, _ = _likelihood_factor(op.likelihood, outputs)
+
+    def one(u: Array) -> Array:
+        gradient = op._flat(backward(factor(u.reshape(outputs.shape))))
+        return gradient / jnp.linalg.norm(gradient)
+
+    return jax.lax.map(one, vectors)
 
 
 def fisher_operator(
     model: nnx.Module,
-    x: Array,
+    x: Any,
     *,
     statistics: str = "batch",
     likelihood: str = "gaussian",
     batch_size: int | None = None,
+    output: Any = None,
+    call: Callable[[Any, Any], Any] | None = None,
 ) -> FisherOperator:
     """The Fisher information matrix of a Flax NNX model on a batch, as an operator.
 
     Args:
-        model: Any NNX model, of this package or not; its own mode does not matter.
-        x: Inputs, (n, *input_shape).
+        model: Any NNX model, of this package or not; its own mode does not matter. Dropout is off.
+        x: Inputs, (n, *input_shape), or any pytree of arrays whose leading axes are the samples. A
+            tuple is spread over the arguments of a model that takes several, a dictionary over the
+            named ones.
         statistics: ``"batch"``: BatchNorm normalizes by the batch and the statistics' derivatives
             count, as in training. ``"frozen"``: it uses its running statistics, as constants; set
             them by training or :func:`calibrate`.
-        likelihood: ``"gaussian"`` (squared loss) or ``"categorical"`` (cross-entropy).
+        likelihood: ``"gaussian"`` (squared loss), ``"categorical"`` (cross-entropy) or
+            ``"bernoulli"`` (binary cross-entropy), see :class:`FisherOperator`.
         batch_size: Samples at a time; only where samples are independent.
+        output: The index or key of the outputs that count, where there are several.
+        call: How the model is called, ``lambda model, x: ...``, where ``x`` alone does not say it.
 
     Returns:
-        The operator, to be given to :func:`top_eigenvalues` or :func:`spectral_density`.
+        The operator, to be given to :func:`top_eigenvalues`, :func:`spectral_density`,
+        :func:`trace` or :func:`layer_table`.
 
     Raises:
         SpecError: where the model would silently be measured in another mode than asked for, or
             an option cannot be met. DataError: for inputs that cannot be used.
 
     Accuracy:
-        Products in full float32 precision; against the dense matrix in tests/test_operator.py.
+        Products in full precision; against dense Jacobians in tests/test_any_model.py. A dense
+        layer's product by its inputs' Gram matrix is used only after it was found equal to plain
+        differentiation, at random parameters and inputs.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -195,108 +499,75 @@ def fisher_operator(
     if not isinstance(model, nnx.Module):
         remedy = "give an nnx.Module, or use FisherOperator(apply, params, x)"
         raise problem(SpecError, "model", type(model).__name__, "not a Flax NNX model", remedy)
-    if statistics not in ("batch", "frozen"):
+    if statistics not in MODES:
         cause, remedy = "not a mode of a network", "use 'batch' or 'frozen'"
         raise problem(SpecError, "statistics", statistics, cause, remedy)
-    x = check_data(x)
     model = in_mode(model, statistics)
-    if has_batch_statistics(model):
-        check_mode(model, x, statistics)
-    apply, params = functional(model)
-    return FisherOperator(apply, params, x, likelihood, batch_size)
+    apply, params = functional(model, call)
+    op = FisherOperator(apply, params, x, likelihood, batch_size, output)
+    running = nnx.state(model, nnx.BatchStat)
+
+    def moved() -> Functional:
+        other = nnx.clone(model)
+        nnx.update(other, jax.tree.map(lambda leaf: 2 * leaf + 1, running))
+        return functional(other, call)[0]
+
+    remedy = "do not pass use_running_average in the call, set it by model.train()/eval()"
+    _check_mode(op, statistics, running, moved, remedy)
+    return op.replace(dense=dense_layers(op))
 
 
-def _below(path: str | None, name: str) -> bool:
-    return path is None or name == path or name.startswith(path + "/")
+def _check_mode(
+    op: FisherOperator, statistics: str, running: Any, moved: Callable[[], Any], remedy: str
+) -> None:
+    """Refuses a model that would be measured in another mode than asked for.
+
+    Args:
+        op: Its operator.
+        statistics: The mode.
+        running: The model's running statistics, any pytree.
+        moved: Makes the function of the model with other running statistics.
+        remedy: What to do about a mode that cannot be set.
+    """
+    leaves = jax.tree.leaves(running)
+    if statistics == "batch":
+        if leaves and op.num_samples < 2:
+            cause = "a BatchNorm on one sample has no variance"
+            raise problem(DataError, "x.shape", (1,), cause, "give at least 2 samples")
+        if leaves and couples_samples(op) is False:
+            traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+            if traced or differ(op, op.replace(apply=moved())):
+                cause = "the model uses running statistics whatever its mode"
+                raise problem(SpecError, "statistics", statistics, cause, remedy)
+        return
+    if leaves and never_calibrated(running):
+        cause = "the running statistics were never set"
+        remedy = "call mf.calibrate(model, x) or train first, or ask for statistics='batch'"
+        raise problem(SpecError, "statistics", statistics, cause, remedy)
+    if couples_samples(op):
+        cause = "the model uses batch statistics whatever its mode"
+        raise problem(SpecError, "statistics", statistics, cause, remedy)
 
 
-def _whole(op: FisherOperator) -> tuple[Array, Product]:
-    """Outputs and u -> J J^T u, with dense layers treated apart where that is cheaper."""
-    named, treedef = jax.tree_util.tree_flatten_with_path(op.params)
-    params = {path_name(path): value for path, value in named}
-    taps, grams = _dense_layers(op, params)
-    tapped = {f"{layer}/{kind}" for layer in taps for kind in ("kernel", "bias")}
-    active = {k: v for k, v in params.items() if k not in tapped and _below(op.only, k)}
-
-    def outputs_of(active, taps) -> Array:
-        full = jax.tree.unflatten(treedef, (params | active).values())
-        if isinstance(op.apply, Functional):
-            with precise.by_default():
-                return op.apply.with_taps(full, taps, op.x)[0]
-        return op.evaluate(full, op.x)
-
-    outputs, pushforward = jax.linearize(outputs_of, active, taps)
-    pullback = jax.linear_transpose(pushforward, active, taps)
-
-    def product(u: Array) -> Array:
-        gradient, deltas = pullback(u)
-        moved = {name: precise.matmul(grams[name], deltas[name]) for name in deltas}
-        return pushforward(gradient, moved)
-
-    return outputs, product
-
-
-def _dense_layers(op: FisherOperator, params: dict[str, Array]) -> tuple[dict, dict]:
-    """Zero taps and input Gram matrices (n, n) of the Linear layers worth it, by path."""
-    if not isinstance(op.apply, Functional):
-        return {}, {}
-    with precise.by_default():
-        _, inputs = op.apply.with_taps(params, {}, op.x)
-    taps, grams = {}, {}
-    for name, values in inputs.items():
-        kernel, bias = (_below(op.only, f"{name}/{kind}") for kind in ("kernel", "bias"))
-        has_bias = f"{name}/bias" in params
-        worth_it = values.ndim == 2 and values.shape[0] < 2 * values.shape[1]
-        if worth_it and (kernel or (bias and has_bias)):
-            gram = jnp.full((values.shape[0],) * 2, float(bias and has_bias), values.dtype)
-            if kernel:
-                gram += precise.matmul(values, values.T)
-            grams[name] = gram
-            width = params[f"{name}/kernel"].shape[1]
-            taps[name] = jnp.zeros((values.shape[0], width), values.dtype)
-    return taps, grams
-
-
-def _in_batches(op: FisherOperator, batch_size: int) -> tuple[Array, Product]:
-    """The same a batch at a time; the last batch is filled up with zeros that count for nothing."""
-    num_samples = op.x.shape[0]
-    missing = -num_samples % batch_size
-    select = jax.tree_util.tree_map_with_path
-    params = op.params
-
-    def split(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(-1, batch_size, *array.shape[1:])
-
-    def join(batches: Array) -> Array:
-        return batches.reshape(-1, *batches.shape[2:])[:num_samples]
-
-    def masked(gradient):
-        return select(
-            lambda path, leaf: leaf if _below(op.only, path_name(path)) else 0 * leaf, gradient
-        )
-
-    batches = split(op.x)
-
-    def product(u: Array) -> Array:
-        def add_gradient(total, batch):
-            x, part = batch
-            (gradient,) = jax.vjp(lambda p: op.evaluate(p, x), params)[1](part)
-            return jax.tree.map(jnp.add, total, gradient), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        gradient, _ = jax.lax.scan(add_gradient, zeros, (batches, split(u)))
-        gradient = masked(gradient)
-        forward = lambda x: jax.jvp(lambda p: op.evaluate(p, x), (params,), (gradient,))[1]  # noqa: E731
-        return join(jax.lax.map(forward, batches))
-
-    return join(jax.lax.map(lambda x: op.evaluate(params, x), batches)), product
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (np.ndarray, np.generic, jax.Array))
 
 
 def _likelihood_factor(likelihood: str, outputs: Array) -> tuple[Product, Product]:
-    """B and B^T with B B^T = Lambda for every sample: B = diag(s) (1 - s s^T), s = sqrt(p)."""
+    """B and B^T with B B^T = Lambda for every sample.
+
+    Categorical: B = diag(s) (1 - s s^T), s = sqrt(p). Bernoulli: B = diag(sqrt(p (1 - p))).
+
+    Returns:
+        Two functions of arrays of the outputs' shape.
+    """
     if likelihood == "gaussian":
         return (lambda u: u), (lambda u: u)
+    if likelihood == "bernoulli":
+        # of |f|, so that nothing overflows
+        decay = jnp.exp(-jnp.abs(outputs) / 2)
+        root = decay / (1 + decay**2)
+        return (lambda u: root * u), (lambda u: root * u)
     root = jnp.sqrt(jax.nn.softmax(outputs, axis=-1))
 
     def project(u: Array) -> Array:

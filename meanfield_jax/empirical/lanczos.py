@@ -1,12 +1,12 @@
 """Lanczos on a symmetric positive semi-definite operator: the top eigenvalues.
 
-An operator is any pytree with ``shape``, ``dtype`` and ``linearize() -> matvec``; ``linearize`` is
-called once inside the trace and ``matvec`` maps arrays of ``op.shape`` to arrays of ``op.shape``.
+An operator is any pytree with ``shape`` (size, size), ``dtype`` and ``linearize() -> matvec``;
+``linearize`` is called once inside the trace and ``matvec`` maps (size,) to (size,). An operator
+with a ``dual`` of the same non-zero eigenvalues is searched there.
 """
 
 import math
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ from jax import lax
 from jax.core import Tracer
 from jax.tree_util import register_dataclass
 
+from meanfield_jax.empirical.linearized import linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.precise import matmul
+from meanfield_jax.status import Status, first_failure
 
 # The probability, over the random start, that an eigenvector overlaps so little with it that its
 # eigenvalue may hide outside the error bounds: 0.05 fails in 0-0.5 % of the runs measured below.
@@ -27,14 +29,6 @@ _MISS_PROBABILITY = 0.02
 _FLOOR = 10.0
 # Up to so many eigenvalues, and up to twice, four times ... as many, share a compiled program.
 _CAPACITY = 10
-
-
-class Status(IntEnum):
-    """How a run of Lanczos ended."""
-
-    CONVERGED = 0
-    MAX_STEPS = 1
-    NOT_FINITE = 2
 
 
 @register_dataclass
@@ -48,8 +42,8 @@ class TopEigenvalues:
             eigenvalue.
         error_bounds: (k,) bounds on |lambda_i - theta_i|, absolute, see ``top_eigenvalues``.
         num_matvecs: (), products with the operator.
-        status: (), a ``Status`` as integer.
-        eigenvectors: (k, *op.shape), orthonormal, or None.
+        status: (), a :class:`Status` as integer.
+        eigenvectors: (k, size), orthonormal, or None; of a Fisher matrix in parameter space.
     """
 
     eigenvalues: jax.Array
@@ -65,17 +59,18 @@ class TopEigenvalues:
         Raises:
             RuntimeError: the status is not CONVERGED.
         """
-        failed = np.argwhere(np.asarray(self.status) != Status.CONVERGED)
-        if len(failed) == 0:
+        failed = first_failure(self.status)
+        if failed is None:
             return self
-        first = tuple(failed[0].tolist())
-        count, where = int(self.num_matvecs[first]), f" in run {first}" if first else ""
-        if self.status[first] == Status.NOT_FINITE:
+        status, cell, _ = failed
+        where = f" in run {cell}" if cell else ""
+        count = int(self.num_matvecs[cell])
+        if status == Status.NOT_FINITE:
             raise RuntimeError(
                 f"top_eigenvalues: product {count}{where} with the operator is not finite; "
                 "check parameters and inputs for NaN, inf and overflow"
             )
-        worst = float(jnp.max(self.error_bounds[first] / jnp.abs(self.eigenvalues[first])))
+        worst = float(jnp.max(self.error_bounds[cell] / jnp.abs(self.eigenvalues[cell])))
         raise RuntimeError(
             f"top_eigenvalues: not converged after {count} products{where}, worst relative error "
             f"bound {worst:.1e}; raise max_steps or tol"
@@ -126,7 +121,7 @@ def begin(size, steps, dtype, key):
     return _Krylov(basis, projected, vector / jnp.linalg.norm(vector), zero)
 
 
-def expand(matvec, shape, krylov, step):
+def expand(matvec, krylov, step):
     """The Lanczos step: one product, orthogonalized against the whole basis.
 
     All coefficients Q A q are kept, not only the two that are non-zero in exact arithmetic: T stays
@@ -137,7 +132,7 @@ def expand(matvec, shape, krylov, step):
         of the remainder it was made from; both are exactly zero after a breakdown.
     """
     basis = krylov.basis.at[step].set(krylov.vector)
-    product = matvec(krylov.vector.reshape(shape)).reshape(-1)
+    product = matvec(krylov.vector)
     row, vector = _remove(basis, product)
     projected = krylov.projected.at[step].set(row).at[:, step].set(row)
     beta, scale = jnp.linalg.norm(vector), jnp.max(jnp.abs(projected))
@@ -178,7 +173,7 @@ def _top_ritz(projected, step, capacity):
 
 def _search_step(matvec, op, k, tol, key, state):
     """One product, the new Ritz pairs with their bounds, and the decision how to go on."""
-    dtype, size = op.dtype, math.prod(op.shape)
+    dtype, size = op.dtype, op.shape[0]
     krylov, step, capacity = state.krylov, state.step, state.ritz.shape[1]
     vector = lax.cond(
         state.fresh,
@@ -188,7 +183,7 @@ def _search_step(matvec, op, k, tol, key, state):
     krylov = krylov._replace(vector=vector)
     coupling = jnp.where(state.fresh, 0, krylov.beta)
     starts = state.starts.at[step].max(state.fresh.astype(dtype))
-    krylov = expand(matvec, op.shape, krylov, step)
+    krylov = expand(matvec, krylov, step)
     theta, ritz, rows = _top_ritz(krylov.projected, step, capacity)
     asked = jnp.arange(capacity) < k
 
@@ -236,13 +231,12 @@ def _search_step(matvec, op, k, tol, key, state):
     )
 
 
-@partial(jax.jit, static_argnames=("capacity", "room", "vectors"))
-def _top_eigenvalues(op, k, tol, max_steps, key, *, capacity, room, vectors):
-    """As ``top_eigenvalues``, for ``capacity`` eigenvalues, of which the first k count."""
-    matvec, dtype = op.linearize(), op.dtype
+@partial(jax.jit, static_argnames=("size", "dtype", "capacity", "room"))
+def _begin_search(key, *, size, dtype, capacity, room):
+    """A search for ``capacity`` eigenvalues, of which the first k will count."""
     row, zero = jnp.zeros(room, dtype), jnp.zeros((), dtype)
-    state = _Search(
-        krylov=begin(math.prod(op.shape), room, dtype, key),
+    return _Search(
+        krylov=begin(size, room, dtype, key),
         step=jnp.zeros((), jnp.int32),
         status=jnp.asarray(Status.MAX_STEPS, jnp.int32),
         starts=row.at[0].set(1),
@@ -254,17 +248,35 @@ def _top_eigenvalues(op, k, tol, max_steps, key, *, capacity, room, vectors):
         found=(jnp.zeros(capacity, dtype),) * 3,
         ritz=jnp.zeros((room, capacity), dtype),
     )
-    state = lax.while_loop(
+
+
+@jax.jit
+def _next_step(op, k, tol, key, state):
+    return _search_step(op.linearize(), op, k, tol, key, state)
+
+
+@jax.jit
+def _search_compiled(op, k, tol, max_steps, key, state):
+    return lax.while_loop(
         lambda s: (s.status == Status.MAX_STEPS) & (s.step < max_steps),
-        partial(_search_step, matvec, op, k, tol, key),
+        partial(_search_step, op.linearize(), op, k, tol, key),
         state,
     )
-    hole = jnp.where(state.status == Status.NOT_FINITE, jnp.nan, 1).astype(dtype)
+
+
+def _search_stepwise(op, k, tol, max_steps, key, state):
+    op = linearized(op)
+    while state.status == Status.MAX_STEPS and state.step < max_steps:
+        state = _next_step(op, k, tol, key, state)
+    return state
+
+
+@partial(jax.jit, static_argnames="vectors")
+def _ended(state, *, vectors):
+    """The result of a search."""
+    hole = jnp.where(state.status == Status.NOT_FINITE, jnp.nan, 1).astype(state.ritz.dtype)
     theta, residual, error = (x * hole for x in state.found)
-    eigenvectors = None
-    if vectors:
-        eigenvectors = matmul(state.ritz.T, state.krylov.basis) * hole
-        eigenvectors = eigenvectors.reshape((capacity, *op.shape))
+    eigenvectors = matmul(state.ritz.T, state.krylov.basis) * hole if vectors else None
     return TopEigenvalues(theta, residual, error, state.step, state.status, eigenvectors)
 
 
@@ -296,6 +308,7 @@ def top_eigenvalues(
 
     Args:
         op: the operator; as a pytree, so that another one of the same structure does not recompile.
+            Of a Fisher matrix the search is in its dual.
         k: number of eigenvalues; all up to 10, all up to 20, ... share what is compiled.
         tol: each error bound is at most tol * eigenvalue; raised to the rounding floor, rows * eps
             * the largest eigenvalue, where it is smaller. rows (24, 48, ...) is the size of the
@@ -333,24 +346,28 @@ def top_eigenvalues(
         Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2001) 837. Departure: T is
         the whole projection Q A Q^T, not only its three diagonals.
     """
-    size = math.prod(op.shape)
-    check_dtype(op)
+    solved = getattr(op, "dual", op)
+    size = solved.shape[0]
+    check_dtype(solved)
     if not 1 <= k <= size:
         raise problem(SpecError, "k", k, f"the operator has {size} eigenvalues", "use 1 <= k <= it")
     if not tol > 0:
         raise problem(SpecError, "tol", tol, "no iteration reaches it", "pass tol > 0, like 1e-4")
     capacity = _rounded_up(k, _CAPACITY)
-    if max_steps is None:
-        max_steps, room = min(size, 80 + 10 * k), min(size, 80 + 10 * capacity)
-    else:
-        max_steps = min(size, max_steps)
-        room = min(size, _rounded_up(max_steps, 1))
-    if max_steps < k:
+    given = 80 + 10 * k if max_steps is None else max_steps
+    room = min(size, 80 + 10 * capacity if max_steps is None else _rounded_up(given, 1))
+    limit = min(size, given)
+    if limit < k:
         cause = f"k={k} eigenvalues need at least as many products"
         raise problem(SpecError, "max_steps", max_steps, cause, "raise max_steps or lower k")
     key = jax.random.key(0) if key is None else key
-    static = dict(capacity=min(capacity, room), room=room, vectors=vectors)
-    found = _top_eigenvalues(op, k, tol, max_steps, key, **static)
+    sizes = dict(size=size, dtype=solved.dtype, capacity=min(capacity, room), room=room)
+    start = _begin_search(key, **sizes)
+    on_host = loops_on_host(solved, k, tol, key)
+    search = _search_stepwise if on_host else _search_compiled
+    found = _ended(search(solved, k, tol, limit, key, start), vectors=vectors)
+    if vectors and solved is not op:
+        found = replace(found, eigenvectors=solved.to_parameters(found.eigenvectors))
     return _first(found, k)
 
 

@@ -1,16 +1,17 @@
 """Flax models as pure functions of their parameters, and in which mode they are."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 
-from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.errors import DataError, problem
 from meanfield_jax.network import Network
 
 Params = dict[str, Array]
@@ -69,37 +70,48 @@ class Functional:
         graphdef: The model's structure, its mode included.
         treedef: Structure of its parameters.
         names: The parameters' names in the order of ``treedef``.
+        call: Maps the model and the inputs to outputs.
     """
 
     state: Any
     graphdef: Any = dataclasses.field(metadata=dict(static=True))
     treedef: Any = dataclasses.field(metadata=dict(static=True))
     names: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+    call: Callable[..., Any] = dataclasses.field(metadata=dict(static=True))
 
-    def __call__(self, params: Params, x: Array) -> Array:
+    def __call__(self, params: Params, x: Any) -> Any:
         """The model's outputs for these parameters."""
-        return self._model(params)(x)
+        return self.call(self._model(params), x)
 
-    def with_taps(self, params: Params, taps: Params, x: Array) -> tuple[Array, Params]:
+    def with_added(self, params: Params, added: Params, x: Any) -> tuple[Any, Params]:
         """The outputs with an array added to the products of some Linear layers.
 
         Args:
             params: As for a call.
-            taps: What to add, by path of an ``nnx.Linear``.
+            added: What to add, by path of an ``nnx.Linear``.
             x: Inputs.
 
         Returns:
-            The outputs, and the inputs of every Linear layer that was used once, by path.
+            The outputs, and by path the inputs of every Linear layer that was used once, with
+            parameters of its own and JAX's own product.
         """
         model = self._model(params)
         inputs: dict[str, list[Array]] = {}
         for path, module in nnx.iter_modules(model):
-            if isinstance(module, nnx.Linear) and module.kernel[...].ndim == 2:
-                name = "/".join(map(str, path))
+            name = "/".join(map(str, path))
+            if isinstance(module, nnx.Linear) and self._is_plain(name, module):
                 inputs[name] = []
-                module.dot_general = _tapped(inputs[name], taps.get(name, 0.0))
-        outputs = model(x)
+                module.dot_general = _adding(inputs[name], added.get(name, 0.0))
+        outputs = self.call(model, x)
         return outputs, {name: seen[0] for name, seen in inputs.items() if len(seen) == 1}
+
+    def _is_plain(self, name: str, module: nnx.Linear) -> bool:
+        """Whether all of the layer's arrays are parameters under its own name, used as usual."""
+        arrays = dict(kernel=module.kernel, bias=module.bias)
+        named = all(
+            value is None or f"{name}/{kind}" in self.names for kind, value in arrays.items()
+        )
+        return named and module.kernel.ndim == 2 and module.dot_general is jax.lax.dot_general
 
     def _model(self, params: Params) -> nnx.Module:
         variables = jax.tree.unflatten(self.treedef, [params[name] for name in self.names])
@@ -107,19 +119,52 @@ class Functional:
         return nnx.merge(self.graphdef, variables, self.state, copy=True)
 
 
-def _tapped(seen: list[Array], tap: Array | float) -> Callable[..., Array]:
+def _adding(seen: list[Array], added: Array | float) -> Callable[..., Array]:
     def dot_general(x: Array, kernel: Array, *args, **kwargs) -> Array:
         seen.append(x)
-        return jax.lax.dot_general(x, kernel, *args, **kwargs) + tap
+        return jax.lax.dot_general(x, kernel, *args, **kwargs) + added
 
     return dot_general
 
 
-def functional(model: nnx.Module) -> tuple[Functional, Params]:
+def call_with(model: nnx.Module, x: Any) -> Any:
+    """Calls a model on its inputs: ``model(x)``, ``model(*x)`` or ``model(**x)``.
+
+    A tuple is spread over the positional arguments, and a dictionary over the named ones, of a
+    model that takes several.
+
+    Returns:
+        What the model returns.
+    """
+    arguments, keywords = spread_over(inspect.signature(model.__call__), x)
+    return model(*arguments, **keywords)
+
+
+def spread_over(signature: inspect.Signature, x: Any) -> tuple[tuple, dict[str, Any]]:
+    """Inputs as positional and named arguments of a function that has this signature."""
+    taken = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    least = sum(parameter.default is parameter.empty for parameter in taken)
+    if len(taken) > 1 and isinstance(x, tuple) and least <= len(x) <= len(taken):
+        return x, {}
+    if isinstance(x, dict) and len(taken) > 1 and set(x) <= {each.name for each in taken}:
+        return (), x
+    return (x,), {}
+
+
+def functional(
+    model: nnx.Module, call: Callable[[Any, Any], Any] | None = None
+) -> tuple[Functional, Params]:
     """The pure function ``apply(params, x)`` of a Flax NNX model in its present mode.
 
     Args:
         model: Any NNX module that maps a batch to outputs.
+        call: How, as in ``lambda model, x: model(x["tokens"], mask=x["mask"])``; default
+            ``model(x)``, or ``model(*x)`` of a tuple and ``model(**x)`` of a dictionary where the
+            model takes several arguments.
 
     Returns:
         ``apply``, a pytree that can be passed through ``jax.jit``, and the parameters as a
@@ -137,7 +182,7 @@ def functional(model: nnx.Module) -> tuple[Functional, Params]:
     named, treedef = jax.tree_util.tree_flatten_with_path(variables)
     names = tuple(path_name(path).removesuffix("/value") for path, _ in named)
     params = {name: value for name, (_, value) in zip(names, named, strict=True)}
-    return Functional(state, graphdef, treedef, names), params
+    return Functional(state, graphdef, treedef, names, call or call_with), params
 
 
 def path_name(path: tuple) -> str:
@@ -194,47 +239,9 @@ def _statistics_after(graphdef, state, x: Array):
     return nnx.state(model, nnx.BatchStat)
 
 
-def has_batch_statistics(model: nnx.Module) -> bool:
-    """Whether the model keeps running statistics."""
-    return bool(jax.tree.leaves(nnx.state(model, nnx.BatchStat)))
-
-
-def never_calibrated(model: nnx.Module) -> bool:
-    """Whether the running statistics are still the zeros and ones they started from."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.BatchStat))]
-    return all(np.all((leaf == 0) | (leaf == 1)) for leaf in leaves)
-
-
-def couples_samples(apply: Callable[..., Array], params: Any, x: Array) -> bool:
-    """Whether one sample's output depends on the others in its batch."""
-    pair = jnp.stack([x[0], x[1]])
-    alone = jnp.stack([x[0], x[0]])
-    with_other, with_itself = (_first_output(apply, params, batch) for batch in (pair, alone))
-    scale = float(jnp.abs(with_other).max())
-    return bool(jnp.abs(with_other - with_itself).max() > 1e-3 * scale)
-
-
-@jax.jit
-def _first_output(apply, params, batch: Array) -> Array:
-    return apply(params, batch)[0]
-
-
-def check_mode(model: nnx.Module, x: Array, statistics: str) -> None:
-    """Refuses a model whose BatchNorm would be measured in another mode than asked for.
-
-    Raises:
-        SpecError: with the remedy.
-    """
-    if statistics == "batch" and x.shape[0] < 2:
-        cause = "a BatchNorm on one sample has no variance"
-        raise problem(DataError, "x.shape", x.shape, cause, "give at least 2 samples")
-    if statistics == "frozen" and never_calibrated(model):
-        cause = "the running statistics were never set"
-        remedy = "call mf.calibrate(model, x) or train first, or ask for statistics='batch'"
-        raise problem(SpecError, "statistics", statistics, cause, remedy)
-    apply, params = functional(model)
-    if x.shape[0] > 1 and couples_samples(apply, params, x) != (statistics == "batch"):
-        used = "running statistics" if statistics == "batch" else "batch statistics"
-        cause = f"the model uses {used} whatever its mode"
-        remedy = "do not pass use_running_average in the call, set it by model.train()/eval()"
-        raise problem(SpecError, "statistics", statistics, cause, remedy)
+def never_calibrated(statistics: Any) -> bool:
+    """Whether running statistics are still the zeros and ones they started from."""
+    leaves = jax.tree.leaves(statistics)
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return False  # nobody knows
+    return all(np.all((leaf == 0) | (leaf == 1)) for leaf in map(np.asarray, leaves))

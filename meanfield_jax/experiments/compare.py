@@ -35,7 +35,7 @@ from meanfield_jax.layers import (
     ProxyNorm,
 )
 from meanfield_jax.network import Network, normalizes_over_batch, walk
-from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.theory.propagate import analyze, least_samples
 from meanfield_jax.variants import has_norm, with_norm
 
@@ -244,7 +244,7 @@ def _stability(network: Network, x: Array, draws: int) -> dict[str, Any]:
     """Lambda_max by theory of this batch, and measured in training mode for each draw."""
     predicted, inside = np.nan, False
     if len(x) >= least_samples(network.body):
-        fisher = analyze(network, data=x).fisher
+        fisher = analyze(network, data=x, throw=False).fisher
         predicted, inside = float(fisher.lambda_max), bool(fisher.outlier_limited)
     measured = np.full(draws, np.nan)
     if len(x) > 1 or not normalizes_over_batch(network.body):
@@ -272,8 +272,8 @@ def _summarized(found: xr.Dataset, momentum: float) -> xr.Dataset:
     return found.merge(at_best.rename({name: f"best_{name}" for name in at_best})).assign(
         standard_error=(mean.dims, error),
         ratio=found.predicted / mean,
-        eta_max=(found.predicted.dims, eta_max(found.predicted.values, momentum)),
-        eta_max_measured=(mean.dims, eta_max(mean.values, momentum)),
+        eta_max=(found.predicted.dims, stable_rate(found.predicted.values, momentum)),
+        eta_max_measured=(mean.dims, stable_rate(mean.values, momentum)),
         best_rate=best.where(learns),
     )
 

@@ -13,6 +13,7 @@ from jax import Array
 from jax.core import Tracer
 
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
+from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import SpecError, problem
@@ -87,6 +88,8 @@ def optimizer(
     """
     _check_fraction(fraction)
     theory = analyze(network, data=data, statistics=statistics, num_samples=num_samples)
+    if not isinstance(theory.status, Tracer):
+        theory.raise_if_failed()
     if not per_layer:
         return optax.sgd(fraction * theory.eta_max(momentum), momentum)
     if data is None and num_samples is None:
@@ -128,7 +131,8 @@ def learning_rate_for(
         params: Of ``apply``, any pytree; None for an NNX model, which has its own.
         momentum: mu of the heavy ball; 0 for plain gradient descent.
         fraction: Of the largest stable rate.
-        statistics: Of a model's BatchNorms, as in :func:`meanfield_jax.fisher_operator`.
+        statistics: Of a model's BatchNorms, as in :func:`meanfield_jax.fisher_operator`. A pure
+            function has the mode that it has: "frozen" refuses one that normalizes by the batch.
 
     Returns:
         The learning rate, (), of the outputs' dtype.
@@ -157,6 +161,10 @@ def learning_rate_for(
         operator = fisher_operator(model, x, statistics=statistics)  # pyright: ignore[reportArgumentType]
     else:
         operator = FisherOperator(model, params, x)
+        if statistics == "frozen" and couples_samples(operator):
+            cause = "the function normalizes by the batch"
+            remedy = "give the function in evaluation mode, or statistics='batch'"
+            raise problem(SpecError, "statistics", statistics, cause, remedy)
     found = top_eigenvalues(operator).raise_if_failed()
     return fraction * eta_max(found.eigenvalues[0], momentum)
 

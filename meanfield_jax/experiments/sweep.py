@@ -39,6 +39,7 @@ from meanfield_jax.kernel.state import STATISTICS
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.memory import memory_of
 from meanfield_jax.network import Network
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.theory.propagate import analyze
 from meanfield_jax.variants import with_depth, with_gamma, with_weight_var, with_width
 
@@ -423,8 +424,8 @@ def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momen
         network = with_weight_var(network, float(numbers["weight_var"]))
     batch = x[: min(recipe.batch_size, THEORY_SAMPLES)]
     likelihood = "categorical" if recipe.loss == "cross_entropy" else "gaussian"
-    theory = analyze(network, data=batch, statistics=statistics, likelihood=likelihood)
-    return np.asarray(theory.eta_max(momentum))
+    theory = analyze(network, data=batch, statistics=statistics, likelihood=likelihood, throw=False)
+    return np.asarray(stable_rate(theory.fisher.lambda_max, momentum))
 
 
 def _meet(where: str) -> None:

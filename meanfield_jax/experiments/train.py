@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
 from meanfield_jax.network import Network
+from meanfield_jax.status import Status, first_failure
 from meanfield_jax.variants import has_norm, with_gamma, with_norms, with_weight_var
 
 LOSSES = ("squared", "cross_entropy")
@@ -101,6 +102,24 @@ class Training:
     def diverged(self) -> Array:
         """Whether a run diverged, (...,)."""
         return self.diverged_at >= 0
+
+    @property
+    def status(self) -> Array:
+        """(...,), a :class:`Status` as integer: CONVERGED or DIVERGED."""
+        return jnp.where(self.diverged, Status.DIVERGED, Status.CONVERGED)
+
+    def raise_if_failed(self) -> "Training":
+        """Returns itself, or raises for the first run that diverged (host only).
+
+        Raises:
+            RuntimeError: the status is not CONVERGED.
+        """
+        failed = first_failure(self.status)
+        if failed is None:
+            return self
+        step = int(self.diverged_at[failed.cell])
+        cause = f"diverged at step {step}{failed.where}"
+        raise RuntimeError(f"train: {cause}; use a smaller learning rate")
 
     def to_xarray(self, dims: tuple[str, ...] = ()) -> xr.Dataset:
         """The curves and the status as a labelled data set.

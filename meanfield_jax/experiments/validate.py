@@ -17,11 +17,11 @@ from rich.table import Table
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
+from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, check_choice, check_data, problem
 from meanfield_jax.kernel.state import PUBLISHED, STATISTICS
 from meanfield_jax.network import Network
-from meanfield_jax.precise import vdot
-from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.theory.propagate import analyze
 from meanfield_jax.variants import has_batch_norm, variants_of, with_gamma
 
@@ -123,7 +123,9 @@ def validate(
     ):
         measured[row, :, draw] = measure(variant, x, k=k, seed=seed + draw, tol=tol)
         if num_eigenvalues is not None:
-            traces[row, :, draw] = _in_both_modes(variant, x, seed + draw, _trace)
+            traces[row, :, draw] = _in_both_modes(
+                variant, x, seed + draw, lambda op: trace(op).value
+            )
     outliers = measured[..., : network.output_shape[0]]
     labels = list(variants)
     dataset = _dataset(labels, predicted, outliers, curve, momentum, num_samples, network)
@@ -183,7 +185,7 @@ def measure(
     """
 
     def top(op: FisherOperator) -> np.ndarray:
-        count = min(k * network.output_shape[0], int(np.prod(op.shape)))
+        count = min(k * network.output_shape[0], op.dual.shape[0])
         result = top_eigenvalues(op, count, tol=tol, key=jax.random.key(seed))
         return np.where(result.status == 0, result.eigenvalues, np.nan)
 
@@ -198,14 +200,6 @@ def _in_both_modes(network: Network, x: Array, seed: int, statistic: Callable) -
         return np.stack([batch, batch])
     calibrate(model, x)
     return np.stack([batch, statistic(fisher_operator(model, x, statistics="frozen"))])
-
-
-@jax.jit
-def _trace(op: FisherOperator) -> Array:
-    """Hutchinson's estimate from random signs, to about 1 %."""
-    product = op.linearize()
-    signs = jax.random.rademacher(jax.random.key(0), (PROBES, *op.shape), op.x.dtype)
-    return jax.lax.map(lambda u: vdot(u, product(u)), signs).mean()
 
 
 def _outlier(network: Network, statistics: str, given: dict[str, Any]) -> float:
@@ -233,13 +227,13 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
     largest = np.median(measured.max(-1), axis=-1)
     data = dict(
         predicted=(("network", "statistics"), predicted),
-        eta_max=(("network", "statistics"), eta_max(jnp.asarray(predicted), momentum)),
+        eta_max=(("network", "statistics"), stable_rate(jnp.asarray(predicted), momentum)),
         ratio=(("network", "statistics"), predicted / mean[:, spoken_of]),
         measured=(("network", "mode", "draw", "outlier"), measured),
         measured_mean=(("network", "mode"), mean),
         standard_error=(("network", "mode"), standard_error(means, 2)),
         largest=(("network", "mode"), largest),
-        eta_max_measured=(("network", "mode"), eta_max(jnp.asarray(largest), momentum)),
+        eta_max_measured=(("network", "mode"), stable_rate(jnp.asarray(largest), momentum)),
     )
     gammas = [float(name.partition("=")[2] or "nan") for name in labels]
     coords = dict(

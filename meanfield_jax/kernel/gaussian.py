@@ -321,7 +321,7 @@ def _rectifier(slope: float) -> Nonlinearity:
     """max(x, slope x): piecewise linear, hence phi'(u) u = phi(u)."""
 
     def closed_form(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
-        scale = safe.sqrt(variance_a * variance_b)
+        scale = safe.geometric_mean(variance_a, variance_b)
         c = clipped(safe.divide(covariance, scale))
         angle = jnp.pi / 2 + safe.asin(c)
         first = (safe.sqrt(1.0 - c**2) + c * angle) / jnp.pi
@@ -340,7 +340,7 @@ def _erf_moments(variance_a: Array, variance_b: Array, covariance: Array) -> Mom
     wide = (1 + 2 * variance_a) * (1 + 2 * variance_b)
     determinant = wide - 4 * covariance**2
     derivative = 4 / jnp.pi / jnp.sqrt(determinant)
-    std_product = safe.sqrt(variance_a * variance_b)
+    std_product = safe.geometric_mean(variance_a, variance_b)
     # phi' phi' is itself a Gaussian factor, which shrinks the covariance to cov / determinant
     return Moments(
         2 / jnp.pi * safe.asin(2 * covariance / jnp.sqrt(wide)),
@@ -353,7 +353,7 @@ def _erf_moments(variance_a: Array, variance_b: Array, covariance: Array) -> Mom
 
 
 def _identity_moments(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
-    correlation = safe.divide(covariance, safe.sqrt(variance_a * variance_b))
+    correlation = safe.divide(covariance, safe.geometric_mean(variance_a, variance_b))
     one = jnp.ones_like(covariance)
     return Moments(covariance, one, correlation, one)
 

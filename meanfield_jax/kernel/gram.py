@@ -25,9 +25,10 @@ from meanfield_jax.kernel.gaussian import (
 )
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.kernel.sphere import on_sphere
-from meanfield_jax.kernel.state import Projection, Spread
+from meanfield_jax.kernel.state import LOSS, Projection, Spread, lost, worse
 from meanfield_jax.kernel.windows import pad_width, windows
 from meanfield_jax.precise import einsum, matmul, tensordot
+from meanfield_jax.status import Status
 
 
 def _static():
@@ -35,6 +36,10 @@ def _static():
 
 
 Shape = tuple[int, ...]
+
+MOST_SCATTER = 15.0
+"""E[1 / variance] E[variance] that is too much: rare draws decide. In two directions it is infinite
+(and computed as 37), in three of equal variance 3."""
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +60,11 @@ class GramKernel:
         channels: Units per position (width).
         statistics: ``"batch"``, ``"frozen"`` or ``"wei2019"``.
         pairs: The pairs of positions kept; None for vectors.
+        deviation: The covariance less what centring removes, without cancellation: less the
+            constant of a bias, or that of centred inputs; None where it is ``cov`` itself.
+        tangent_deviation: The same of ``tangent``.
+        status: A :class:`Status` as integer: CONVERGED unless a normalization failed.
+        scatter: The largest E[1 / variance] E[variance] of what was normalized over the batch.
     """
 
     cov: Array
@@ -63,9 +73,13 @@ class GramKernel:
     projection: Projection | None
     mean: Array | None
     images: Array | None
+    status: Array
+    scatter: Array
     channels: int = _static()
     statistics: str = _static()
     pairs: Positions | None = _static()  # noqa: RUF009
+    deviation: Array | None = None
+    tangent_deviation: Array | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -83,7 +97,9 @@ class GramKernel:
 
     def behind(self, cov: Array, tangent: Array, **changes: Any) -> Self:
         """The kernel behind a layer that z_hat does not survive; its mean is 0."""
-        rest = dict.fromkeys(("scale", "projection", "mean", "images"))
+        rest = dict.fromkeys(
+            ("scale", "projection", "mean", "images", "deviation", "tangent_deviation")
+        )
         return self.replace(cov=cov, tangent=tangent, **(rest | changes))
 
     def filled(self) -> Self:
@@ -94,7 +110,55 @@ class GramKernel:
             mean=jnp.zeros((), self.cov.dtype) if self.mean is None else self.mean,
             projection=self.projection or Projection(zero, zero, zero, zero, zero + 1),
             images=None,
+            deviation=self.deviations[0],
+            tangent_deviation=self.deviations[1],
         )
+
+    @property
+    def fluctuation(self) -> Array:
+        """A matrix whose centred one is that of the covariance, with less to cancel."""
+        return self.cov if self.deviation is None else self.deviation
+
+    @property
+    def scattered(self) -> dict[str, Array]:
+        """What a sum of two kernels takes over from the later one."""
+        return dict(scatter=self.scatter)
+
+    @property
+    def tangent_fluctuation(self) -> Array:
+        """The same of the tangent."""
+        if self.tangent_deviation is None:
+            return self.settled_tangent
+        return self.tangent_deviation
+
+    @property
+    def deviations(self) -> tuple[Array | None, Array | None]:
+        """What a layer of weights keeps apart of the two: ``deviation``, ``tangent_deviation``."""
+        if self.pairs is not None:
+            return None, None  # of maps they would take as much memory again
+        return self.fluctuation, self.tangent_fluctuation
+
+    def centred_status(self, var: Array, eps: Array | float) -> Self:
+        """The kernel with the status of a variance that comes from centring."""
+        size = jnp.abs(self.diagonal(self.fluctuation)).max()
+        return self.replace(status=worse(self.status, lost(size, var, eps)))
+
+    def scattering(self, factor: Array, var: Array, eps: Array | float) -> Self:
+        """The kernel with the status of a normalization over the batch.
+
+        Args:
+            factor: E[1 / variance] E[variance] over random weights.
+            var: The variance.
+            eps: What is added to it; where it is far above the variance nothing is random.
+
+        Returns:
+            The kernel.
+        """
+        random = jnp.mean(var) > LOSS * eps
+        scatter = jnp.where(random, jnp.mean(factor), 1.0)
+        few = jnp.where(scatter < MOST_SCATTER, 0, Status.FEW_DIRECTIONS)
+        largest = jnp.maximum(self.scatter, scatter)
+        return self.replace(status=worse(self.status, few), scatter=largest)
 
     @property
     def moment(self) -> Array:
@@ -314,7 +378,7 @@ class GramKernel:
         tangent = self.tangent * moments.derivative
         if self.scale is not None:
             scale_a, scale_b = self.variances(self.scale)
-            tangent += safe.sqrt(scale_a * scale_b) * moments.scale
+            tangent += safe.geometric_mean(scale_a, scale_b) * moments.scale
         if self.projection is not None:
             variances = self.variances(self.projection.correlation)
             both, cross = self.projection.behind(variances, moments)
@@ -400,6 +464,10 @@ class GramKernel:
             average(self._projected_tangent),
             scale=None if self.scale is None else average(self.scale),
             mean=self.mean,
+            deviation=None if self.deviation is None else average(self.deviation),
+            tangent_deviation=(
+                None if self.tangent_deviation is None else average(self.tangent_deviation)
+            ),
             channels=num_positions * self.channels,
             pairs=None,
         )
@@ -447,9 +515,19 @@ def batch_kernel(x: Array, statistics: str, modulus: int) -> GramKernel:
     """
     pairs = None if x.ndim == 2 else Positions(x.shape[1:3], modulus)
     cov = _gram(x, pairs)
-    images = None if pairs is None else x
     return GramKernel(
-        cov, jnp.zeros_like(cov), None, None, None, images, x.shape[-1], statistics, pairs
+        cov=cov,
+        tangent=jnp.zeros_like(cov),
+        scale=None,
+        projection=None,
+        mean=None,
+        images=None if pairs is None else x,
+        channels=x.shape[-1],
+        statistics=statistics,
+        pairs=pairs,
+        deviation=_gram(x - x.mean(0, keepdims=True), None) if pairs is None else None,
+        status=jnp.asarray(Status.CONVERGED, jnp.int32),
+        scatter=jnp.ones((), x.dtype),
     )
 
 

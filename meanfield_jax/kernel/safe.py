@@ -5,13 +5,19 @@ gamma = 0 has no variance. The textbook forms return the right value there and N
 """
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def sqrt(x: Array) -> Array:
     """Square root of max(x, 0); the derivative is 0 where x <= 0, of every order."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def geometric_mean(a: Array, b: Array) -> Array:
+    """sqrt(a b) of two numbers >= 0 whose product may be out of range; exactly a where b is a."""
+    size = lax.stop_gradient(jnp.maximum(a, b))
+    return size * sqrt(divide(a, size) * divide(b, size))
 
 
 def divide(numerator: Array, denominator: Array) -> Array:

@@ -23,6 +23,7 @@ from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import Moments, Nonlinearity, expectations
 from meanfield_jax.kernel.windows import windows
 from meanfield_jax.precise import einsum
+from meanfield_jax.status import Status
 
 PUBLISHED = "wei2019"
 STATISTICS = ("batch", "frozen", PUBLISHED)
@@ -98,7 +99,7 @@ class Projection(NamedTuple):
         var_a, var_b = variances
         slope = safe.divide(self.own, var_b)
         ratio = safe.divide(self.correlation, var_b)
-        both = safe.sqrt(var_a * var_b) * moments.scale
+        both = safe.geometric_mean(var_a, var_b) * moments.scale
         left = var_a - ratio * self.correlation
         resolved = left > 100 * jnp.finfo(left.dtype).eps * var_a
         partial = jnp.where(resolved, self.cross - slope * self.correlation, 0.0)
@@ -128,6 +129,10 @@ class EnsembleKernel:
         channels: Units per position (width).
         statistics: ``"batch"``, ``"frozen"`` or ``"wei2019"``.
         all_positions: Whether pairs of distinct positions are kept.
+        deviation: The covariance less a constant that all pairs share (that of a bias), which is
+            what centring is exact on; None where it is ``cov`` itself.
+        tangent_deviation: The same of ``tangent``.
+        status: A :class:`Status` as integer: CONVERGED unless a normalization failed.
     """
 
     cov: Pair
@@ -136,9 +141,12 @@ class EnsembleKernel:
     projection: Projection | None
     mean: Array | None
     inverse_samples: Array
+    status: Array
     channels: int = _static()
     statistics: str = _static()
     all_positions: bool = _static()
+    deviation: Pair | None = None
+    tangent_deviation: Pair | None = None
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -157,7 +165,8 @@ class EnsembleKernel:
 
     def behind(self, cov: Pair, tangent: Pair, **changes: Any) -> Self:
         """The kernel behind a layer that z_hat does not survive; its mean is 0 unless given."""
-        rest = dict(scale=jax.tree.map(jnp.zeros_like, cov), projection=None, mean=None)
+        rest = dict(scale=jax.tree.map(jnp.zeros_like, cov))
+        rest |= dict.fromkeys(("projection", "mean", "deviation", "tangent_deviation"))
         return self.replace(cov=cov, tangent=tangent, **(rest | changes))
 
     def filled(self) -> Self:
@@ -166,7 +175,40 @@ class EnsembleKernel:
         return self.replace(
             mean=jnp.zeros((), self.dtype) if self.mean is None else self.mean,
             projection=self.projection or Projection(zero, zero, zero, zero, one),
+            deviation=self.fluctuation,
+            tangent_deviation=self.tangent_fluctuation,
         )
+
+    @property
+    def fluctuation(self) -> Pair:
+        """The covariance up to a constant that all pairs share."""
+        return self.cov if self.deviation is None else self.deviation
+
+    @property
+    def scattered(self) -> dict[str, Array]:
+        """What a sum of two kernels takes over from the later one."""
+        return {}
+
+    @property
+    def tangent_fluctuation(self) -> Pair:
+        """The same of the tangent."""
+        if self.tangent_deviation is None:
+            return self.settled_tangent
+        return self.tangent_deviation
+
+    @property
+    def deviations(self) -> tuple[Pair, Pair]:
+        """What a layer of weights keeps apart of the two: ``deviation``, ``tangent_deviation``."""
+        return self.fluctuation, self.tangent_fluctuation
+
+    def centred_status(self, var: Array, eps: Array | float) -> Self:
+        """The kernel with the status of a variance that comes from centring."""
+        size = jnp.abs(self.same_positions(self.fluctuation.same)).max()
+        return self.replace(status=worse(self.status, lost(size, var, eps)))
+
+    def scattering(self, factor: Array, var: Array, eps: Array | float) -> Self:
+        """The kernel: that n is large enough was checked."""
+        return self
 
     @property
     def moment(self) -> Pair:
@@ -353,7 +395,7 @@ class EnsembleKernel:
         """The kernel behind an elementwise function."""
         variances = self.variances(self.cov)
         scale_a, scale_b = self.variances(self.scale)
-        scale = safe.sqrt(scale_a * scale_b)
+        scale = safe.geometric_mean(scale_a, scale_b)
         stretch = Pair(1.0, 1.0) if self.projection is None else self.projection.stretch
         moments = [
             expectations(phi, *variances, entry / times, self.mean)
@@ -415,6 +457,8 @@ class EnsembleKernel:
             tangent=jax.tree.map(average, self._projected_tangent),
             projection=None,
             scale=jax.tree.map(average, self.scale),
+            deviation=jax.tree.map(average, self.deviation),
+            tangent_deviation=jax.tree.map(average, self.tangent_deviation),
             channels=num_positions * self.channels,
             all_positions=False,
         )
@@ -456,4 +500,20 @@ def input_kernel(
         channels=shape[-1],
         statistics=statistics,
         all_positions=all_positions and bool(positions),
+        status=jnp.asarray(Status.CONVERGED, jnp.int32),
     )
+
+
+LOSS = 0.01
+"""Relative error of a variance, by cancellation, that is too much."""
+
+
+def lost(size: Array, var: Array, eps: Array | float) -> Array:
+    """CANCELLATION where the rounding of numbers of this size is too much of var + eps."""
+    rounding = jnp.finfo(var.dtype).eps * size
+    return jnp.where(rounding > LOSS * (jnp.mean(var) + eps), Status.CANCELLATION, 0)
+
+
+def worse(status: Array, other: Array) -> Array:
+    """The first failure of two."""
+    return jnp.where(status == Status.CONVERGED, other, status).astype(status.dtype)

@@ -47,13 +47,15 @@ class Injection:
     """What a layer's own parameters add to its output's tangent, by kind of parameter.
 
     Matrices of the kernel, or None. ``scale`` adds to the kernel's ``scale``, the others to its
-    ``tangent``.
+    ``tangent``; ``deviation``, which is ``weights`` up to a constant that centring removes, to its
+    ``tangent_deviation``.
     """
 
     weights: Matrix | None = None
     biases: Matrix | None = None
     offset: Matrix | None = None
     scale: Matrix | None = None
+    deviation: Matrix | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +65,7 @@ class Tap:
 
     tangent: Matrix
     scale: Matrix | None
+    deviation: Matrix | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -107,10 +110,11 @@ class Layer:
         if injection is None:
             return behind, None
         own = [injection.weights, injection.biases, injection.offset]
-        tap_tangent, tap_scale = (None, None) if taps is None else (taps.tangent, taps.scale)
+        tap = Tap(None, None) if taps is None else taps
         behind = behind.replace(
-            tangent=_total(behind.tangent, *own, tap_tangent),
-            scale=_total(behind.scale, injection.scale, tap_scale),
+            tangent=_total(behind.tangent, *own, tap.tangent),
+            scale=_total(behind.scale, injection.scale, tap.scale),
+            tangent_deviation=_total(behind.tangent_deviation, injection.deviation, tap.deviation),
         )
         return behind, Record(kernel, behind, injection)
 

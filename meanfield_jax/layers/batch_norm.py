@@ -9,7 +9,7 @@ from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.state import PUBLISHED, Spread
-from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer, static
+from meanfield_jax.layers.base import Injection, Kernel, Shape, layer, static
 from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
 
 
@@ -83,12 +83,10 @@ def batch_rule(
     Returns:
         As :meth:`Layer.rule`.
     """
-
-    def center(matrix: Matrix) -> Matrix:
-        return _mixed(matrix, kernel.center(matrix, over_positions), share)
-
-    centred = center(kernel.cov)
-    gain = norm.gain(kernel, kernel.batch_variance(centred, over_positions))
+    centred = _mixed(kernel.cov, kernel.center(kernel.fluctuation, over_positions), share)
+    var = kernel.batch_variance(centred, over_positions)
+    kernel = kernel.centred_status(var, norm.eps)
+    gain = norm.gain(kernel, var)
     correlation = jax.tree.map(lambda entry: gain * entry, centred)
     tangent = kernel.settled_tangent
     if kernel.statistics == PUBLISHED:
@@ -97,8 +95,10 @@ def batch_rule(
         fixed = Spread(correlation, jnp.ones_like(gain), correlation)
         spread = _mixed(fixed, kernel.spread(correlation, over_positions), share)
         correlation, gain = spread.first, gain * spread.factor
+        kernel = kernel.scattering(spread.factor, var, norm.eps)
     if kernel.statistics == "batch":
-        tangent = center(tangent)
+        moved = kernel.center(kernel.tangent_fluctuation, over_positions)
+        tangent = _mixed(tangent, moved, share)
     tangent = jax.tree.map(lambda entry: gain * entry, tangent)
     behind, own = norm.affine(kernel, correlation, tangent, kernel.shared(over_positions))
     if spread is None:

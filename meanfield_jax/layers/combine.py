@@ -112,10 +112,14 @@ class Residual(Layer):
 
     def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
         branch, records = self.branch.propagate(kernel, taps)
+        deviations = jax.tree.map(jnp.add, kernel.deviations, branch.deviations)
         return kernel.behind(
             cov=jax.tree.map(jnp.add, kernel.cov, branch.cov),
             tangent=jax.tree.map(jnp.add, kernel.settled_tangent, branch.settled_tangent),
             mean=_sum(kernel.mean, branch.mean),
+            **dict(zip(("deviation", "tangent_deviation"), deviations, strict=True)),
+            status=branch.status,
+            **branch.scattered,
         ), records
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:

@@ -68,15 +68,19 @@ class Dense(Layer):
 
 def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injection]:
     """The rule of random weights and biases on the values (or windows of values) of ``kernel``."""
-    moment = kernel.moment
+    moment, loose = kernel.moment, kernel.deviations
     injection = Injection(
         weights=jax.tree.map(lambda entry: kernel.channels * entry, moment),
         biases=jax.tree.map(jnp.ones_like, moment),
+        # the bias is shared by all samples
+        deviation=jax.tree.map(lambda entry: kernel.channels * entry, loose[0]),
     )
     behind = kernel.behind(
         cov=jax.tree.map(lambda entry: layer.bias_var + layer.weight_var * entry, moment),
         tangent=jax.tree.map(lambda entry: layer.weight_var * entry, kernel.settled_tangent),
         channels=width,
+        deviation=jax.tree.map(lambda entry: layer.weight_var * entry, loose[0]),
+        tangent_deviation=jax.tree.map(lambda entry: layer.weight_var * entry, loose[1]),
     )
     return behind, injection
 

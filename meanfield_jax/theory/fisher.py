@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+MOST_SCATTER = 5 / 3
+"""``variance_scatter`` above which ``lambda_max`` is not trusted: that of five directions."""
+
 MARGIN = 2.0
 """How far above ``bulk_high`` the edge of the bulk may be, measured at finite width: 1.3 to 2.2."""
 
@@ -52,6 +55,8 @@ class Fisher:
             with a categorical likelihood all n C of F. None for i.i.d. inputs, whose T has two:
             one large and n - 1 of (T_same - T_other)/n.
         multiplicity: How many times F has each of ``eigenvalues``.
+        variance_scatter: The largest E[1 / variance] E[variance] over random weights of what is
+            normalized over a batch of data: r / (r - 2) if it varies in r directions alike.
 
     Accuracy:
         Where the S_i differ, ``eigenvalues`` couples the largest 1000 / C eigenvectors of T; each
@@ -87,6 +92,7 @@ class Fisher:
     num_parameters: int = dataclasses.field(metadata=dict(static=True))
     multiplicity: int = dataclasses.field(metadata=dict(static=True))
     eigenvalues: Array | None = None
+    variance_scatter: Array | float = 1.0
 
     @property
     def outlier(self) -> Array:
@@ -172,6 +178,7 @@ class Fisher:
             False for FC 3072-500x3-10 on 400 CIFAR-10 images, measured 1.16 times the predicted.
         """
         above = self.outlier_high > MARGIN * self.bulk_high
+        above &= jnp.asarray(self.variance_scatter) <= MOST_SCATTER
         if self.eigenvalues is None:
             return above
         return above & (self.outlier > MARGIN * self.eigenvalues[..., self._num_outliers])

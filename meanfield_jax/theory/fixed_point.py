@@ -1,7 +1,6 @@
 """Where a deep network of equal blocks ends up, and how fast: fixed points and depth scales."""
 
 import dataclasses
-import enum
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from meanfield_jax.layers import Conv, Dense, Layer, Residual, Sequential
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.layers.combine import ends_in_weights
 from meanfield_jax.network import check_numbers, walk
+from meanfield_jax.status import Status, first_failure
 from meanfield_jax.theory.propagate import check_num_samples, known_numbers
 
 MAX_STEPS = 100
@@ -26,18 +26,6 @@ MARGIN = 16.0
 
 LARGEST_CHANGE = 16.0
 """Of q in one step, as a factor."""
-
-
-class FixedPointStatus(enum.IntEnum):
-    """What a deep network's signal comes to."""
-
-    CONVERGED = 0
-    """A fixed point that attracts exponentially."""
-    MARGINAL = 1
-    """One that attracts more slowly or not at all: a slope is 1. Depth scales are infinite
-    there and derivatives in the block's numbers do not exist (they come out finite)."""
-    NO_FIXED_POINT = 2
-    """q grows without bound."""
 
 
 class DepthScales(NamedTuple):
@@ -68,7 +56,7 @@ class FixedPoint:
             different ones become equal (order).
         growth: By which squared gradients are multiplied going back through a block: the largest
             eigenvalue of the block's map of tangents. Without normalization over the batch chi_1.
-        status: A :class:`FixedPointStatus` as integer.
+        status: A :class:`Status` as integer: CONVERGED, MARGINAL or NO_FIXED_POINT.
     """
 
     q: Array
@@ -93,12 +81,12 @@ class FixedPoint:
         Raises:
             RuntimeError: q grows without bound.
         """
-        failed = jnp.argwhere(self.status == FixedPointStatus.NO_FIXED_POINT)
-        if len(failed) == 0:
+        failed = first_failure(self.status, Status.CONVERGED, Status.MARGINAL)
+        if failed is None:
             return self
-        where = f" in cell {tuple(failed[0].tolist())}" if self.status.ndim else ""
         raise RuntimeError(
-            f"no fixed point{where}: q grows without bound; use a smaller weight_var, or normalize"
+            f"no fixed point{failed.where}: q grows without bound; "
+            "use a smaller weight_var, or normalize"
         )
 
 
@@ -161,11 +149,12 @@ def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> Fix
     dtype = jnp.result_type(float, *jax.tree.leaves(block))
     start = input_kernel((_checked_width(block),), num_samples, statistics, False, dtype)
     behind = jax.eval_shape(lambda: block.propagate(start, None)[0])
+    behind = behind.replace(deviation=None, tangent_deviation=None)
     if jax.tree.structure(behind) != jax.tree.structure(start):
         cause = "a BatchNorm right behind its last random weights sits inside another layer"
         raise problem(SpecError, "block", block, cause, "put it outside, behind that layer")
     found = _found(block, start)
-    none = found.status == FixedPointStatus.NO_FIXED_POINT
+    none = found.status == Status.NO_FIXED_POINT
     values = jax.tree.map(lambda value: jnp.where(none, jnp.nan, value), found)
     return dataclasses.replace(values, status=found.status)
 
@@ -218,8 +207,8 @@ def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
     gap = jnp.minimum(jnp.abs(1 - chi_q), jnp.abs(1 - chi_c))
     left = jnp.abs(behind.same - q) + jnp.abs(behind.other - q * c)
     found = (q < largest / 2) & (left <= eps**0.5 * (q + eps**0.5))
-    attractive = jnp.where(gap > MARGIN * eps**0.5, FixedPointStatus.CONVERGED, 1)
-    status = jnp.where(found, attractive, FixedPointStatus.NO_FIXED_POINT)
+    attractive = jnp.where(gap > MARGIN * eps**0.5, Status.CONVERGED, Status.MARGINAL)
+    status = jnp.where(found, attractive, Status.NO_FIXED_POINT)
     return FixedPoint(q, c, chi_q, chi_c, chi_1, _growth(block, start, q, c), status)
 
 

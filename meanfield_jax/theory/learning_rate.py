@@ -21,7 +21,8 @@ def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
         The learning rate, of the broadcast shape.
 
     Raises:
-        SpecError: if a momentum is outside [0, 1).
+        SpecError: if a momentum is outside [0, 1), or an eigenvalue is 0, for which every learning
+            rate is stable (under jit the result is then infinite).
 
     Accuracy:
         Exact for the squared loss near a minimum; cross-entropy's curvature is smaller, and the
@@ -39,4 +40,14 @@ def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
         value = np.asarray(momentum)
         if not np.all((value >= 0) & (value < 1)):
             raise problem(SpecError, "momentum", momentum, "outside [0, 1)", "give e.g. 0.9")
+    if not isinstance(lambda_max, Tracer) and np.any(np.asarray(lambda_max) <= 0):
+        smallest = float(np.nanmin(np.asarray(lambda_max)))
+        cause = "no curvature: the outputs do not depend on the parameters, every rate is stable"
+        remedy = "look for weights of 0, dead units or a gamma of 0"
+        raise problem(SpecError, "lambda_max", smallest, cause, remedy)
+    return stable_rate(lambda_max, momentum)
+
+
+def stable_rate(lambda_max: float | Array, momentum: float | Array) -> Array:
+    """``eta_max`` of many cells, whose numbers are not checked: infinite where lambda_max is 0."""
     return 2 * (1 + momentum) / jnp.asarray(lambda_max)

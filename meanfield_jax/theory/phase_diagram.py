@@ -14,8 +14,11 @@ from jax import Array
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.table import is_smooth, tabulated
 from meanfield_jax.layers import Activation, Dense, Layer
-from meanfield_jax.theory.fixed_point import FixedPoint, FixedPointStatus, fixed_point, solve
+from meanfield_jax.status import Status
+from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point, solve
 from meanfield_jax.theory.propagate import known_numbers
+
+STATUSES = (Status.CONVERGED, Status.MARGINAL, Status.NO_FIXED_POINT)
 
 CHUNK = 1024
 """Cells solved together, each batch until its slowest is done."""
@@ -53,7 +56,7 @@ def phase_diagram(
 
     Returns:
         Over (weight_var, bias_var): q, c, chi_q, chi_c, chi_1, growth, xi_q, xi_c, xi_gradient
-        (in blocks) and status, a :class:`FixedPointStatus`; NaN where there is no fixed point.
+        (in blocks) and status, a :class:`Status`; NaN where there is no fixed point.
         Over bias_var: critical_weight_var, the smallest within the grid at which chi_1 = 1, to
         1e-8 (tanh); NaN where there is none.
 
@@ -103,7 +106,7 @@ def phase_diagram(
     attributes = dict(
         block=repr(block),
         units="variances in units of the pre-activations', depth scales in blocks",
-        status=", ".join(f"{status.value}: {status.name}" for status in FixedPointStatus),
+        status=", ".join(f"{status.value}: {status.name}" for status in STATUSES),
         statistics=statistics,
         num_samples=num_samples or np.inf,
     )

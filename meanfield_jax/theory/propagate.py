@@ -14,12 +14,13 @@ from jax.core import Tracer
 
 from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
 from meanfield_jax.kernel.gram import batch_kernel
-from meanfield_jax.kernel.state import STATISTICS, Pair, input_kernel
+from meanfield_jax.kernel.state import LOSS, STATISTICS, Pair, input_kernel, worse
 from meanfield_jax.layers import Conv, Dense, GlobalMeanPool, Norm
 from meanfield_jax.layers.base import Kernel, Layer, Matrix, Record, Rows, Tap
 from meanfield_jax.memory import memory_of
 from meanfield_jax.network import Network, normalizes_over_batch, walk
 from meanfield_jax.precise import matmul
+from meanfield_jax.status import Status, first_failure
 from meanfield_jax.theory.fisher import Fisher, Shares
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.likelihood import class_information, mean_information, of_outputs
@@ -64,6 +65,20 @@ class OrderParameters:
     layers: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
 
 
+CAUSES = {
+    Status.NOT_FINITE: "numbers overflow; compute in float64, or use smaller scales and variances",
+    Status.FEW_DIRECTIONS: (
+        "the batch varies in too few directions for a normalization over it, and the mean of 1 / "
+        "variance over random weights is infinite; give more features and samples, none of which "
+        "outweighs all others, or measure a draw with fisher_operator"
+    ),
+    Status.CANCELLATION: (
+        "the batch is so nearly constant that its variance is lost to rounding; "
+        "compute in float64, or subtract the mean from the data"
+    ),
+}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Theory:
@@ -74,12 +89,26 @@ class Theory:
         order_parameters: q, q_xy, ... by layer.
         kernel: Covariance and tangent of the outputs.
         network: The specification.
+        status: A :class:`Status` as integer: CONVERGED, NOT_FINITE (overflow), FEW_DIRECTIONS or
+            CANCELLATION. Unless it is CONVERGED the numbers of ``fisher`` are NaN.
     """
 
     fisher: Fisher
     order_parameters: OrderParameters
     kernel: Kernel
     network: Network
+    status: Array
+
+    def raise_if_failed(self) -> "Theory":
+        """Returns itself, or raises for the first network that failed (host only).
+
+        Raises:
+            RuntimeError: the status is not CONVERGED.
+        """
+        failed = first_failure(self.status)
+        if failed is None:
+            return self
+        raise RuntimeError(f"analyze: {CAUSES[failed.status]}{failed.where}")
 
     def eta_max(self, momentum: float | Array = 0.9) -> Array:
         """The largest stable learning rate of heavy-ball gradient descent on the squared loss.
@@ -115,6 +144,7 @@ class Theory:
         data["eta_max"] = xr.Variable((), np.asarray(self.eta_max(momentum)))
         attributes = dict(
             network=self.network.to_json(indent=None),
+            status=Status(int(self.status)).label,
             statistics=self.kernel.statistics,
             momentum=momentum,
         )
@@ -130,6 +160,7 @@ def analyze(
     num_samples: int | Array | None = None,
     likelihood: str = "gaussian",
     probabilities: Array | None = None,
+    throw: bool = True,
 ) -> Theory:
     """Mean-field theory of a network, in one pass, on i.i.d. inputs or on a batch of data.
 
@@ -154,13 +185,17 @@ def analyze(
             cross-entropy: (1/n) sum_i J_i^T (diag p_i - p_i p_i^T) J_i.
         probabilities: The p of a categorical likelihood, (n, C): those of a draw,
             ``jax.nn.softmax(model(x))``. None: flat, 1/C.
+        throw: Whether a batch that cannot be normalized is an error. Under jit, or if False, only
+            ``status`` says so, and the numbers are NaN.
 
     Returns:
-        The theory; float64 under ``jax.enable_x64()``, else float32.
+        The theory; float64 under ``jax.enable_x64()``, else float32. Overflow is told by
+        ``theory.status`` and raised by ``theory.raise_if_failed()``.
 
     Raises:
         SpecError: for numbers or options that make no sense.
-        DataError: for data that does not fit the network or the memory.
+        DataError: for data that does not fit the network or the memory, varies in two directions
+            or fewer where a BatchNorm normalizes it, or is too nearly constant for its dtype.
 
     Accuracy:
         On Gaussian inputs, FC 784-1000x3-10 with BatchNorm, n = 1000, train mode: mean of the C
@@ -196,7 +231,27 @@ def analyze(
         check_num_samples(network.body, num_samples)
         classes = class_information(network, likelihood, probabilities, None)
         theory = _iid(known, statistics, num_samples, classes)
+    if throw:
+        _check_domain(network, theory.status, data)
     return dataclasses.replace(theory, network=network)
+
+
+def _check_domain(network: Network, status: Array, data: Any) -> None:
+    """Raises where a batch, or a network, cannot be normalized, if that is known."""
+    if isinstance(status, Tracer):
+        return
+    if data is not None and normalizes_over_batch(network.body):
+        values = np.asarray(data)
+        if (values == values[:1]).all():
+            cause = "all samples are equal, which leaves a BatchNorm nothing to divide by"
+            raise problem(DataError, "data.shape", values.shape, cause, "give samples that differ")
+    failed = first_failure(status, Status.CONVERGED, Status.NOT_FINITE)
+    if failed is None:
+        return
+    cause, _, remedy = CAUSES[failed.status].rpartition("; ")
+    if data is None:
+        raise problem(SpecError, "network", failed.status.label, cause, remedy)
+    raise problem(DataError, "data.shape", np.shape(data), cause, remedy)
 
 
 def _checked_data(network: Network, data: Any, num_samples) -> Array:
@@ -272,7 +327,8 @@ def _iid_pass(network: Network, statistics: str, num_samples, classes: Array | N
         inverse_samples=kernel.inverse_samples,
         **mean_information(network, classes, kernel.dtype),
     )
-    return _theory(network, kernel, records, backs, fisher)
+    outlier = share * tangent.same + (1 - share) * tangent.other
+    return _theory(network, kernel, records, backs, fisher, outlier)
 
 
 def _data_pass(
@@ -296,7 +352,7 @@ def _data_pass(
         eigenvalues=of_outputs(eigenvalues, vectors, classes)[::-1],
         **mean_information(network, classes, kernel.dtype),
     )
-    return _theory(network, kernel, records, backs, fisher)
+    return _theory(network, kernel, records, backs, fisher, eigenvalues[-1])
 
 
 def _top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
@@ -407,7 +463,12 @@ def _forward(network: Network, start: Kernel, shapes):
 
 
 def _theory(
-    network: Network, kernel: Kernel, records, backs: Rows, fisher: dict[str, Any]
+    network: Network,
+    kernel: Kernel,
+    records,
+    backs: Rows,
+    fisher: dict[str, Any],
+    outlier: Array,
 ) -> Theory:
     """The result; ``backs``: of (T_same, T_other, outlier) the derivatives at every record."""
     rows = network.body.rows(records, _read)
@@ -420,7 +481,6 @@ def _theory(
     information = fisher["information"]
     num_met = information.sum() ** 2 / jnp.sum(information**2)
     kinds = {name: information[-1] * backs[name][2] for name in ("weights", "biases", "norm")}
-    shares = Shares(**kinds, layers=tuple(paths.tolist()))
     # of (T_same - outlier) / (n - 1)
     share = fisher["inverse_samples"]
     small = information.mean() * share / jnp.where(share < 1, 1 - share, 1)
@@ -429,14 +489,40 @@ def _theory(
         **{name: rows[name][linear] for name in rows if name.startswith("q")},
         layers=tuple(paths[linear].tolist()),
     )
+    sums = total.sum(-1)[jnp.array([0, 2])]
+    status = _status(kernel, sums, jnp.stack([fisher["tangent_same"], outlier]))
+    hole = jnp.where(status == Status.CONVERGED, 1.0, jnp.nan).astype(kernel.dtype)
+    kinds = {name: hole * value for name, value in kinds.items()}
+    shares = Shares(**kinds, layers=tuple(paths.tolist()))
+    for name in ("tangent_same", "tangent_other", "eigenvalues"):
+        if name in fisher:
+            fisher[name] = hole * fisher[name]
     statistics = Fisher(
         **fisher,
+        variance_scatter=kernel.scattered.get("scatter", 1.0),
         shares=shares,
         bulk_shares=small * (total[0] - total[2]),
         draw_spread=jnp.sqrt(num_met * jnp.maximum(behind, 0)),
         num_parameters=network.num_parameters,
     )
-    return Theory(statistics, order, kernel, network)
+    return Theory(statistics, order, kernel, network, status)
+
+
+def _status(kernel: Kernel, sums: Array, wholes: Array) -> Array:
+    """The theory's status.
+
+    Args:
+        kernel: Of the outputs, with the status of all normalizations before.
+        sums: What all layers contribute to T_same and to the outlier: the backward pass.
+        wholes: The two themselves: the forward pass. Where they differ, rounding has won.
+
+    Returns:
+        A :class:`Status` as integer, ().
+    """
+    finite = jnp.isfinite(sums).all() & jnp.isfinite(wholes).all()
+    equal = jnp.all(jnp.abs(sums - wholes) <= LOSS * jnp.abs(wholes))
+    own = jnp.where(equal, Status.CONVERGED, Status.CANCELLATION)
+    return worse(kernel.status, jnp.where(finite, own, Status.NOT_FINITE))
 
 
 def compiled(function, static: tuple[str, ...] = ()):
@@ -489,7 +575,11 @@ def _zero_taps(records):
     def zeros(matrix):
         return jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), matrix)
 
-    return _map_records(lambda r: Tap(zeros(r.after.tangent), zeros(r.after.scale)), records)
+    def taps(record):
+        after = record.after
+        return Tap(*map(zeros, (after.tangent, after.scale, after.tangent_deviation)))
+
+    return _map_records(taps, records)
 
 
 def _read(record: Record) -> Rows:
@@ -508,9 +598,12 @@ def _read_back(record: Record) -> Rows:
     """The derivative at one layer: its sums, and its products with what the layer adds."""
     assert record.back is not None
     back, injection = record.back, record.injection
+    whole = back.tangent
+    if back.deviation is not None:  # all that a layer sees that centres
+        whole = jax.tree.map(jnp.add, whole, back.deviation)
     values = dict(
-        **dict(zip(("same", "other", "unequal"), record.after.totals(back.tangent), strict=True)),
-        weights=_dot(back.tangent, injection.weights),
+        **dict(zip(("same", "other", "unequal"), record.after.totals(whole), strict=True)),
+        weights=_dot(back.tangent, injection.weights) + _dot(back.deviation, injection.deviation),
         biases=_dot(back.tangent, injection.biases),
         norm=_dot(back.tangent, injection.offset) + _dot(back.scale, injection.scale),
     )

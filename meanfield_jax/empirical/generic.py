@@ -1,0 +1,182 @@
+"""What is true of a model whatever its values: asked at random parameters and random inputs.
+
+A property of structure, such as "one sample's output depends on the others", may not show at the
+values that a model has: scales of 0, a readout of zeros, two samples alike. At random values close
+to them it does, with probability 1.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from meanfield_jax.empirical.model import Functional
+
+if TYPE_CHECKING:
+    from meanfield_jax.empirical.fisher import FisherOperator
+
+SIZE = 0.3
+"""Of the random part, in units of an array's root mean square."""
+
+NUM_SAMPLES = 8
+"""Of a small batch at which layers are judged."""
+
+
+def couples_samples(op: "FisherOperator") -> bool | None:
+    """Whether one sample's outputs, or their derivatives, depend on the others in its batch.
+
+    Returns:
+        None if the outputs are finite nowhere, so that nothing is known.
+    """
+    return _apart(_response(op, 1), _response(op, 2))
+
+
+def differ(op: "FisherOperator", other: "FisherOperator") -> bool | None:
+    """Whether two models' outputs, or their derivatives, differ; else as ``couples_samples``."""
+    return _apart(_response(op, 1), _response(other, 1))
+
+
+def _apart(first: list[np.ndarray], second: list[np.ndarray]) -> bool | None:
+    """Whether two lists of arrays differ by more than rounding."""
+    known = False
+    for a, b in zip(first, second, strict=True):
+        finite = np.isfinite(a) & np.isfinite(b)
+        known |= bool(finite.any())
+        size = np.abs(a[finite]).max(initial=0.0)
+        if np.any(np.abs(a - b)[finite] > 100 * np.finfo(a.dtype).eps * size):
+            return True
+    return False if known else None
+
+
+def _response(op: "FisherOperator", seed: int) -> list[np.ndarray]:
+    """The first sample's outputs and a derivative of them, beside others drawn by the seed."""
+    with jax.ensure_compile_time_eval():
+        found = _response_to(_small(op, 4), jax.random.key(seed, impl="unsafe_rbg"))
+        return [np.asarray(part) for part in found]
+
+
+@jax.jit
+def _response_to(op: "FisherOperator", key: Array) -> tuple[Array, Array]:
+    fixed = jax.random.key(0, impl="unsafe_rbg")
+    params = _near(op.params, fixed)
+    direction = jax.tree.map(jnp.ones_like, op.params)
+    direction = _near(direction, jax.random.fold_in(fixed, 1))
+    first, others = _near_data(op.x, fixed), _near_data(op.x, key)
+    x = jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b[1:]]), first, others)
+    outputs, slope = jax.jvp(lambda p: op.evaluate(p, x), (params,), (direction,))
+    return outputs[0], slope[0]
+
+
+def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
+    """The dense layers whose weights need no gradient of their own, see ``products.outer``.
+
+    Those of ``nnx.Linear`` for which that is cheaper, n < 2 N inputs, if the product is then the
+    one by plain differentiation: it is not where weights are tied, masked, quantized, or used
+    inside of another transformation.
+
+    Returns:
+        Their paths.
+    """
+    if not isinstance(op.apply, Functional) or op.batch_size is not None:
+        return ()
+    try:
+        inputs = jax.eval_shape(lambda p, x: op.apply.with_added(p, {}, x)[1], op.params, op.x)
+        layers = tuple(
+            name
+            for name, value in inputs.items()
+            if value.ndim == 2 and value.shape[0] < 2 * value.shape[1]
+        )
+        if not layers:
+            return ()
+        with jax.ensure_compile_time_eval():
+            small = _small(op, NUM_SAMPLES).replace(dense=layers)
+            plain, apart = (np.asarray(part, float) for part in _products(small))
+    except jax.errors.UnexpectedTracerError:  # used inside of a remat, scan, vmap
+        return ()
+    error, scale = np.abs(plain - apart).max(), np.abs(plain).max()
+    # NaN fails, too
+    return layers if error < float(jnp.finfo(op.dtype).eps) ** 0.5 * scale else ()
+
+
+@jax.jit
+def _products(op: "FisherOperator") -> tuple[Array, Array]:
+    """The plain product and the one with the dense layers apart, of the same random vector."""
+    from meanfield_jax.empirical.products import outer
+
+    key = jax.random.key(0, impl="unsafe_rbg")
+    op = op.replace(params=_near(op.params, key), x=_near_data(op.x, key))
+    u = jax.random.normal(jax.random.fold_in(key, 1), op.output_shape, op.dtype)
+    return outer(op.replace(dense=()))[1](u), outer(op)[1](u)
+
+
+def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":
+    """The operator of a few samples, all at once; what is being traced is replaced by zeros."""
+    rows = np.arange(num_samples) % op.num_samples
+
+    def known(leaf: Any) -> Any:
+        if not isinstance(leaf, Tracer):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return np.zeros(leaf.shape, np.uint32)  # never read: dropout is off
+        return np.zeros(leaf.shape, leaf.dtype)
+
+    def few(leaf: Any) -> Any:
+        if isinstance(leaf, Tracer):
+            return np.zeros((num_samples, *leaf.shape[1:]), leaf.dtype)
+        return leaf[rows]
+
+    def state(leaf: Any) -> Any:
+        if isinstance(leaf, Tracer) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return np.ones(leaf.shape, leaf.dtype)
+        return known(leaf)
+
+    return op.replace(
+        apply=jax.tree.map(state, op.apply),
+        params=jax.tree.map(known, op.params),
+        x=jax.tree.map(few, op.x),
+        batch_size=None,
+        mask=None,
+        dense=(),
+        likelihood="gaussian",
+    )
+
+
+def _near(tree: Any, key: Array) -> Any:
+    """Random arrays near those of a tree; of size 1/sqrt(fan-in) where they are 0."""
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def moved(leaf: Array, key: Array) -> Array:
+        size = SIZE * jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32))))
+        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
+        size = jnp.where(size > 0, size, fan_in**-0.5)
+        noise = jax.random.normal(key, leaf.shape)
+        return leaf + (size * noise).astype(leaf.dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(map(moved, leaves, keys))
+
+
+def _near_data(x: Any, key: Array) -> Any:
+    """Random inputs like x: numbers in its range, masks as they are."""
+    leaves, treedef = jax.tree.flatten(x)
+
+    def moved(leaf: Array, key: Array) -> Array:
+        if leaf.size == 0 or leaf.dtype == bool:
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            low, high = leaf.min().astype(jnp.int32), leaf.max().astype(jnp.int32)
+            above = jnp.where(high > low, high, low + 1) + 1
+            return jax.random.randint(key, leaf.shape, low, above).astype(leaf.dtype)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        size = SIZE * leaf.astype(jnp.float32).std()
+        noise = jax.random.normal(key, leaf.shape)
+        near = leaf + (jnp.where(size > 0, size, 1.0) * noise).astype(leaf.dtype)
+        # a model may not be defined outside of the range of its data
+        return jnp.where(size > 0, jnp.clip(near, leaf.min(), leaf.max()), near)
+
+    keys = jax.random.split(key, max(1, len(leaves)))
+    return treedef.unflatten(map(moved, leaves, keys))

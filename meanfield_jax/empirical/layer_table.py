@@ -1,0 +1,89 @@
+"""A Fisher matrix layer by layer: parameters, largest eigenvalue, trace."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+from jax import Array
+from rich.console import Console
+from rich.progress import track
+
+from meanfield_jax.empirical.fisher import FisherOperator
+from meanfield_jax.empirical.lanczos import top_eigenvalues
+from meanfield_jax.empirical.trace import trace
+from meanfield_jax.errors import SpecError, problem
+
+
+def layer_table(
+    op: FisherOperator,
+    *,
+    tol: float = 1e-3,
+    num_probes: int = 10,
+    key: Array | None = None,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Every layer's block of the Fisher matrix: how large it is, and what it contributes.
+
+    Args:
+        op: The operator; of a block only the layers in it are listed.
+        tol: Of every largest eigenvalue, see :func:`top_eigenvalues`.
+        num_probes: Of every trace, see :func:`trace`.
+        key: Of random vectors; default ``jax.random.key(0)``.
+        progress: Whether a bar on stderr shows how many layers are done.
+
+    Returns:
+        A dataset over ``layer`` (the parameters' paths without their last name): ``parameters``
+        (their number), ``lambda_max`` and ``lambda_max_error`` (its bound), ``trace`` and
+        ``trace_error`` (its standard error), and ``fraction``, of the sum of all traces, which is
+        the trace of F.
+
+    Raises:
+        SpecError: see :func:`top_eigenvalues` and :func:`trace`.
+        RuntimeError: if a search failed, such as at NaN parameters.
+
+    Accuracy:
+        That of the two functions; lambda_max of F is at least the largest block's and at most the
+        sum of all.
+
+    Example:
+        >>> import jax, meanfield_jax as mf
+        >>> from flax import nnx
+        >>> net = mf.mlp([64], inputs=8, outputs=3, norm=mf.BatchNorm())
+        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
+        >>> table = mf.layer_table(mf.fisher_operator(mf.build(net, rngs=nnx.Rngs(0)), x))
+        >>> table.layer.values.tolist(), table.parameters.values.tolist()
+        (['layers/0', 'layers/1', 'layers/3'], [576, 128, 195])
+    """
+    if not isinstance(op, FisherOperator):
+        remedy = "give mf.fisher_operator(model, x) or mf.FisherOperator(apply, params, x)"
+        raise problem(SpecError, "op", type(op).__name__, "no Fisher matrix with layers", remedy)
+    sizes: dict[str, int] = {}
+    for path, leaf in zip(op.paths, jax.tree.leaves(op.params), strict=True):
+        if op.mask is not None and not op.mask[path]:
+            continue
+        layer = path.rpartition("/")[0] or path
+        sizes[layer] = sizes.get(layer, 0) + leaf.size
+    console = Console(stderr=True)
+    rows = [
+        _row(op.block(layer), tol, num_probes, key)
+        for layer in track(sizes, "Layers", console=console, disable=not progress, transient=True)
+    ]
+    data: dict[str, Any] = {
+        name: ("layer", np.array([row[name] for row in rows])) for name in rows[0]
+    }
+    data["parameters"] = ("layer", np.array(list(sizes.values())))
+    dataset = xr.Dataset(data, dict(layer=list(sizes)))
+    dataset["fraction"] = dataset.trace / dataset.trace.sum()
+    return dataset
+
+
+def _row(block: FisherOperator, tol: float, num_probes: int, key: Array | None) -> dict[str, float]:
+    top = top_eigenvalues(block, tol=tol, key=key).raise_if_failed()
+    total = trace(block, num_probes=num_probes, key=key).raise_if_failed()
+    return dict(
+        lambda_max=float(top.eigenvalues[0]),
+        lambda_max_error=float(top.error_bounds[0]),
+        trace=float(total.value),
+        trace_error=float(total.standard_error),
+    )

@@ -1,0 +1,125 @@
+"""Symmetric positive semi-definite operators, with the products of NumPy, SciPy and lineax."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import scipy.sparse.linalg
+from jax import Array
+
+from meanfield_jax.empirical.linearized import linearized, multiply_rows
+from meanfield_jax.errors import SpecError, problem
+
+Product = Callable[[Array], Array]
+
+LARGEST_DENSE = 20_000
+"""Rows of the largest matrix that ``to_dense`` forms: 1.6 GB in float32."""
+
+
+class SymmetricOperator:
+    """A symmetric positive semi-definite matrix that is known by its products.
+
+    Whoever derives from it is a pytree with ``shape``, ``dtype`` and ``linearize()``.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(size, size)."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the vectors."""
+        raise NotImplementedError
+
+    def linearize(self) -> Product:
+        """Does once what all products share; returns v -> A v, (size,) to (size,)."""
+        raise NotImplementedError
+
+    def __matmul__(self, vector: Any) -> Any:
+        """A v.
+
+        Args:
+            vector: (size,), or (size, k) for k products at once.
+
+        Returns:
+            An array of the same shape.
+        """
+        vector, size = jnp.asarray(vector, self.dtype), self.shape[0]
+        if vector.ndim not in (1, 2) or vector.shape[0] != size:
+            remedy = f"give ({size},) or ({size}, k)"
+            raise problem(SpecError, "vector.shape", vector.shape, "not a vector of it", remedy)
+        rows = vector[None] if vector.ndim == 1 else vector.T
+        products = multiply_rows(self, rows)
+        return products[0] if vector.ndim == 1 else products.T
+
+    def to_dense(self) -> Array:
+        """The matrix.
+
+        Returns:
+            An array, (size, size).
+
+        Raises:
+            SpecError: for more than 20,000 rows.
+        """
+        size = self.shape[0]
+        if size > LARGEST_DENSE:
+            cause, remedy = "too large a matrix to be formed", "use products, or op.dual"
+            raise problem(SpecError, "shape", self.shape, cause, remedy)
+        return multiply_rows(self, jnp.eye(size, dtype=self.dtype))
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """For ``scipy.sparse.linalg.eigsh`` and its kin; products are compiled once.
+
+        Returns:
+            A linear operator on NumPy arrays, its own transpose.
+        """
+        op = linearized(self)
+
+        def multiply(vector: np.ndarray) -> np.ndarray:
+            rows = jnp.asarray(vector.reshape(self.shape[0], -1).T, self.dtype)
+            return np.asarray(multiply_rows(op, rows)).T.reshape(vector.shape)
+
+        products: Any = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), multiply)
+        create: Any = scipy.sparse.linalg.LinearOperator
+        return create(self.shape, dtype=np.dtype(self.dtype), **products)
+
+    def to_lineax(self) -> lineax.FunctionLinearOperator:
+        """For ``lineax.linear_solve``: tagged as positive semi-definite.
+
+        Returns:
+            A linear operator on arrays (size,). F itself is singular: a solver needs damping.
+        """
+        structure = jax.ShapeDtypeStruct(self.shape[:1], self.dtype)
+        tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
+        return lineax.FunctionLinearOperator(linearized(self).product, structure, tags)
+
+
+def register_unchecked(cls: type) -> type:
+    """Makes a dataclass a pytree that is put together again without ``__post_init__``.
+
+    So checks are made once, of what a user gives, and not whenever a transformation rebuilds it.
+
+    Returns:
+        The class.
+    """
+    fields = dataclasses.fields(cls)
+    static = [field.name for field in fields if field.metadata.get("static")]
+    data = [field.name for field in fields if field.name not in static]
+
+    def flatten(value: Any) -> tuple[tuple, tuple]:
+        children = tuple((jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in data)
+        return children, tuple(getattr(value, name) for name in static)
+
+    def unflatten(known: tuple, children: Any) -> Any:
+        value = object.__new__(cls)
+        for name, part in zip([*static, *data], [*known, *children], strict=True):
+            object.__setattr__(value, name, part)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls

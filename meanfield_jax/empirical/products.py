@@ -1,0 +1,152 @@
+"""Products with the Jacobian of a network on a batch: all at once, in batches, by layer."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from meanfield_jax import precise
+from meanfield_jax.empirical.model import Functional, path_name
+
+if TYPE_CHECKING:
+    from meanfield_jax.empirical.fisher import FisherOperator
+
+Product = Callable[[Array], Array]
+
+
+class Jacobian(NamedTuple):
+    """J of all outputs in all parameters, linearized once.
+
+    Attributes:
+        outputs: (n, ..., C).
+        forward: v -> J v, from a pytree like the parameters to the outputs' shape.
+        backward: u -> J^T u, the other way.
+    """
+
+    outputs: Array
+    forward: Callable[[Any], Array]
+    backward: Callable[[Array], Any]
+
+
+def jacobian(op: "FisherOperator") -> Jacobian:
+    """J of the operator's function; of a block, the columns of other parameters are 0."""
+    of_all = _whole(op) if op.batch_size is None else _in_batches(op, op.batch_size)
+    if op.mask is None:
+        return of_all
+
+    def masked(tree: Any) -> Any:
+        def scaled(path, leaf):
+            return leaf * op.mask[path_name(path)].astype(leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, tree)
+
+    return Jacobian(
+        of_all.outputs,
+        lambda vector: of_all.forward(masked(vector)),
+        lambda u: masked(of_all.backward(u)),
+    )
+
+
+def _whole(op: "FisherOperator") -> Jacobian:
+    outputs, forward = jax.linearize(lambda params: op.evaluate(params, op.x), op.params)
+    transposed = jax.linear_transpose(forward, op.params)
+    return Jacobian(outputs, forward, lambda u: transposed(u)[0])
+
+
+def _in_batches(op: "FisherOperator", batch_size: int) -> Jacobian:
+    """The network is evaluated anew in every product.
+
+    The last batch is filled up with copies of the last sample, which count for nothing: a network
+    may not be defined at zeros.
+
+    Returns:
+        The Jacobian.
+    """
+    num_samples, params = op.num_samples, op.params
+    missing = -num_samples % batch_size
+
+    def split(array: Array, last: Array) -> Array:
+        filling = jnp.broadcast_to(last, (missing, *array.shape[1:]))
+        return jnp.concatenate([array, filling]).reshape(-1, batch_size, *array.shape[1:])
+
+    def join(batches: Array) -> Array:
+        return batches.reshape(-1, *batches.shape[2:])[:num_samples]
+
+    batches = jax.tree.map(lambda leaf: split(leaf, leaf[-1:]), op.x)
+
+    def forward(vector: Any) -> Array:
+        def one(x: Any) -> Array:
+            return jax.jvp(lambda p: op.evaluate(p, x), (params,), (vector,))[1]
+
+        return join(jax.lax.map(one, batches))
+
+    def backward(u: Array) -> Any:
+        def add(total, batch):
+            x, part = batch
+            (gradient,) = jax.vjp(lambda p: op.evaluate(p, x), params)[1](part)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradient), None
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, op.dtype), params)
+        parts = split(u, jnp.zeros_like(u[:1]))
+        total, _ = jax.lax.scan(add, zeros, (batches, parts))
+        return jax.tree.map(lambda sum, leaf: sum.astype(leaf.dtype), total, params)
+
+    outputs = join(jax.lax.map(lambda x: op.evaluate(params, x), batches))
+    return Jacobian(outputs, forward, backward)
+
+
+def outer(op: "FisherOperator") -> tuple[Array, Product]:
+    """J J^T; the layers ``op.dense`` apart, as (H H^T + 1) delta.
+
+    H are a layer's inputs and delta the derivatives in its outputs: the gradient of its weights,
+    which is larger, is never formed.
+
+    Returns:
+        The outputs, and u -> J J^T u.
+    """
+    if not op.dense:
+        outputs, forward, backward = jacobian(op)
+        return outputs, lambda u: forward(backward(u))
+    named, treedef = jax.tree_util.tree_flatten_with_path(op.params)
+    params = {path_name(path): value for path, value in named}
+    apart = [f"{layer}/{kind}" for layer in op.dense for kind in ("kernel", "bias")]
+    others = {name: value for name, value in params.items() if name not in apart}
+    zeros, grams = _dense_layers(op, params)
+
+    def outputs_of(others: dict[str, Array], added: dict[str, Array]) -> Array:
+        full = jax.tree.unflatten(treedef, (params | others).values())
+        return op.evaluate(full, op.x, added)
+
+    outputs, forward = jax.linearize(outputs_of, others, zeros)
+    backward = jax.linear_transpose(forward, others, zeros)
+
+    def product(u: Array) -> Array:
+        gradient, deltas = backward(u)
+        gradient = {name: _scale(op, name) * value for name, value in gradient.items()}
+        moved = {name: precise.matmul(grams[name], deltas[name]) for name in deltas}
+        return forward(gradient, moved)
+
+    return outputs, product
+
+
+def _dense_layers(op: "FisherOperator", params: dict[str, Array]) -> tuple[dict, dict]:
+    """By layer, zeros to be added to its outputs, and H H^T + 1 of its inputs, (n, n)."""
+    assert isinstance(op.apply, Functional)
+    with precise.by_default():
+        _, inputs = op.apply.with_added(op.params, {}, op.x)
+    zeros, grams = {}, {}
+    for layer in op.dense:
+        values, kernel = inputs[layer], params[f"{layer}/kernel"]
+        gram = _scale(op, f"{layer}/kernel") * precise.matmul(values, values.T)
+        if f"{layer}/bias" in params:
+            gram += _scale(op, f"{layer}/bias")
+        grams[layer] = gram
+        zeros[layer] = jnp.zeros((values.shape[0], kernel.shape[1]), values.dtype)
+    return zeros, grams
+
+
+def _scale(op: "FisherOperator", name: str) -> Array | float:
+    """1 where a parameter counts, else 0."""
+    return 1.0 if op.mask is None else op.mask[name]

@@ -1,0 +1,130 @@
+"""The trace of an operator, with an error bar."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import register_dataclass
+
+from meanfield_jax.empirical.lanczos import check_dtype
+from meanfield_jax.empirical.linearized import linearized, loops_on_host, multiply_rows
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.precise import einsum, matmul
+from meanfield_jax.status import Status, first_failure
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Trace:
+    """An estimate of a trace.
+
+    Attributes:
+        value: (), the sum of all eigenvalues.
+        standard_error: (), of ``value``; 0 where it is exact.
+        num_matvecs: (), products with the operator.
+        status: (), a :class:`Status` as integer: CONVERGED or NOT_FINITE.
+    """
+
+    value: Array
+    standard_error: Array
+    num_matvecs: Array
+    status: Array
+
+    def raise_if_failed(self) -> "Trace":
+        """Returns itself, or raises if a product was not finite (host only).
+
+        Raises:
+            RuntimeError: the status is not CONVERGED.
+        """
+        failed = first_failure(self.status)
+        if failed is None:
+            return self
+        raise RuntimeError(
+            f"trace: a product{failed.where} with the operator is not finite; "
+            "check parameters and inputs for NaN, inf and overflow"
+        )
+
+
+@partial(jax.jit, static_argnames=("num_probes", "size", "dtype"))
+def _signs(key: Array, *, num_probes: int, size: int, dtype: Any) -> tuple[Array, Array]:
+    """Two sets of random signs, (num_probes, size) each."""
+    return tuple(jax.random.rademacher(key, (2, num_probes, size), dtype))
+
+
+@jax.jit
+def _without_sketched(images: Array, probes: Array) -> Array:
+    """An orthonormal basis of the images, and the probes without their part in it, as rows."""
+    frame = jnp.linalg.qr(images.T)[0].T
+    return jnp.concatenate([frame, probes - matmul(matmul(probes, frame.T), frame)])
+
+
+@jax.jit
+def _estimate(vectors: Array, images: Array) -> tuple[Array, Array]:
+    """The trace, and its standard error."""
+    own, rest = jnp.split(einsum("si,si->s", vectors, images), 2)
+    return own.sum() + rest.mean(), rest.std(ddof=1) / len(rest) ** 0.5
+
+
+def _hutch(op: Any, key: Array, num_probes: int) -> tuple[Array, Array]:
+    sizes = dict(num_probes=num_probes, size=op.shape[0], dtype=op.dtype)
+    sketch, probes = _signs(key, **sizes)
+    if loops_on_host(op):
+        op = linearized(op)
+    vectors = _without_sketched(multiply_rows(op, sketch), probes)
+    return _estimate(vectors, multiply_rows(op, vectors))
+
+
+def trace(op: Any, *, num_probes: int = 20, key: Array | None = None) -> Trace:
+    r"""The trace of a positive semi-definite operator, by Hutch++.
+
+    .. math:: \mathrm{tr} A = \mathrm{tr} Q^T A Q + E[g^T A g], \quad g = (1 - Q Q^T) z
+
+    Q is an orthonormal basis of A times random signs, which catches the large eigenvalues; their
+    part is exact. The rest is the mean over ``num_probes`` further vectors of random signs z, whose
+    scatter is the standard error.
+
+    Args:
+        op: The operator, see :func:`top_eigenvalues`; of a Fisher matrix the trace is found in its
+            dual.
+        num_probes: Random vectors, twice; three products each. Up to 3 ``num_probes`` rows the
+            trace is exact.
+        key: Of the random signs; default ``jax.random.key(0)``.
+
+    Returns:
+        Value, standard error and status.
+
+    Raises:
+        SpecError: for fewer than two probes, or an operator of another dtype than float32 or 64.
+
+    Accuracy:
+        Unbiased. Over 200 seeds the error is within two standard errors 92-96 % of the time
+        (tests/test_trace.py).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, meanfield_jax as mf
+        >>> apply = lambda params, x: jnp.tanh(x @ params)
+        >>> x = jax.random.normal(jax.random.key(0), (50, 4))
+        >>> op = mf.FisherOperator(apply, jnp.ones((4, 3)), x)
+        >>> found = mf.trace(op)
+        >>> bool(abs(found.value - jnp.trace(op.to_dense())) <= 4 * found.standard_error + 1e-4)
+        True
+
+    Source:
+        Meyer, Musco, Musco & Woodruff 2021 (arXiv:2010.09649), algorithm 1.
+    """
+    op = getattr(op, "dual", op)
+    check_dtype(op)
+    if num_probes < 2:
+        remedy = "give 2 or more"
+        raise problem(SpecError, "num_probes", num_probes, "no error could be told", remedy)
+    key, size = jax.random.key(0) if key is None else key, op.shape[0]
+    if size <= 3 * num_probes:
+        matrix = multiply_rows(op, jnp.eye(size, dtype=op.dtype))
+        value, error, num_matvecs = jnp.trace(matrix), jnp.zeros((), op.dtype), size
+    else:
+        (value, error), num_matvecs = _hutch(op, key, num_probes), 3 * num_probes
+    status = jnp.where(jnp.isfinite(value), Status.CONVERGED, Status.NOT_FINITE)
+    return Trace(value, error, jnp.asarray(num_matvecs), status)
