@@ -119,3 +119,19 @@ def test_what_makes_no_sense_is_refused(digits, options, words):
     with pytest.raises((mf.SpecError, mf.DataError)) as error:
         mf.train(arguments.pop("network"), arguments.pop("data"), **arguments)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_run_has_diverged_where_its_loss_is_a_thousand_times_the_first():
+    x = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    network = mf.Network((5,), (mf.Dense(2),))
+    rate = 1.3 * float(mf.analyze(network, data=x).eta_max(0.9))
+    found = mf.train(network, (x, np.arange(20) % 2), learning_rate=rate, epochs=60, batch_size=20)
+    step, loss = int(found.diverged_at), np.asarray(found.loss)
+    assert step > 3
+    assert int(found.status) == mf.Status.DIVERGED
+    assert np.all(loss[:step] <= 1000 * loss[0])
+    assert np.isnan(loss[step:]).all()
+    # a linear network's loss grows by the same factor in every step
+    assert loss[step - 1] ** 2 / loss[step - 2] > 500 * loss[0]
+    with pytest.raises(RuntimeError, match=f"train: diverged at step {step}; use a smaller"):
+        found.raise_if_failed()
