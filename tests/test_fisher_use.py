@@ -262,6 +262,15 @@ class Normed(nnx.Module):
         return self.head(jnp.tanh(self.norm(z) if self.used else z))
 
 
+def test_a_model_with_a_mode_is_measured_inside_the_callers_jit():
+    model = Normed(nnx.Rngs(0))
+
+    def top(model, x):
+        return mf.top_eigenvalues(mf.fisher_operator(model, x), 2).eigenvalues
+
+    assert_close(nnx.jit(top)(model, SINGLE), top(model, SINGLE), "edge", 10.0, dtype=np.float32)
+
+
 SPECIAL = {
     "equal samples": (Normed, SINGLE[[0, 0, 1, 2, 3, 4, 5]]),
     "all samples but one equal": (Normed, SINGLE[[0, 0, 0, 0, 0, 0, 1]]),

@@ -288,10 +288,15 @@ class FisherOperator(SymmetricOperator):
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
         if set(changes) <= {"mask", "dense"}:
-            copy = object.__new__(type(self))  # nothing to be checked again
-            copy.__dict__.update(self.__dict__ | changes)
-            return copy
+            return self.unchecked(outputs=self.outputs, **changes)
         return dataclasses.replace(self, **changes)
+
+    def unchecked(self, **changes: Any) -> Self:
+        """The same without a check of what is changed."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "outputs"}
+        copy = object.__new__(type(self))
+        copy.__dict__.update(kept | changes)
+        return copy
 
     def block(self, path: str) -> Self:
         """The operator of one layer's (or one array's) parameters, the others held constant.

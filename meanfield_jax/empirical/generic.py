@@ -92,7 +92,7 @@ def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
         if not layers:
             return ()
         with jax.ensure_compile_time_eval():
-            small = _small(op, NUM_SAMPLES).replace(dense=layers)
+            small = _small(op, NUM_SAMPLES).unchecked(dense=layers)
             plain, apart = (np.asarray(part, float) for part in _products(small))
     except jax.errors.UnexpectedTracerError:  # used inside of a remat, scan, vmap
         return ()
@@ -107,9 +107,9 @@ def _products(op: "FisherOperator") -> tuple[Array, Array]:
     from meanfield_jax.empirical.products import outer
 
     key = jax.random.key(0, impl="unsafe_rbg")
-    op = op.replace(params=_near(op.params, key), x=_near_data(op.x, key))
+    op = op.unchecked(params=_near(op.params, key), x=_near_data(op.x, key))
     u = jax.random.normal(jax.random.fold_in(key, 1), op.output_shape, op.dtype)
-    return outer(op.replace(dense=()))[1](u), outer(op)[1](u)
+    return outer(op.unchecked(dense=()))[1](u), outer(op)[1](u)
 
 
 def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":
@@ -133,7 +133,7 @@ def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":
             return np.ones(leaf.shape, leaf.dtype)
         return known(leaf)
 
-    return op.replace(
+    return op.unchecked(
         apply=jax.tree.map(state, op.apply),
         params=jax.tree.map(known, op.params),
         x=jax.tree.map(few, op.x),
