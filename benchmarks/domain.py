@@ -1,7 +1,7 @@
 """Where theory's lambda_max holds: FC networks with BatchNorm, by depth, width, n and outputs.
 
 Gaussian inputs by theory of i.i.d. inputs, and MNIST images by theory of these images; training
-mode, three draws each. Claim, on either: where ``fisher.outlier_limited`` is True, every draw's
+mode, three draws each. Claim, on either: where ``fisher.within_domain`` is True, every draw's
 largest eigenvalue is within 5 % of ``fisher.lambda_max``. Where it is False the excess is reported.
 Exits with 1 when the claim is false. About eight minutes on two cores.
 """
@@ -49,7 +49,7 @@ def measure(
         num_samples=num_samples,
         outputs=outputs,
         lambda_max=float(fisher.lambda_max),
-        outlier_limited=bool(fisher.outlier_limited),
+        within_domain=bool(fisher.within_domain),
         excess=[top / float(fisher.lambda_max) for top in tops],
     )
 
@@ -57,7 +57,7 @@ def measure(
 def summarize(inputs: str, rows: list[dict]) -> bool:
     """Prints how far draws are from theory inside and outside its domain; whether all hold."""
     inside, outside = (
-        np.array([row["excess"] for row in rows if row["outlier_limited"] == limited])
+        np.array([row["excess"] for row in rows if row["within_domain"] == limited])
         for limited in (True, False)
     )
     medians = np.median(outside, -1)
@@ -78,7 +78,7 @@ def main() -> int:
         for case in grid:
             rows.append(measure(inputs, *case, data_dir))
             row = rows[-1]
-            print(inputs, *case, row["outlier_limited"], np.round(row["excess"], 3), flush=True)
+            print(inputs, *case, row["within_domain"], np.round(row["excess"], 3), flush=True)
     write_rows("domain", rows)
     holds = [summarize(name, [row for row in rows if row["inputs"] == name]) for name in GRIDS]
     return int(not all(holds))

@@ -13,11 +13,11 @@ logit against the mean over draws), absolutely and in standard deviations of the
 
 Claims, of Liang et al. 2020 (arXiv:1908.04008, section 4): theory gives the measured ratio within
 three standard errors or 2 % at every width where it takes the largest eigenvalue for an outlier
-(``outlier_limited``), and the largest width is within 10 % of 13.83; at every s > 0, training loss
+(``within_domain``), and the largest width is within 10 % of 13.83; at every s > 0, training loss
 rises less over that of s = 0, and logits move less, absolutely and relatively, with the gate than
 without. (n was 64 in a first look, where theory says that no width up to 1024 is in its domain. In
 a first run it took width 64 to be inside and was wrong, 17.4 against 13.5, which mended
-``outlier_limited``.)
+``within_domain``.)
 
 Departure: the paper's noise multiplies and shifts the output of BatchNorm by the same for all
 samples; noise in the statistics is the same thing.
@@ -105,7 +105,7 @@ def ratios(x: jax.Array) -> list[dict]:
         drawn = measured["BN"] / measured["IEBN"]  # the same weights
         row = dict(
             width=width,
-            outlier=all(bool(fisher.outlier_limited) for fisher in fishers.values()),
+            outlier=all(bool(fisher.within_domain) for fisher in fishers.values()),
             predicted=predicted["BN"] / predicted["IEBN"],
             measured=float(drawn.mean()),
             error=float(drawn.std(ddof=1) / np.sqrt(DRAWS)),

@@ -82,7 +82,7 @@ def jax_model(case: Case) -> Any:
     options = dict(outputs=NUM_OUTPUTS, weight_var=WEIGHT_VAR, bias_var=BIAS_VAR)
     norm = mf.BatchNorm(gamma=1.0) if case.batch_norm else None
     if case.convolutional:
-        shape = dict(kernel=3, stride=2, padding="SAME", head="flatten")
+        shape = dict(kernel_size=3, stride=2, padding="SAME", head="flatten")
         net = mf.cnn(list(case.widths), inputs=case.input_shape, norm=norm, **shape, **options)
     else:
         net = mf.mlp(list(case.widths), inputs=case.input_shape[0], norm=norm, **options)

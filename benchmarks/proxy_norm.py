@@ -39,7 +39,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import meanfield_jax as mf
-from meanfield_jax.kernel.state import Pair, input_kernel
+from meanfield_jax.kernel.kernel import iid_inputs
 from meanfield_jax.layers.proxy_norm import ProxyNormModule
 
 SPREAD = 0.2
@@ -119,17 +119,17 @@ def predicted(make, depth: int) -> tuple[jax.Array, jax.Array]:
     gammas, betas = (
         jnp.asarray(axis.ravel()) for axis in np.meshgrid(1 + SPREAD * node, SPREAD * node)
     )
-    start = input_kernel((1,), None, "batch", False, gammas.dtype)
+    start = iid_inputs((), 1, None, "batch", False, gammas.dtype)
 
-    def behind(gamma, beta, correlation):
+    def after(gamma, beta, correlation):
         block = mf.Sequential(make(gamma, beta).around(None, RELU))
-        one = jnp.ones_like(correlation)
-        kernel = start.replace(cov=Pair(one, correlation), tangent=Pair(one, one))
-        kernel = block.propagate(kernel, None)[0]
+        covariance = start.covariance.replaced(jnp.ones_like(correlation), correlation)
+        kernel = start.replace(covariance=covariance, tangent=covariance.full(1.0))
+        kernel = block.propagate(kernel)[0]
         return kernel.moment, kernel.tangent.same
 
     def layer(correlation, _):
-        moment, slope = jax.vmap(behind, (0, 0, None))(gammas, betas, correlation)
+        moment, slope = jax.vmap(after, (0, 0, None))(gammas, betas, correlation)
         same = weight @ moment.same
         return (weight @ moment.other) / same, (correlation, (weight @ slope) / same)
 

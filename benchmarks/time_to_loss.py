@@ -35,11 +35,10 @@ GOAL = 1.5
 FRACTION = 0.8
 RULES = {
     "optimizer": dict(),
-    "optimizer, per_layer": dict(per_layer=True),
     f"optimizer, fraction {FRACTION}": dict(fraction=FRACTION),
 }
 MEASURED = "learning_rate_for"
-COLOR = dict(zip((*RULES, MEASURED), ("#0072B2", "#D55E00", "#56B4E9", "#009E73"), strict=True))
+COLOR = dict(zip((*RULES, MEASURED), ("#0072B2", "#56B4E9", "#009E73"), strict=True))
 
 
 def cases(data_dir: str | None) -> Iterator[tuple[str, mf.Network, np.ndarray, np.ndarray]]:
@@ -65,8 +64,7 @@ def runs(network: mf.Network, x: np.ndarray, labels: np.ndarray) -> dict[str, di
         start = time.perf_counter()
         rule = mf.optimizer(network, data=batch, **changes)
         seconds = time.perf_counter() - start
-        share = np.nan if "per_layer" in changes else changes.get("fraction", 0.5)
-        rate = share * float(mf.analyze(network, data=batch).eta_max())
+        rate = changes.get("fraction", 0.5) * float(mf.analyze(network, data=batch).eta_max())
         loss = mf.train(network, optimizer=rule, **options).loss
         found[name] = dict(loss=np.asarray(loss), rate=rate, seconds=seconds)
     start = time.perf_counter()

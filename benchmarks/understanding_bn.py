@@ -40,6 +40,11 @@ import xarray as xr
 from common import RESULTS, Claim, write_rows
 from flax import nnx
 from matplotlib.figure import Figure
+from random_products import (
+    fuss_catalan_moments,
+    fuss_catalan_support,
+    random_product_singular_values,
+)
 
 import meanfield_jax as mf
 
@@ -178,7 +183,7 @@ def gradients(data: Images) -> dict[str, xr.Dataset]:
 def products() -> dict[int, np.ndarray]:
     """Squared singular values by depth, (products, size)."""
     keys = jax.random.split(jax.random.key(0), PRODUCTS)
-    draw = mf.diagnostics.random_product_singular_values
+    draw = random_product_singular_values
     return {
         depth: np.array([draw(key, depth, SIZE) for key in keys], np.float64) for depth in DEPTHS
     }
@@ -188,7 +193,7 @@ def moment_rows(squares: dict[int, np.ndarray]) -> list[dict]:
     """Measured over predicted moments with their standard errors."""
     rows = []
     for depth, values in squares.items():
-        expected = mf.diagnostics.fuss_catalan_moments(depth, ORDERS)
+        expected = fuss_catalan_moments(depth, ORDERS)
         for order, moment in zip(ORDERS, expected, strict=True):
             ratios = (values**order).mean(1) / moment
             error = ratios.std(ddof=1) / np.sqrt(len(ratios))
@@ -325,7 +330,7 @@ def _draw_gradients(panels, slopes) -> None:
 def _draw_products(axes, squares, moments) -> None:
     shades = ("#009E73", "#CC79A7", "#E69F00")
     for (depth, values), color in zip(squares.items(), shades, strict=True):
-        edge = mf.diagnostics.fuss_catalan_support(depth)
+        edge = fuss_catalan_support(depth)
         edges = np.linspace(0, 1.05 * edge, 60)
         density, _ = np.histogram(values, edges, density=True)
         ratios = " ".join(f"{row['ratio']:.3f}" for row in moments if row["depth"] == depth)

@@ -18,7 +18,7 @@ the toolkit measures whether the two agree. The names below follow that way::
               tune, objectives, plot_tuning: descend the theory's gradient over gamma, beta, ...
 """
 
-from meanfield_jax import data, diagnostics, objectives
+from meanfield_jax import data, diagnostics, layers, objectives
 from meanfield_jax.empirical.density import SpectralDensity, spectral_density
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import TopEigenvalues, top_eigenvalues
@@ -33,25 +33,7 @@ from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.train import Training, train
 from meanfield_jax.experiments.validate import validate
-from meanfield_jax.layers import (
-    Activation,
-    BatchGroupNorm,
-    BatchNorm,
-    Conv,
-    CrossIterationBatchNorm,
-    Dense,
-    Flatten,
-    GlobalMeanPool,
-    GroupNorm,
-    InstanceEnhancementBatchNorm,
-    InstanceNorm,
-    Layer,
-    LayerNorm,
-    ProxyNorm,
-    Repeat,
-    Residual,
-    Sequential,
-)
+from meanfield_jax.layers import *  # noqa: F403
 from meanfield_jax.network import Network, cnn, mlp, preact_resnet
 from meanfield_jax.plots import (
     plot_comparison,
@@ -62,37 +44,21 @@ from meanfield_jax.plots import (
     plot_validation,
 )
 from meanfield_jax.status import Status
+from meanfield_jax.theory.analyze import Theory, analyze
 from meanfield_jax.theory.batch_growth import batch_growth
 from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.phase_diagram import phase_diagram
-from meanfield_jax.theory.propagate import Theory, analyze
 from meanfield_jax.tune import Tuning, tune
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Activation",
-    "BatchGroupNorm",
-    "BatchNorm",
-    "Conv",
-    "CrossIterationBatchNorm",
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    *layers.__all__,
     "DataError",
-    "Dense",
     "FisherOperator",
     "FixedPoint",
-    "Flatten",
-    "GlobalMeanPool",
-    "GroupNorm",
-    "InstanceEnhancementBatchNorm",
-    "InstanceNorm",
-    "Layer",
-    "LayerNorm",
     "Network",
-    "ProxyNorm",
-    "Repeat",
-    "Residual",
-    "Sequential",
     "SpecError",
     "SpectralDensity",
     "Status",

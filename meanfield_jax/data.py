@@ -267,7 +267,7 @@ def _checked(path: Path, name: str, images: np.ndarray, labels: np.ndarray) -> _
 
 
 def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
-    """Downloads one file below the first root; pooch removes what a failure leaves behind."""
+    """Downloads one file below the first root; pooch removes what a failed download leaves."""
     path, url = roots[0] / name / filename, _MIRRORS[name] + filename
     if os.path.isfile(path):  # pooch would replace a copy that is packed anew
         return path

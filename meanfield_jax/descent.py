@@ -1,4 +1,4 @@
-"""The descent behind ``tune``: one compiled loop over the coordinates of a network's numbers."""
+"""The descent of ``tune``: one compiled loop over the coordinates of a network's numbers."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
+from meanfield_jax.layers.base import tunable_fields
 from meanfield_jax.network import Network
 from meanfield_jax.objectives import Objective
 from meanfield_jax.status import Status
-from meanfield_jax.theory.propagate import Theory, analyze, compiled
+from meanfield_jax.theory.analyze import Theory, analyze
+from meanfield_jax.theory.compiled import compiled
 
-POSITIVE = ("gamma", "weight_var", "bias_var")
-FIELDS = (*POSITIVE, "beta")
 """What can be tuned; the positive ones on a logarithmic scale."""
 
 FAR = 100.0
@@ -92,7 +92,7 @@ class Problem:
             if field in self.bounds:
                 low, high = self.bounds[field]
                 return low + (high - low) * jax.nn.sigmoid(at)
-            return jnp.exp(at) if field in POSITIVE else at
+            return jnp.exp(at) if tunable_fields()[field] else at
 
         return {field: value(field, at) for field, at in position.items()}
 
@@ -103,7 +103,7 @@ class Problem:
             if field in self.bounds:
                 low, high = self.bounds[field]
                 return np.log((value - low) / (high - value))
-            return np.log(value) if field in POSITIVE else value
+            return np.log(value) if tunable_fields()[field] else value
 
         return {field: jnp.asarray(at(field, value), float) for field, value in values.items()}
 
@@ -315,7 +315,7 @@ def _status(
 
 def _reach(field: str) -> float:
     """How far a coordinate may go: a factor for those that are logarithms."""
-    return math.log(FAR) if field in POSITIVE else FAR
+    return math.log(FAR) if tunable_fields()[field] else FAR
 
 
 def largest(tree: Any) -> Array:

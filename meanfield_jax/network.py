@@ -20,7 +20,6 @@ from meanfield_jax.layers import (
     Flatten,
     GlobalMeanPool,
     Layer,
-    Norm,
     Residual,
     Sequential,
 )
@@ -42,7 +41,7 @@ class Network:
         layers: The layers, first to last.
 
     Raises:
-        SpecError: if a layer does not fit behind the one before it; the message names its path.
+        SpecError: if a layer does not fit after the one before it; the message names its path.
 
     Example:
         >>> import meanfield_jax as mf
@@ -79,7 +78,7 @@ class Network:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """One sample's shape behind the last layer."""
+        """One sample's shape after the last layer."""
         return self.body.output(Signal(self.input_shape)).shape
 
     @property
@@ -119,12 +118,12 @@ class Network:
     def __repr__(self) -> str:
         rows, signal = [], Signal(self.input_shape)
         for index, inner in enumerate(self.layers):
-            behind = inner.output(signal)
+            after = inner.output(signal)
             count = f"{inner.num_parameters(signal.shape):,}"
             own, *inside = walk(inner, f"layers/{index}")
-            rows.append((own[0], _without_children(inner), str(behind.shape), count))
+            rows.append((own[0], _without_children(inner), str(after.shape), count))
             rows += [(path, _without_children(part), "", "") for path, part in inside]
-            signal = behind
+            signal = after
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             "  ".join(
@@ -166,7 +165,7 @@ def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
 
 def normalizes_over_batch(layer: Layer) -> bool:
     """Whether any layer inside normalizes by statistics of the batch."""
-    return any(isinstance(inner, Norm) and inner.over_batch for _, inner in walk(layer))
+    return any(inner.over_batch for _, inner in walk(layer))
 
 
 def mlp(
@@ -209,7 +208,7 @@ def cnn(
     *,
     inputs: tuple[int, ...] = (32, 32, 3),
     outputs: int = 10,
-    kernel: int = 3,
+    kernel_size: int = 3,
     stride: int = 2,
     padding: str = "SAME",
     head: str = "flatten",
@@ -224,7 +223,7 @@ def cnn(
         channels: Channels of each convolution.
         inputs: (height, width, channels) of the images.
         outputs: Output units C.
-        kernel: Side of the window.
+        kernel_size: Side of the window.
         stride: Step of the window.
         padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
         head: ``"flatten"`` or ``"mean"`` (over positions).
@@ -246,7 +245,7 @@ def cnn(
         raise problem(SpecError, "head", head, "unknown", "use 'flatten' or 'mean'")
     layers: list[Layer] = []
     for width in channels:
-        conv = Conv(width, kernel, stride, padding, weight_var, bias_var)
+        conv = Conv(width, kernel_size, stride, padding, weight_var, bias_var)
         layers += _around(norm, conv, activation)
     return Network(inputs, (*layers, heads[head], Dense(outputs, weight_var, bias_var)))
 

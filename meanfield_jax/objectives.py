@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import eta_max
-from meanfield_jax.theory.propagate import Theory
 from meanfield_jax.variants import has_batch_norm
 
 MARGIN = 1e-3
@@ -145,9 +145,9 @@ def equal_shares() -> Objective:
 
     .. math:: L \sum_l p_l^2 - 1, \quad p_l = f_l / \sum_m f_m
 
-    f_l is what the weights of the l-th of L layers contribute (``Fisher.shares``). 0 where all are
-    equal; 1 / (L - 1) where one layer contributes nothing whatever the numbers (the first, for
-    i.i.d. inputs without limit) and the others are equal. With BatchNorm in training
+    f_l is what the weights of the l-th of L layers contribute (``Fisher.contributions``). 0 where
+    all are equal; 1 / (L - 1) where one layer contributes nothing whatever the numbers (the first,
+    for i.i.d. inputs without limit) and the others are equal. With BatchNorm in training
     (``statistics="batch"``) and many samples only the last layer contributes, and nothing can be
     tuned; in evaluation a rectifier's shares depend on beta / gamma only.
 
@@ -158,7 +158,7 @@ def equal_shares() -> Objective:
 
 
 def _equal_shares(theory: Theory) -> Array:
-    shares, layers = theory.fisher.shares, theory.order_parameters.layers
+    shares, layers = theory.fisher.contributions, theory.order_parameters.layers
     share = shares.weights[np.isin(shares.layers, layers)]
     return len(layers) * jnp.sum((share / share.sum()) ** 2) - 1
 
@@ -193,7 +193,7 @@ def growth(theory: Theory) -> Array:
 
     With BatchNorm s_l^2 = q - q_xy, the variance of a pre-activation over inputs: the gradient is
     taken in the units in which the next BatchNorm sees it, so that a scale gamma that differs from
-    layer to layer, which a BatchNorm behind takes out again, counts for nothing; every layer then
+    layer to layer, which a BatchNorm after it takes out again, counts for nothing; every layer then
     has gamma^2 E[phi'^2] / Var(phi). Without BatchNorm s_l = 1, and it is chi_1.
 
     Args:

@@ -11,10 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
-from meanfield_jax.experiments.compare import ABBREVIATIONS
 from meanfield_jax.experiments.diagram import averaged
+from meanfield_jax.layers.base import abbreviation
+from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import stable_rate
-from meanfield_jax.theory.propagate import Theory
 from meanfield_jax.tune import Tuning
 
 # Okabe & Ito's colours, told apart by colour-blind readers too
@@ -291,7 +291,7 @@ TUNING = (
 
 def _shares(theory: Theory) -> np.ndarray:
     """Of the outlier, by layer of weights."""
-    shares = theory.fisher.shares
+    shares = theory.fisher.contributions
     total = np.asarray(shares.weights + shares.biases + shares.norm)
     return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
 
@@ -318,7 +318,7 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         at = dataset.sel(norm=norm)
         stability.plot(sizes, at.predicted, color=color, lw=1.2)
         measured = (sizes, at.measured.mean("draw"), np.nan_to_num(at.standard_error))
-        label = ABBREVIATIONS.get(norm, norm)
+        label = abbreviation(norm)
         stability.errorbar(*measured, capsize=3, label=label, **(points | dict(ls="")))
         row = at.sel(batch_size=middle)
         rates.plot(dataset.learning_rate, row.loss.mean("seed", skipna=False), **points)

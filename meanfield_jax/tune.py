@@ -14,8 +14,6 @@ from jax import Array
 
 from meanfield_jax.descent import (
     FAR,
-    FIELDS,
-    POSITIVE,
     TOLERANCE,
     Leaf,
     Problem,
@@ -24,12 +22,12 @@ from meanfield_jax.descent import (
     largest,
 )
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers.base import check_positive_int
+from meanfield_jax.layers.base import check_positive_int, tunable_fields
 from meanfield_jax.network import Network
 from meanfield_jax.objectives import Objective
 from meanfield_jax.status import Status
+from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import eta_max
-from meanfield_jax.theory.propagate import Theory
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -75,7 +73,7 @@ class Tuning:
         for layer in ends.layer.values:
             parts = (
                 f"{field} {change(ends[field].sel(layer=layer))}"
-                for field in FIELDS
+                for field in tunable_fields()
                 if field in ends and np.isfinite(ends[field].sel(layer=layer)).all()
             )
             lines.append(f"  {layer}  {', '.join(parts)}")
@@ -176,13 +174,13 @@ def tune(
         tolerance = max(TOLERANCE, math.sqrt(jnp.finfo(before.kernel.dtype).eps))
     state, rows = descend(setting, start, data, tolerance, max_steps, progress)
     tuned = setting.network_at({field: rows[field][-1].tolist() for field in start})
-    present = {leaf.field for leaf in _leaves(network, FIELDS, shared=False)}
+    present = {leaf.field for leaf in _leaves(network, tuple(tunable_fields()), shared=False)}
     return Tuning(
         network=tuned,
         before=before,
         after=setting.theory(tuned, data),
         status=Status(int(state.status)),
-        message=_message(state, tolerance, [name for name in ("beta", *FIELDS) if name in present]),
+        message=_message(state, tolerance, sorted(present)),
         history=_history(leaves, rows, momentum, objective),
     )
 
@@ -197,15 +195,15 @@ def _without_zero_offsets(network: Network, tuned: tuple[Leaf, ...]) -> list[flo
 
 
 def _checked_fields(network: Network, over: str | Sequence[str]) -> tuple[str, ...]:
-    """The fields named, in the order of ``FIELDS``."""
+    """The fields named, in the order of :func:`tunable_fields`."""
     named = (over,) if isinstance(over, str) else tuple(over)
-    present = {leaf.field for leaf in _leaves(network, FIELDS, shared=False)}
+    present = {leaf.field for leaf in _leaves(network, tuple(tunable_fields()), shared=False)}
     for field in named or ("",):
         if field not in present:
             cause = "no layer of this network has such a number"
-            remedy = f"use one or more of {', '.join(name for name in FIELDS if name in present)}"
+            remedy = f"use one or more of {', '.join(sorted(present))}"
             raise problem(SpecError, "over", over, cause, remedy)
-    return tuple(field for field in FIELDS if field in named)
+    return tuple(field for field in tunable_fields() if field in named)
 
 
 def _checked_bounds(
@@ -215,10 +213,10 @@ def _checked_bounds(
         name = f"bounds[{field!r}]"
         if field not in fields:
             raise problem(SpecError, name, ends, "not tuned", f"use one of {', '.join(fields)}")
-        least = 0.0 if field in POSITIVE else -math.inf
+        least = 0.0 if tunable_fields()[field] else -math.inf
         if not (len(ends) == 2 and least <= ends[0] < ends[1] < math.inf and ends[0] > -math.inf):
             cause = "not two finite numbers, the lower one first"
-            cause += " and not negative" * (field in POSITIVE)
+            cause += " and not negative" * tunable_fields()[field]
             raise problem(SpecError, name, ends, cause, "give e.g. (0.05, 5)")
     return {field: (float(low), float(high)) for field, (low, high) in bounds.items()}
 
@@ -241,7 +239,7 @@ def _start(setting: Problem) -> dict[str, np.ndarray]:
     for leaf in setting.leaves:
         value = setting.numbers[leaf.position]
         assert value is not None
-        free = (0.0 if leaf.field in POSITIVE else -math.inf, math.inf)
+        free = (0.0 if tunable_fields()[leaf.field] else -math.inf, math.inf)
         low, high = setting.bounds.get(leaf.field, free)
         if not low < value < high:
             name = f"{leaf.layer}.{leaf.field}"

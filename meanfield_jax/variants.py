@@ -1,6 +1,5 @@
 """The same network with something changed: scales, variances, widths, depth, no norms."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,17 +7,9 @@ from typing import Any
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers import (
-    Activation,
-    Conv,
-    Dense,
-    Layer,
-    Norm,
-    Repeat,
-    Residual,
-    Sequential,
-)
+from meanfield_jax.layers import Layer, Sequential
 from meanfield_jax.layers.base import check_positive_int
+from meanfield_jax.layers.combine import placed
 from meanfield_jax.network import Network, normalizes_over_batch, walk
 
 VANILLA = "vanilla"
@@ -26,7 +17,7 @@ VANILLA = "vanilla"
 
 def has_norm(network: Network) -> bool:
     """Whether any layer normalizes."""
-    return any(isinstance(inner, Norm) for _, inner in walk(network.body))
+    return any(inner.is_norm for _, inner in walk(network.body))
 
 
 def has_batch_norm(network: Network) -> bool:
@@ -43,7 +34,7 @@ def with_norms(network: Network, **changes: Any) -> Network:
     """The network with these fields changed in every norm."""
 
     def change(inner: Layer) -> Layer:
-        return dataclasses.replace(inner, **changes) if isinstance(inner, Norm) else inner
+        return inner.replace(**changes) if inner.is_norm else inner
 
     return _changed(network, change)
 
@@ -51,55 +42,27 @@ def with_norms(network: Network, **changes: Any) -> Network:
 def with_norm(network: Network, norm: Layer | None) -> Network:
     """The network with every norm exchanged for this one; None leaves them out.
 
-    It stands between the weights before and the activation behind, as in the presets; where no
+    It stands between the weights before and the activation after it, as in the presets; where no
     activation follows it takes the old norm's place.
 
     Returns:
         A new specification with the inputs, weights and activations of the old one.
     """
-    if norm is None:
-        return without_norms(network)
-    return Network(network.input_shape, _exchanged(network.body, norm).layers)
-
-
-def _exchanged(inner: Any, norm: Layer) -> Any:
-    if isinstance(inner, Residual):
-        return Residual(_exchanged(inner.branch, norm))
-    if isinstance(inner, Repeat):
-        return Repeat(_exchanged(inner.block, norm), inner.times)
-    if not isinstance(inner, Sequential):
-        return inner
-    layers: list[Layer] = []
-    rest = list(inner.layers)
-    while rest:
-        part = rest.pop(0)
-        if not isinstance(part, Norm):
-            layers.append(_exchanged(part, norm))
-        elif rest and isinstance(rest[0], Activation):
-            weights = layers.pop() if layers and isinstance(layers[-1], (Dense, Conv)) else None
-            layers += norm.around(weights, rest.pop(0))
-        else:
-            layers.append(norm)
-    return Sequential(tuple(layers))
+    return Network(network.input_shape, placed(network.layers, norm))
 
 
 def with_weight_var(network: Network, weight_var: float | Array) -> Network:
     """The network with this variance in every layer of weights."""
 
     def change(inner: Layer) -> Layer:
-        weights = isinstance(inner, (Dense, Conv))
-        return dataclasses.replace(inner, weight_var=weight_var) if weights else inner
+        return inner.replace(weight_var=weight_var) if inner.is_weights else inner
 
     return _changed(network, change)
 
 
 def without_norms(network: Network) -> Network:
     """The network with its norms left out ("vanilla")."""
-
-    def change(inner: Layer) -> Layer | None:
-        return None if isinstance(inner, Norm) else inner
-
-    return _changed(network, change)
+    return with_norm(network, None)
 
 
 def with_width(network: Network, width: int) -> Network:
@@ -107,8 +70,7 @@ def with_width(network: Network, width: int) -> Network:
     *hidden, last = network.layers
 
     def change(inner: Layer) -> Layer:
-        weights = isinstance(inner, (Dense, Conv))
-        return dataclasses.replace(inner, width=width) if weights else inner
+        return inner.replace(width=width) if inner.is_weights else inner
 
     return Network(network.input_shape, (*Sequential(tuple(hidden)).changed(change).layers, last))
 
@@ -124,7 +86,7 @@ def with_depth(network: Network, depth: int) -> Network:
     """
     check_positive_int("depth", depth)
     *hidden, last = network.layers
-    starts = [i for i, inner in enumerate(hidden) if isinstance(inner, (Dense, Conv))]
+    starts = [i for i, inner in enumerate(hidden) if inner.is_weights]
     blocks = [tuple(hidden[a:b]) for a, b in itertools.pairwise([*starts, len(hidden)])]
     if not blocks or starts[0] > 0 or any(block != blocks[0] for block in blocks):
         cause = "the network's hidden blocks are not all alike"
@@ -132,7 +94,7 @@ def with_depth(network: Network, depth: int) -> Network:
     return Network(network.input_shape, (*blocks[0] * depth, last))
 
 
-def _changed(network: Network, change: Callable[[Layer], Layer | None]) -> Network:
+def _changed(network: Network, change: Callable[[Layer], Layer]) -> Network:
     return Network(network.input_shape, network.body.changed(change).layers)
 
 

@@ -53,7 +53,7 @@ shown = {
     "no BatchNorm": mf.analyze(vanilla, data=x),
 }
 for ax, (name, result) in zip(axes, shown.items(), strict=True):
-    tangent = np.asarray(result.kernel.tangent)
+    tangent = np.asarray(result.kernel.tangent.entries)
     scale = np.sqrt(np.diag(tangent))
     image = ax.imshow(tangent / np.outer(scale, scale), cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set(title=name, xticks=[], yticks=[])

@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import meanfield_jax as mf
+from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.experiments import diagram
 from meanfield_jax.plots import draw_sweep
 
@@ -59,7 +60,7 @@ draw_sweep(axes, result)
 # one are expected.
 
 # %%
-diagram.table(result)
+sweep_table(result)
 
 # %% [markdown]
 # ## Interrupted, and resumed

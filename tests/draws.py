@@ -73,7 +73,7 @@ def tangents(
 def _tangent_of(network: mf.Network, statistics: str):
     """The tangent kernel alone; under jit, only what it needs is compiled."""
     options = dict(statistics=statistics)
-    return jax.jit(lambda x: mf.analyze(network, data=x, **options).kernel.tangent)
+    return jax.jit(lambda x: mf.analyze(network, data=x, **options).kernel.tangent.entries)
 
 
 def predicted(network: mf.Network, x: Any, statistics: str = "batch") -> np.ndarray:

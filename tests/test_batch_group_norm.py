@@ -57,7 +57,7 @@ def test_more_groups_than_channels_are_parts_of_a_map(groups):
     expected = 1.3 * z.reshape(24, 8, 4, 3).transpose(0, 2, 3, 1) + 0.2
     assert_close(model(x), expected, "rounding", 5.0, dtype=np.float32)
     assert_close(model.mean[...], 0.01 * mean, "rounding", 1.0, dtype=np.float32)
-    network = mf.cnn([8], inputs=(*shape[:2], 3), kernel=1, stride=1, outputs=2, norm=norm)
+    network = mf.cnn([8], inputs=(*shape[:2], 3), kernel_size=1, stride=1, outputs=2, norm=norm)
     assert mf.build(network, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 3, 3))).shape == (2, 2)
     with pytest.raises(mf.SpecError, match=f"num_groups={groups}: there is no theory of parts"):
         mf.analyze(network, num_samples=16)

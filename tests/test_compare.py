@@ -14,7 +14,8 @@ from rich.console import Console
 
 import meanfield_jax as mf
 from meanfield_jax.cli import main
-from meanfield_jax.experiments.compare import NORMS, norm_of, table
+from meanfield_jax.cli.tables import comparison_table
+from meanfield_jax.experiments.compare import norm_names, norm_of
 from meanfield_jax.variants import with_norm
 
 RESNET = mf.preact_resnet(
@@ -30,7 +31,7 @@ def digits(count: int, split: str = "train"):
     return mf.data.load("digits", split=split, num_samples=count, flatten=True)
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", norm_names())
 def test_a_norm_is_put_where_the_presets_put_it(name):
     norm = norm_of(name, RESNET)
     expected = mf.preact_resnet(
@@ -45,7 +46,7 @@ def test_a_norm_is_put_where_the_presets_put_it(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", norm_names())
 def test_every_norm_has_a_theory_in_a_residual_network(name):
     network = with_norm(BLOCK, norm_of(name, BLOCK))
     largest = jax.jit(
@@ -81,7 +82,7 @@ def test_each_number_is_that_of_the_function_it_comes_from(compared):
     fisher = mf.analyze(network, data=x[:100]).fisher
     expected = float(fisher.lambda_max)
     assert float(at.predicted) == pytest.approx(expected, rel=1e-5)
-    assert bool(at.outlier_limited) == bool(fisher.outlier_limited)
+    assert bool(at.within_domain) == bool(fisher.within_domain)
     assert float(at.eta_max) == pytest.approx(3.8 / expected, rel=1e-5)
     model = mf.build(network, rngs=nnx.Rngs(1))
     found = mf.top_eigenvalues(mf.fisher_operator(model, x[:100]), 1, tol=1e-5)
@@ -135,7 +136,7 @@ def test_the_picture_and_the_table_have_every_norm(compared):
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["own", "LN"]
     assert len(figure.axes) == 4
-    assert table(compared).row_count == 4
+    assert comparison_table(compared).row_count == 4
     assert figure.axes[0].child_axes[0].get_ylabel() == "eta_max"
     figure.draw_without_rendering()
     bottom, top = figure.axes[0].get_ylim()
@@ -146,16 +147,16 @@ def test_the_picture_and_the_table_have_every_norm(compared):
 def test_the_table_fits_eighty_columns(compared):
     wide = compared.assign(measured=123456.7 * compared.measured, predicted=1e5 * compared.ratio)
     console = Console(width=80, file=io.StringIO())
-    console.print(table(wide.assign(outlier_limited=compared.ratio < 0)))
+    console.print(comparison_table(wide.assign(within_domain=compared.ratio < 0)))
     text = console.file.getvalue()
     assert "?" in text
     assert "…" not in text
 
 
 def test_the_table_marks_what_theory_does_not_vouch_for(compared):
-    inside = xr.ones_like(compared.outlier_limited)
+    inside = xr.ones_like(compared.within_domain)
     for marks, domain in ((0, inside), (4, ~inside)):
-        text = table(compared.assign(outlier_limited=domain))
+        text = comparison_table(compared.assign(within_domain=domain))
         predicted = next(
             column for column in text.columns if column.header == "lambda_max\npredicted"
         )
@@ -194,7 +195,7 @@ def test_the_command_compares_all_norms_that_fit(tmp_path, monkeypatch, capsys):
     assert main([*command, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     names = shown["variables"]["norm"]["values"]
-    assert names == [name for name in NORMS if name != "instance"]
+    assert names == [name for name in norm_names() if name != "instance"]
     assert (tmp_path / "meanfield-jax-compare.png").read_bytes().startswith(b"\x89PNG")
     with xr.open_dataset("meanfield-jax-compare.nc") as dataset:
         assert np.isfinite(dataset.best_loss).all()

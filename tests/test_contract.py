@@ -268,7 +268,7 @@ def test_repeat_is_its_block_written_out(name, statistics, x64):
     )
     for one, other in order:
         assert_close(one, other, "rounding", np.abs(other).max())
-    assert len(a.fisher.shares.layers) == len(set(a.fisher.shares.layers))
+    assert len(a.fisher.contributions.layers) == len(set(a.fisher.contributions.layers))
 
 
 def test_a_repeated_flax_block_computes_its_repetitions_one_after_the_other():
@@ -304,7 +304,7 @@ def test_a_sequential_inside_is_its_layers_in_place(x64):
     second = mf.Network((6,), (dense(8), mf.BatchNorm(), RELU, dense(2)))
     assert first.num_parameters == second.num_parameters
     np.testing.assert_array_equal(summary(first), summary(second))
-    paths = mf.analyze(first).fisher.shares.layers
+    paths = mf.analyze(first).fisher.contributions.layers
     assert paths == ("layers/0/layers/0", "layers/0/layers/1/layers/0", "layers/1")
 
 

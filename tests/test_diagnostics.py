@@ -419,36 +419,6 @@ def test_what_does_not_fit_is_named(changes, words):
         mf.diagnostics.gradient_noise(**(given | changes))
 
 
-@pytest.mark.parametrize(("depth", "size"), [(1, 400), (2, 500), (3, 600)])
-def test_moments_of_random_products_are_those_of_fuss_catalan(depth, size):
-    keys = jax.random.split(jax.random.key(depth), 4)
-    product = mf.diagnostics.random_product_singular_values
-    squares = np.array([product(key, depth, size) for key in keys], np.float64)
-    orders = [1, 2, 3]
-    measured = np.array([(squares**order).mean(1) for order in orders])
-    expected = mf.diagnostics.fuss_catalan_moments(depth, orders)
-    error = standard_error(measured.T)
-    assert_close(measured.mean(1), expected, "monte_carlo", standard_error=error, width=size)
-    edge = mf.diagnostics.fuss_catalan_support(depth)
-    assert squares.max() < 1.1 * edge
-    assert squares.max() > 0.9 * edge
-
-
-def test_fuss_catalan_numbers():
-    assert mf.diagnostics.fuss_catalan_moments(2, [0, 1, 2, 3, 4]).tolist() == [1, 1, 3, 12, 55]
-    assert_printed([mf.diagnostics.fuss_catalan_support(d) for d in (1, 2, 5)], "4 6.75 14.93")
-    # the moments grow as the powers of the edge
-    high = mf.diagnostics.fuss_catalan_moments(2, [200, 201])
-    assert high[1] / high[0] == pytest.approx(6.75, rel=0.02)
-    for call in (
-        lambda: mf.diagnostics.fuss_catalan_moments(1, [0.5]),
-        lambda: mf.diagnostics.fuss_catalan_support(0),
-        lambda: mf.diagnostics.random_product_singular_values(jax.random.key(0), 2, 0),
-    ):
-        with pytest.raises(mf.SpecError, match="whole number"):
-            call()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [REPEATED, Own], ids=["repeated", "own"])
 def test_batch_statistics_against_those_of_the_layers_inputs(source):

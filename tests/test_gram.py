@@ -21,11 +21,12 @@ from meanfield_jax.kernel.gaussian import (
     expectations,
     variance_expectations,
 )
-from meanfield_jax.kernel.gram import batch_kernel
+from meanfield_jax.kernel.kernel import batch_inputs, iid_inputs
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.kernel.sphere import on_sphere
-from meanfield_jax.kernel.state import input_kernel
-from meanfield_jax.theory import likelihood, propagate
+from meanfield_jax.theory import likelihood, memory_plan
+from meanfield_jax.theory.compiled import known_numbers, without_widths
+from meanfield_jax.theory.passes import on_data
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -94,7 +95,7 @@ def test_a_batch_of_orthogonal_inputs_is_the_ensemble(statistics, activation):
         for name in ("outlier", "bulk", "outlier_high", "outlier_low"):
             assert_close(getattr(real.fisher, name), getattr(ideal.fisher, name), kind)
         for name in ("weights", "biases", "norm"):
-            a, b = (getattr(theory.fisher.shares, name) for theory in (real, ideal))
+            a, b = (getattr(theory.fisher.contributions, name) for theory in (real, ideal))
             assert_close(a, b, kind, float(ideal.fisher.outlier))
 
 
@@ -102,7 +103,7 @@ def test_a_batch_of_orthogonal_inputs_is_the_ensemble(statistics, activation):
 def test_shares_sum_up_to_the_outlier_and_the_spectrum_to_the_trace():
     network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=mf.BatchNorm())
     fisher = mf.analyze(network, data=correlated(10, 8, 8, 2)).fisher
-    shares = fisher.shares.weights + fisher.shares.biases + fisher.shares.norm
+    shares = fisher.contributions.weights + fisher.contributions.biases + fisher.contributions.norm
     assert_close(shares.sum(), fisher.outlier, "rounding")
     assert_close(3 * fisher.eigenvalues.sum(), fisher.trace, "rounding")
     assert fisher.eigenvalues.shape == (10,)
@@ -113,12 +114,12 @@ def test_shares_sum_up_to_the_outlier_and_the_spectrum_to_the_trace():
 def test_pairs_of_positions_that_do_not_count_change_nothing(norm):
     network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=norm)
     x = jnp.asarray(correlated(6, 8, 8, 2))
-    known = propagate.known_numbers(network)
-    few, all_pairs = (propagate._on_data(known, "batch", x, None, modulus) for modulus in (64, 4))
-    assert_close(few.kernel.tangent, all_pairs.kernel.tangent, "rounding")
+    known = without_widths(known_numbers(network.body))
+    few, all_pairs = (on_data(*known, x, None, 3, "batch", modulus) for modulus in (64, 4))
+    assert_close(few.kernel.tangent.entries, all_pairs.kernel.tangent.entries, "rounding")
 
 
-def test_positions_meet_in_classes_that_convolutions_keep():
+def test_positions_are_kept_in_classes_that_convolutions_keep():
     before = Positions((6, 5), 4)
     assert {tuple(pair) for pair in zip(before.first, before.second, strict=True)} == {
         (p, q)
@@ -129,7 +130,7 @@ def test_positions_meet_in_classes_that_convolutions_keep():
     np.testing.assert_array_equal(before.first[before.equal], np.arange(30))
     np.testing.assert_array_equal(before.first[before.swapped], before.second)
     assert_close(before.weights.sum(), 1.0, "rounding")
-    assert before.behind((3, 3), 2) == Positions((3, 3), 2)
+    assert before.after((3, 3), 2) == Positions((3, 3), 2)
 
 
 # ---- batches of few samples
@@ -140,13 +141,13 @@ RATES = {4: 3.0841, 6: 2.0038, 8: 1.7882, 16: 1.5900, 64: 1.4931}
 @functools.partial(jax.jit, static_argnums=1)
 def growth(kernel, activation: str):
     """By how much one [BatchNorm, activation, Dense] multiplies the tangent, in the long run."""
-    kernel = kernel.replace(tangent=kernel.cov)
+    kernel = kernel.replace(tangent=kernel.covariance)
     block = (mf.BatchNorm(eps=0.0, trainable=False), mf.Activation(activation), mf.Dense(9, 1.0, 0))
     sizes = []
     for _ in range(3):
         for layer in block:
             kernel, _ = layer.rule(kernel)
-        same, other = kernel.tangent if isinstance(kernel.tangent, tuple) else kernel.tangent[0, :2]
+        same, other = kernel.tangent.averages()
         sizes.append(same - other)
     return sizes[-1] / sizes[-2]
 
@@ -158,9 +159,9 @@ def growth(kernel, activation: str):
 def test_gradients_grow_as_published_for_any_batch(num_samples, real):
     # Yang et al. 2019 (arXiv:1902.08129): ReLU as in the table, identity (B - 2)/(B - 3)
     if real:
-        kernel = batch_kernel(jnp.asarray(orthogonal(num_samples)), "batch", 1)
+        kernel = batch_inputs(jnp.asarray(orthogonal(num_samples)), "batch", 1)
     else:
-        kernel = input_kernel((9,), num_samples, "batch", False, jnp.dtype("float64"))
+        kernel = iid_inputs((), 9, num_samples, "batch", False, jnp.dtype("float64"))
     assert abs(float(growth(kernel, "relu")) - RATES[num_samples]) < 6e-5
     exact = (num_samples - 2) / (num_samples - 3)
     assert abs(float(growth(kernel, "identity")) - exact) < 1e-6
@@ -246,13 +247,13 @@ def test_data_that_does_not_fit_is_refused(data, options, words):
 
 
 def test_more_than_memory_is_refused_before_it_is_taken(monkeypatch):
-    monkeypatch.setattr(propagate, "MAX_ENTRIES", 1000)
+    monkeypatch.setattr(memory_plan, "MAX_ENTRIES", 1000)
     with pytest.raises(mf.DataError, match="at most 31 samples"):
         mf.analyze(SMALL_NORM, data=np.ones((50, 5)))
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch):
-    monkeypatch.setattr(propagate, "memory_of", lambda devices: 75 * 8 * 10.0**2)
+    monkeypatch.setattr(memory_plan, "memory_of", lambda devices: 75 * 8 * 10.0**2)
     with pytest.raises(mf.DataError, match="at most 10 samples"):
         mf.analyze(SMALL_NORM, data=correlated(12, 5))
     mf.analyze(SMALL_NORM, data=correlated(10, 5))
@@ -262,12 +263,12 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
 def test_where_memory_is_short_positions_are_sampled(monkeypatch):
     network = mf.cnn([5, 6], inputs=(16, 16, 2), outputs=3, norm=mf.BatchNorm())
     x = correlated(10, 16, 16, 2)
-    known = propagate.known_numbers(network)
+    known = without_widths(known_numbers(network.body))
     exact, *sampled = (
-        float(propagate._on_data(known, "batch", jnp.asarray(x), None, modulus).fisher.outlier)
+        float(on_data(*known, jnp.asarray(x), None, 3, "batch", modulus).fisher.outlier)
         for modulus in (4, 8, 16)
     )
-    monkeypatch.setattr(propagate, "MAX_ENTRIES", 2**16)
+    monkeypatch.setattr(memory_plan, "MAX_ENTRIES", 2**16)
     assert_close(mf.analyze(network, data=x).fisher.outlier, sampled[0], "rounding")
     errors = [abs(value / exact - 1) for value in sampled]
     # noise is the worst case: its windows are alike only where they overlap
@@ -279,11 +280,11 @@ def test_several_strong_directions_are_outside_the_domain():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(60, 20))
     network = mf.mlp([1000], inputs=20, outputs=2, norm=mf.BatchNorm(), weight_var=2.0, bias_var=0)
-    assert mf.analyze(network, data=noise).fisher.outlier_limited
+    assert mf.analyze(network, data=noise).fisher.within_domain
     # a linear network keeps the direction that its inputs vary in
     linear = mf.mlp([1000], inputs=20, outputs=2, activation="identity", norm=mf.BatchNorm())
     twice = noise * np.where(np.arange(20) < 2, 10, 0.1)
-    assert not mf.analyze(linear, data=twice).fisher.outlier_limited
+    assert not mf.analyze(linear, data=twice).fisher.within_domain
 
 
 @pytest.mark.slow
@@ -294,7 +295,7 @@ def test_two_strong_directions_spread_alike_in_a_draw_of_a_narrow_network():
     fisher = mf.analyze(network, data=x).fisher
     # the draw's spread against a mean is not what decides
     assert fisher.outlier_high > 2 * fisher.rest_high
-    assert not fisher.outlier_limited
+    assert not fisher.within_domain
     operator = mf.fisher_operator(mf.build(network, rngs=nnx.Rngs(1)), x)
     assert mf.top_eigenvalues(operator, 1, tol=1e-2).eigenvalues[0] > 2 * fisher.lambda_max
 
@@ -344,7 +345,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(monkeypatch):
 
 def exact_categorical(theory: mf.Theory, p: np.ndarray) -> np.ndarray:
     """Eigenvalues of the whole (n C) x (n C) matrix, descending."""
-    tangent = np.asarray(theory.kernel.tangent)
+    tangent = np.asarray(theory.kernel.tangent.entries)
     num_samples, num_outputs = p.shape
     root = np.sqrt(p)
     # B B^T = diag p - p p^T

@@ -71,7 +71,10 @@ STRUCTURE = {
     "width a fraction": (lambda: mf.Dense(2.5), ("Dense.width=2.5", "not a whole number")),
     "width a bool": (lambda: mf.Dense(True), ("Dense.width=True", "not a whole number")),
     "conv width": (lambda: mf.Conv(-3), ("Conv.width=-3", "not a whole number")),
-    "kernel zero": (lambda: mf.Conv(3, kernel=0), ("Conv.kernel=0", "not a whole number")),
+    "kernel zero": (
+        lambda: mf.Conv(3, kernel_size=0),
+        ("Conv.kernel_size=0", "not a whole number"),
+    ),
     "stride zero": (lambda: mf.Conv(3, stride=0), ("Conv.stride=0", "not a whole number")),
     "repeat zero": (lambda: mf.Repeat(mf.Dense(3), times=0), ("Repeat.times=0", "not a whole")),
     "unknown activation": (
@@ -107,8 +110,8 @@ STRUCTURE = {
         ("layers/0/Conv.stride=3", "larger than the 2x3 map", "at most 2"),
     ),
     "kernel larger than the map": (
-        lambda: mf.Network((2, 3, 1), (mf.Conv(3, kernel=3, padding="VALID"),)),
-        ("layers/0/Conv.kernel=3", "larger than the 2x3 map", "at most 2"),
+        lambda: mf.Network((2, 3, 1), (mf.Conv(3, kernel_size=3, padding="VALID"),)),
+        ("layers/0/Conv.kernel_size=3", "larger than the 2x3 map", "at most 2"),
     ),
     "dense on a map": (
         lambda: mf.Network((4, 4, 2), (mf.Conv(3), mf.Dense(3))),

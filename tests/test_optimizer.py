@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tolerance import assert_close, standard_error
+from tolerance import assert_close
 
 import meanfield_jax as mf
 
@@ -91,106 +91,24 @@ def test_the_measured_rate_is_the_limit_of_stability(network, x):
     assert [stays_bounded(curve) for curve in losses] == [stable for *_, stable in cases]
 
 
-@pytest.mark.parametrize(("per_layer", "too_far"), [(False, 1.1), (True, 2.0)])
-def test_the_predicted_rate_is_stable_and_not_far_from_the_limit(per_layer, too_far, x):
-    """By layer the bulk decides, whose edge theory knows to a factor of 1.3/2 to 2.2/2 only."""
+def test_the_predicted_rate_is_stable_and_not_far_from_the_limit(x):
     apply, params = mf.functional(mf.build(NORMALIZED, rngs=nnx.Rngs(1)))
-    rule = mf.optimizer(NORMALIZED, fraction=0.9, num_samples=NUM_SAMPLES, per_layer=per_layer)
+    rule = mf.optimizer(NORMALIZED, fraction=0.9, num_samples=NUM_SAMPLES)
 
     @jax.jit
     def losses(factor):
-        """With all rates times a factor, as a larger fraction has them."""
+        """With the rate times a factor, as a larger fraction has it."""
         return losses_of_linearized(apply, params, x, optax.chain(rule, optax.scale(factor)))
 
     assert stays_bounded(losses(1.0))
-    assert not stays_bounded(losses(too_far / 0.9))
-
-
-def scaled(apply, roots, params, x):
-    return apply(jax.tree.map(jnp.multiply, params, roots), x)
-
-
-@jax.jit
-def dense(operator):
-    return operator.dual.to_dense()
-
-
-def matrix_by_layer(network, roots, seed):
-    """The dual of D^{1/2} F D^{1/2}, of one draw on its own inputs, (n C, n C).
-
-    D are the rates, whose square roots are given.
-    """
-    x = jax.random.normal(jax.random.key(seed), (NUM_SAMPLES, 30))
-    apply, params = mf.functional(mf.build(network, rngs=nnx.Rngs(seed)))
-    params = jax.tree.map(np.divide, jax.device_get(params), roots)
-    return dense(mf.FisherOperator(jax.tree_util.Partial(scaled, apply, roots), params, x))
+    assert not stays_bounded(losses(1.1 / 0.9))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", [NORMALIZED, VANILLA], ids=["normalized", "vanilla"])
-def test_rates_by_layer_add_up_to_the_eigenvalues(network):
-    """Outliers sum_l eta_l f_l, where the outputs are alike for all samples; bulk likewise."""
-    rule = mf.optimizer(network, num_samples=NUM_SAMPLES, per_layer=True)
-    fisher = mf.analyze(network, num_samples=NUM_SAMPLES).fisher
-    assert fisher.outlier_limited
-    # the layers' rates back from the definition: half of the limit, in equal parts
-    outlier, rest = fisher.outlier_high_shares, 2 * fisher.bulk_high_shares
-    rates = 1 / np.maximum(outlier, rest)
-    rates *= 0.5 * 3.8 / max(rates @ outlier, rates @ rest)
-    shares = fisher.shares.weights + fisher.shares.biases + fisher.shares.norm
-    roots = jax.tree.map(np.sqrt, rates_of(rule, params_of(network)))
-    matrices = np.array([matrix_by_layer(network, roots, seed) for seed in range(12)], np.float64)
-    blocks = matrices.reshape(-1, NUM_SAMPLES, 2, NUM_SAMPLES, 2)
-    outliers = np.einsum("sikjk->s", blocks) / (2 * NUM_SAMPLES)
-    bulk = (np.trace(matrices, axis1=1, axis2=2) / 2 - outliers) / (NUM_SAMPLES - 1)
-    for measured, expected in ((outliers, rates @ shares), (bulk, rates @ fisher.bulk_shares)):
-        error = standard_error(measured)
-        assert_close(measured.mean(), expected, "monte_carlo", standard_error=error, width=WIDTH)
-    top = np.linalg.eigvalsh(matrices)[:, ::-1]
-    if rates @ outlier > rates @ rest:  # the eigenvalues themselves, where the bulk is far away
-        means = top[:, :2].mean(1)
-        error = standard_error(means)
-        assert_close(means.mean(), rates @ shares, "monte_carlo", standard_error=error, width=WIDTH)
-    else:  # the bulk's edge, 1.3 to 2.2 times its estimate, of which the optimizer takes 2
-        assert (top[:, 0] < 2.2 * rates @ fisher.bulk_high_shares).all()
-
-
-@pytest.mark.slow
-def test_every_copy_of_a_block_has_its_own_rate():
-    """Nested repetitions; the same network unrolled has the same rates."""
-    block = mf.Sequential((mf.Dense(20, 1.5, 0.1), mf.Activation("erf")))
-    first, last = (mf.Dense(20), mf.Activation("erf")), mf.Dense(3)
-    scanned = mf.Network((8,), (*first, mf.Repeat(mf.Repeat(block, 3), 2), last))
-    unrolled = mf.Network((8,), (*first, *block.layers * 6, last))
-    options = dict(num_samples=10, per_layer=True)
-    found, expected = (
-        rates_of(mf.optimizer(network, **options), params_of(network))
-        for network in (scanned, unrolled)
-    )
-    kernels = np.stack([expected[f"layers/{index}/kernel"] for index in range(2, 14, 2)])
-    at = found["layers/2/block/block/layers/0/kernel"]
-    assert at.shape == (2, 3, 20, 20)
-    assert_close(at.reshape(6, 20, 20), kernels, "edge", dtype=np.float32)
-    assert_close(found["layers/3/bias"], expected["layers/14/bias"], "edge", dtype=np.float32)
-    assert len(np.unique(kernels)) == 6
-
-
-def test_a_layer_without_share_has_a_finite_rate():
-    """On large batches in training mode outliers see the last layer's weights only."""
-    assert float(mf.analyze(NORMALIZED).fisher.shares.weights[0]) == 0
-    rule = mf.optimizer(NORMALIZED, num_samples=NUM_SAMPLES, per_layer=True)
-    rates = rates_of(rule, params_of(NORMALIZED))
-    assert all(np.isfinite(rate).all() and (rate > 0).all() for rate in rates.values())
-    with pytest.raises(mf.SpecError, match=r"num_samples=None: .*give the batch size, or data"):
-        mf.optimizer(NORMALIZED, per_layer=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_train_functional_and_nnx_optimizer_take_the_same_steps(per_layer, x):
+def test_train_functional_and_nnx_optimizer_take_the_same_steps(x):
     """One full-batch epoch each: mf.train, a loop over params, a loop over the module."""
     y = jax.random.normal(jax.random.key(2), (NUM_SAMPLES, 2))
-    rule = mf.optimizer(NORMALIZED, num_samples=NUM_SAMPLES, per_layer=per_layer)
+    rule = mf.optimizer(NORMALIZED, num_samples=NUM_SAMPLES)
     found = mf.train(NORMALIZED, (x, y), optimizer=rule, epochs=4, batch_size=NUM_SAMPLES, seed=3)
     key, _ = jax.random.split(jax.random.key(3))
     model = mf.build(NORMALIZED, rngs=nnx.Rngs(key))
@@ -269,13 +187,6 @@ def test_any_model_can_be_measured(x):
         (
             lambda x: mf.sweep(VANILLA, (x, jnp.zeros((60, 2))), {}, optimizer=optax.sgd(0.1)),
             ("optimizer=", "give a function of the learning rate"),
-        ),
-        (
-            lambda x: rates_of(
-                mf.optimizer(VANILLA, num_samples=60, per_layer=True),
-                mf.functional(Plain(nnx.Rngs(0)))[1],
-            ),
-            ("parameters='first/bias'", "not of the network"),
         ),
     ],
 )

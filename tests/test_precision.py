@@ -110,17 +110,6 @@ def outputs(network: mf.Network):
     return mf.functional(model)[0], (mf.functional(model)[1], batch(*network.input_shape))
 
 
-def per_layer_rates():
-    network = mlp(mf.BatchNorm())
-    params = mf.functional(mf.build(network, rngs=nnx.Rngs(0)))[1]
-
-    def rates(params):
-        rule = mf.optimizer(network, num_samples=N, per_layer=True)
-        return rule.update(params, rule.init(params), params)[0]
-
-    return rates, (params,)
-
-
 PROGRAMS = {
     "data": lambda: on_data(mlp(mf.BatchNorm(), "tanh")),
     "data, pooled": lambda: on_data(cnn(mf.BatchNorm())),
@@ -137,7 +126,6 @@ PROGRAMS = {
     "density": density,
     "dense outputs": lambda: outputs(mlp(mf.CrossIterationBatchNorm())),
     "conv outputs": lambda: outputs(cnn(mf.ProxyNorm(mf.GroupNorm(num_groups=2)), "flatten")),
-    "rates by layer": per_layer_rates,
 }
 
 
@@ -246,7 +234,7 @@ def test_memory_is_that_of_the_devices():
 def test_more_than_the_device_has_is_refused(monkeypatch):
     small = [Device("gpu", 75 * 4 * 10**2)]
     monkeypatch.setattr(
-        "meanfield_jax.theory.propagate.memory_of", lambda devices: memory_of(small)
+        "meanfield_jax.theory.memory_plan.memory_of", lambda devices: memory_of(small)
     )
     with pytest.raises(mf.DataError, match="at most 10 samples"):
         mf.analyze(mlp(mf.BatchNorm()), data=batch(6))

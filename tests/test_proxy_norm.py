@@ -16,7 +16,7 @@ from oracles import SMOOTH
 from tolerance import assert_close
 
 import meanfield_jax as mf
-from meanfield_jax.kernel.state import Pair, input_kernel
+from meanfield_jax.kernel.kernel import iid_inputs
 from meanfield_jax.layers.proxy_norm import proxy_normalize, proxy_statistics
 from meanfield_jax.variants import with_gamma, with_norms, without_norms
 
@@ -58,12 +58,12 @@ def test_a_gaussian_input_comes_out_with_mean_0_and_variance_1(x64):
 
 def behind(norm: mf.ProxyNorm, correlation: float, upstream: float = 0.0):
     """The kernel behind ProxyNorm of two samples, with this tangent before it."""
-    start = input_kernel((1,), None, "batch", False, jnp.dtype("float64"))
+    start = iid_inputs((), 1, None, "batch", False, jnp.dtype("float64"))
     start = start.replace(
-        cov=Pair(jnp.float64(1.0), jnp.float64(correlation)),
-        tangent=Pair(jnp.float64(upstream), jnp.float64(upstream)),
+        covariance=start.covariance.replaced(jnp.float64(1.0), jnp.float64(correlation)),
+        tangent=start.tangent.full(upstream),
     )
-    return norm.propagate(start, None)[0]
+    return norm.propagate(start)[0]
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_the_same_rule_on_a_batch_and_on_exchangeable_samples(x64):
 @pytest.mark.parametrize("norm", [mf.ProxyNorm(), mf.ProxyNorm(mf.LayerNorm(trainable=False))])
 def test_the_layers_shares_sum_up_to_the_outlier(norm, x64):
     fisher = mf.analyze(mf.mlp([50] * 2, inputs=6, outputs=3, norm=norm)).fisher
-    shares = fisher.shares
+    shares = fisher.contributions
     total = sum(getattr(shares, kind).sum() for kind in ("weights", "biases", "norm"))
     assert_close(total, fisher.tangent_other, "rounding", float(fisher.tangent_same))
     assert "layers/1" in shares.layers
@@ -158,7 +158,7 @@ def test_the_layers_shares_sum_up_to_the_outlier(norm, x64):
 def test_without_parameters_nothing_is_added():
     fixed = mf.ProxyNorm(mf.LayerNorm(trainable=False), trainable=False)
     network = mf.mlp([50], inputs=6, outputs=3, norm=fixed)
-    assert mf.analyze(network).fisher.shares.layers == ("layers/0", "layers/2")
+    assert mf.analyze(network).fisher.contributions.layers == ("layers/0", "layers/2")
     assert network.num_parameters == 6 * 50 + 50 + 50 * 3 + 3
 
 

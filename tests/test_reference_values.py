@@ -39,7 +39,7 @@ def small_conv(gamma: float | None, stride: int, padding: str = "SAME") -> mf.Ne
 
 
 def weights_only(network: mf.Network, statistics: str = "batch") -> float:
-    return float(mf.analyze(network, statistics=statistics).fisher.shares.weights.sum())
+    return float(mf.analyze(network, statistics=statistics).fisher.contributions.weights.sum())
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def _exact(x64):
 
 def test_vanilla_order_parameters_shares_and_learning_rate():
     theory = mf.analyze(fc())
-    order, shares = theory.order_parameters, theory.fisher.shares
+    order, shares = theory.order_parameters, theory.fisher.contributions
     assert_printed(order.q, "2.5 3.000000 3.5 4")
     assert_printed(order.q_xy, ".5 1.561744 2.368391 3.064789")
     assert_printed(shares.weights, "0 263.666494 688.112593 1282.394425")
@@ -106,7 +106,7 @@ def test_batch_norm_outlier_with_biases(gamma, wei2019, frozen, batch):
 
 @pytest.mark.parametrize(("gamma", "printed"), PUBLISHED_SHARES)
 def test_batch_norm_shares_of_the_published_recursion(gamma, printed):
-    shares = mf.analyze(fc(gamma), statistics="wei2019").fisher.shares.weights
+    shares = mf.analyze(fc(gamma), statistics="wei2019").fisher.contributions.weights
     assert_printed(shares[1:], printed)
 
 
@@ -169,7 +169,7 @@ def test_mean_second_moment_trace_and_bulk(num_samples):
     assert_close(fisher.trace, 10 * same, "rounding")
     # one draw: layer l's share times (1 + sqrt(10 l'/1000))^2 with l' layers behind it
     behind = np.sqrt(10 * np.array([3, 2, 1, 0]) / 1000)
-    total = fisher.shares.weights + fisher.shares.biases
+    total = fisher.contributions.weights + fisher.contributions.biases
     assert_close(fisher.outlier_high, total @ (1 + behind) ** 2, "rounding")
     assert_close(fisher.outlier_low, total @ (1 - behind) ** 2, "rounding")
     assert fisher.lambda_max == max(fisher.outlier_high, fisher.bulk)
@@ -222,7 +222,7 @@ def check_recursion(network: mf.Network, recursion: published.Recursion) -> None
         expected = getattr(recursion, symbol)
         actual = getattr(theory.order_parameters, symbol)
         assert_close(actual, expected, "rounding", max(np.abs(expected)))
-    shares = theory.fisher.shares
+    shares = theory.fisher.contributions
     linear = [path in theory.order_parameters.layers for path in shares.layers]
     assert_close(shares.weights[np.array(linear)], recursion.f, "rounding", recursion.lambda_max)
 

@@ -14,9 +14,9 @@ from networks import conv, correlated, dense
 from tolerance import assert_close, standard_error
 
 import meanfield_jax as mf
-from meanfield_jax.kernel.gram import batch_kernel
-from meanfield_jax.kernel.state import input_kernel
-from meanfield_jax.theory import propagate
+from meanfield_jax.kernel.kernel import batch_inputs, iid_inputs
+from meanfield_jax.theory import memory_plan
+from meanfield_jax.theory.compiled import without_widths
 
 RELU = mf.Activation("relu")
 GAMMA = 1.3
@@ -62,7 +62,7 @@ def test_the_scale_of_the_weights_in_front_does_not_matter(data, x64):
         assert_close(a, b, "rounding", 10.0)
     if not data:
         # the gradient with respect to the weights in front is that much shorter
-        weights = one.fisher.shares.weights[0], 9 * other.fisher.shares.weights[0]
+        weights = one.fisher.contributions.weights[0], 9 * other.fisher.contributions.weights[0]
         assert_close(*weights, "rounding", float(one.fisher.outlier))
 
 
@@ -106,27 +106,28 @@ def test_orthogonal_images_are_the_ensemble(name, x64):
         assert_close(matrix, expected, "rounding", 100 * float(pair.same))
 
 
-def kernel_behind(norm: mf.Layer, x: np.ndarray | None = None):
-    """Behind one Conv and the norm, and the injection of the latter."""
+def kernel_after(norm: mf.Layer, x: np.ndarray | None = None):
+    """After one Conv and the norm."""
     network = mf.Network((4, 4, 20), (mf.Conv(20),))
     if x is None:
-        start = input_kernel((4, 4, 20), None, "batch", True, jnp.dtype("float64"))
+        start = iid_inputs((4, 4), 20, None, "batch", True, jnp.dtype("float64"))
     else:
-        start = batch_kernel(jnp.asarray(x), "batch", 1)
-    return norm.rule(network.body.propagate(start, None)[0])[0]
+        start = batch_inputs(jnp.asarray(x), "batch", 1)
+    return norm.rule(network.body.propagate(start)[0])[0]
 
 
 @pytest.mark.parametrize("real", [False, True])
 def test_an_instance_norm_leaves_mean_zero_and_variance_gamma_squared(real, x64):
-    kernel = kernel_behind(
+    kernel = kernel_after(
         mf.InstanceNorm(GAMMA, eps=0.0), correlated(5, 4, 4, 20) if real else None
     )
-    for mean in jax.tree.leaves(kernel.position_means(kernel.cov)):
+    for mean in jax.tree.leaves(kernel.covariance.position_means()):
         assert_close(mean, 0.0, "rounding", 10.0)
-    assert_close(kernel.sample_variance(kernel.cov), GAMMA**2, "rounding", 10.0)
+    variances = kernel.covariance.sample_mean(kernel.covariance.diagonal())
+    assert_close(variances, GAMMA**2, "rounding", 10.0)
     # a length that does not change passes no gradient on
-    tangent = kernel.settled_tangent
-    for mean in kernel.position_means(tangent)[:2]:
+    tangent = kernel.effective_tangent
+    for mean in tangent.position_means()[:2]:
         for entry in jax.tree.leaves(mean):
             size = np.abs(np.asarray(jax.tree.leaves(tangent)[0])).max()
             assert_close(entry, 0.0, "rounding", 10.0 * size)
@@ -138,9 +139,10 @@ def test_many_channels_in_a_group_are_a_layer_norm(x64):
         return mf.analyze(network).kernel
 
     one, other = kernel(mf.GroupNorm(GAMMA, num_groups=1)), kernel(mf.LayerNorm(GAMMA))
-    for field in ("cov", "tangent"):
-        for a, b in zip(getattr(one, field), getattr(other, field), strict=True):
-            assert abs(float(a / b) - 1) < 1e-5
+    for field in ("covariance", "tangent"):
+        a, b = (getattr(kernel, field) for kernel in (one, other))
+        for entry in ("same", "other"):
+            assert abs(float(getattr(a, entry) / getattr(b, entry)) - 1) < 1e-5
 
 
 @pytest.mark.slow
@@ -150,16 +152,17 @@ def test_groups_of_one_channel_are_an_instance_norm(x64):
         return mf.analyze(network, data=correlated(4, 4, 4, 2))
 
     one, other = theory(mf.GroupNorm(GAMMA, num_groups=6)), theory(mf.InstanceNorm(GAMMA))
-    assert_close(one.kernel.tangent, other.kernel.tangent, "rounding", 100.0)
+    assert_close(one.kernel.tangent.entries, other.kernel.tangent.entries, "rounding", 100.0)
 
 
 @pytest.mark.parametrize(("name", "modulus"), [("layer", 32), ("group", 1), ("instance", 1)])
 def test_pairs_of_positions_are_kept_where_they_count(name, modulus, monkeypatch, x64):
     network, x = conv(plain(name), width=6), jnp.asarray(correlated(4, 8, 8, 2))
-    assert propagate._modulus(network, x, "batch") == modulus
+    known = without_widths(network.body)
+    assert memory_plan.modulus_for(*known, x, "batch") == modulus
     # where memory is short an even sample stands for them
-    monkeypatch.setattr(propagate, "MAX_ENTRIES", 16**2 * 4**2 // 2)
-    assert propagate._modulus(network, x, "batch") == max(modulus, 4)
+    monkeypatch.setattr(memory_plan, "MAX_ENTRIES", 16**2 * 4**2 // 2)
+    assert memory_plan.modulus_for(*known, x, "batch") == max(modulus, 4)
 
 
 # ---- deep networks

@@ -105,7 +105,7 @@ def test_few_directions_are_refused(name, double):
         within = mf.analyze(mlp(x.shape[1]), data=x, throw=False)
         assert int(within.status) == mf.Status.FEW_DIRECTIONS
         assert np.isnan(within.fisher.lambda_max)
-        assert not within.fisher.outlier_limited
+        assert not within.fisher.within_domain
     with pytest.raises(RuntimeError, match="analyze: the batch varies in too few directions"):
         within.raise_if_failed()
 
@@ -126,8 +126,8 @@ def test_under_jit_only_the_status_says_so():
 @pytest.mark.parametrize("factor", [10.0, 30.0])
 def test_a_batch_that_one_sample_dominates_is_never_trusted(factor):
     with jax.enable_x64():
-        assert not mf.analyze(mlp(), data=outweighed(factor)).fisher.outlier_limited
-        assert mf.analyze(mlp(), data=X).fisher.outlier_limited
+        assert not mf.analyze(mlp(), data=outweighed(factor)).fisher.within_domain
+        assert mf.analyze(mlp(), data=X).fisher.within_domain
 
 
 def test_without_a_norm_over_the_batch_nothing_is_refused():

@@ -164,7 +164,7 @@ def test_any_optimizer_of_optax_descends(x64):
 def test_equal_shares_are_reached(x64):
     tuned = mf.tune(network(norm=False), objectives.equal_shares(), over="weight_var")
     assert tuned.status == mf.Status.CONVERGED
-    shares = tuned.after.fisher.shares.weights
+    shares = tuned.after.fisher.contributions.weights
     # the weights of the first layer see uncorrelated inputs
     assert float(shares[0]) == 0
     assert np.asarray(shares[1:]) == pytest.approx(float(shares[1]), rel=1e-4)

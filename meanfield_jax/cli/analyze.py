@@ -13,8 +13,8 @@ from rich.table import Table
 
 from meanfield_jax.cli.options import NetworkOptions, chosen
 from meanfield_jax.cli.output import plain
-from meanfield_jax.theory.propagate import Theory
-from meanfield_jax.theory.propagate import analyze as analyze_network
+from meanfield_jax.theory.analyze import Theory
+from meanfield_jax.theory.analyze import analyze as analyze_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,8 @@ class Analyze:
         console.print(repr(network), highlight=False)
         console.print(_order_table(dataset))
         console.print(_fisher_table(theory, dataset))
-        if not dataset.outlier_limited.item():
-            console.print(
-                "The bulk, not the outliers, limits this network: at finite width lambda_max may "
-                "be twice as high, and eta_max half. Widen it, or make it less deep."
-            )
+        if reason := theory.fisher.domain_reason():
+            console.print(f"Outside the theory's domain: {reason}.")
 
 
 def _order_table(dataset: xr.Dataset) -> Table:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import check_folder, plain, write, write_png
-from meanfield_jax.experiments.compare import NORMS, RATES, compare, table
+from meanfield_jax.cli.tables import comparison_table
+from meanfield_jax.experiments.compare import RATES, compare, norm_names
 from meanfield_jax.plots import plot_comparison
 
 WIDTHS = dict(mlp=(100, 100, 100), cnn=(16, 32, 64), resnet=(8, 16, 32))
@@ -29,9 +30,10 @@ class Compare:
     inputs: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: DataOptions(data="digits")
     )
-    norms: tuple[str, ...] = ("all",)
-    """all, or some of none, batch, layer, group, instance (maps only), batch_group,
-    cross_iteration, instance_enhancement, proxy."""
+    norms: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help=f"all that fit, or some of {', '.join(norm_names())}"),
+    ] = ("all",)
     batch_sizes: tuple[int, ...] = (4, 32, 256)
     """Samples of a batch, in training and of the Fisher matrix."""
     learning_rates: tuple[float, ...] = RATES
@@ -63,7 +65,7 @@ class Compare:
             network,
             self.inputs.load(network),
             test=self.inputs.load(network, "test", self.num_test),
-            norms=NORMS if self.norms == ("all",) else self.norms,
+            norms=None if self.norms == ("all",) else self.norms,
             batch_sizes=self.batch_sizes,
             learning_rates=self.learning_rates,
             momentum=self.momentum,
@@ -81,12 +83,11 @@ class Compare:
         if self.json:
             print(json.dumps(plain(dataset), indent=2))
         else:
-            Console().print(table(dataset))
+            Console().print(comparison_table(dataset))
         if left_out := self._left_out(dataset):
             print(f"left out, as they do not fit this network: {left_out}", file=sys.stderr)
         print("wrote", *written, file=sys.stderr)
 
     def _left_out(self, dataset: xr.Dataset) -> str:
-        return ", ".join(
-            name for name in NORMS if self.norms == ("all",) and name not in dataset.norm.values
-        )
+        asked = norm_names() if self.norms == ("all",) else ()
+        return ", ".join(name for name in asked if name not in dataset.norm.values)

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from meanfield_jax.cli.output import check_folder, plain, write_png
-from meanfield_jax.experiments.diagram import table
+from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.plots import plot_sweep
 
@@ -37,7 +37,7 @@ class Plot:
         if self.json:
             print(json.dumps(plain(dataset), indent=2))
         else:
-            Console().print(table(dataset))
+            Console().print(sweep_table(dataset))
         missing = int((dataset.diverged_at == -2).sum())
         note = f"; {missing} of {dataset.diverged_at.size} runs are not done yet" * (missing > 0)
         print(f"wrote {written}{note}", file=sys.stderr)

@@ -13,7 +13,6 @@ from meanfield_jax.cli.analyze import Analyze
 from meanfield_jax.cli.compare import Compare
 from meanfield_jax.cli.phase import Phase
 from meanfield_jax.cli.plot import Plot
-from meanfield_jax.cli.reproduce import Reproduce
 from meanfield_jax.cli.spectrum import Spectrum
 from meanfield_jax.cli.sweep import Sweep
 from meanfield_jax.cli.tune import Tune
@@ -30,7 +29,6 @@ COMMANDS = {
     "sweep": Sweep,
     "plot": Plot,
     "tune": Tune,
-    "reproduce": Reproduce,
 }
 
 

@@ -20,7 +20,7 @@ from meanfield_jax.empirical.fisher import fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.plots import plot_spectrum
-from meanfield_jax.theory.propagate import analyze as analyze_network
+from meanfield_jax.theory.analyze import analyze as analyze_network
 from meanfield_jax.variants import has_batch_norm
 
 

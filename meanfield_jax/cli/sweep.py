@@ -16,8 +16,8 @@ from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import plain
+from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.experiments.diagram import table
 from meanfield_jax.experiments.sweep import AXES, sweep
 
 GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
@@ -90,7 +90,7 @@ class Sweep:
         if self.json:
             print(json.dumps(plain(dataset), indent=2))
         elif "learning_rate" in dataset.dims:
-            Console().print(table(dataset))
+            Console().print(sweep_table(dataset))
         diverged, cells = int((dataset.diverged_at >= 0).sum()), dataset.diverged_at.size
         print(f"{cells} runs, {diverged} diverged; wrote {self.store}", file=sys.stderr)
 

@@ -52,7 +52,7 @@ class Tune:
     value: float | None = None
     """Of target_eta_max: the learning rate [0.1]; of max_eta_max: the least variance of the outputs
     [1]; of sharpness: their variance [1]."""
-    over: tuple[Literal["gamma", "beta", "weight_var", "bias_var"], ...] = ("gamma",)
+    over: tuple[str, ...] = ("gamma",)
     """Which numbers change."""
     shared: bool = False
     """One value for all layers."""

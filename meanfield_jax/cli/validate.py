@@ -12,8 +12,8 @@ from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import ComputationError, check_folder, plain, write, write_png
-from meanfield_jax.experiments.validate import spectrum_table, validate
-from meanfield_jax.experiments.validate import table as validation_table
+from meanfield_jax.cli.tables import spectrum_table, validation_table
+from meanfield_jax.experiments.validate import validate
 from meanfield_jax.plots import plot_validation
 from meanfield_jax.variants import has_norm
 

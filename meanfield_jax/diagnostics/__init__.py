@@ -7,11 +7,6 @@ from meanfield_jax.diagnostics.gradients import (
     gradients,
     input_dependence,
 )
-from meanfield_jax.diagnostics.products import (
-    fuss_catalan_moments,
-    fuss_catalan_support,
-    random_product_singular_values,
-)
 from meanfield_jax.diagnostics.signal import Power, moments, power
 from meanfield_jax.diagnostics.statistics import (
     StatisticsError,
@@ -24,14 +19,11 @@ __all__ = [
     "StatisticsError",
     "activations",
     "batch_statistics_error",
-    "fuss_catalan_moments",
-    "fuss_catalan_support",
     "gradient_noise",
     "gradient_tails",
     "gradients",
     "input_dependence",
     "moments",
     "power",
-    "random_product_singular_values",
     "statistics_error",
 ]

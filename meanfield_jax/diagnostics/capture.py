@@ -95,8 +95,8 @@ def unrolled(values: dict[str, tuple[Array, int]], repeated: list[str]) -> dict[
 
     Args:
         values: By path, the array and the number of such axes.
-        repeated: Paths of the blocks behind which the number goes; where these do not account
-            for all axes, it goes behind the path.
+        repeated: Paths of the blocks after which the number goes; where these do not account
+            for all axes, it goes after the path.
 
     Returns:
         One array for each repetition, all modules of one repetition together.
@@ -114,7 +114,7 @@ def unrolled(values: dict[str, tuple[Array, int]], repeated: list[str]) -> dict[
 
 
 def _numbered(path: str, blocks: list[str], index: tuple[int, ...]) -> str:
-    """The path with the number of the repetition behind each block, the innermost first."""
+    """The path with the number of the repetition after each block, the innermost first."""
     for block, number in reversed(list(zip(blocks, index, strict=True))):
         path = f"{block}[{number}]{path.removeprefix(block)}"
     return path

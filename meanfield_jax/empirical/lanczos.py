@@ -89,7 +89,7 @@ class _Search(NamedTuple):
     step: jax.Array
     status: jax.Array
     starts: jax.Array  # (steps,) 1 at random vectors, 0 at products
-    dropped: jax.Array  # (steps,) remainders that a fresh start left behind
+    dropped: jax.Array  # (steps,) remainders dropped by fresh starts
     fresh: jax.Array  # () whether the next vector is to be random
     pivot: jax.Array  # () of the elimination of (probe - T) along the present chain
     growth: jax.Array  # () log of the factor by which a hidden eigenvector would have grown
@@ -136,7 +136,7 @@ def expand(matvec, krylov, step):
     row, vector = _remove(basis, product)
     projected = krylov.projected.at[step].set(row).at[:, step].set(row)
     beta, scale = jnp.linalg.norm(vector), jnp.max(jnp.abs(projected))
-    # a basis of the whole space leaves nothing but rounding behind
+    # a basis of the whole space leaves nothing but rounding
     exact = (beta <= _FLOOR * jnp.finfo(beta.dtype).eps * scale) | (step + 1 >= basis.shape[1])
     beta = jnp.where(exact & jnp.isfinite(beta), 0, beta)
     vector = jnp.where(beta == 0, 0, vector / jnp.where(beta == 0, 1, beta))
@@ -187,7 +187,7 @@ def _search_step(matvec, op, k, tol, key, state):
     theta, ritz, rows = _top_ritz(krylov.projected, step, capacity)
     asked = jnp.arange(capacity) < k
 
-    # what a chain left behind shrinks by the part that later vectors capture
+    # what a chain dropped shrinks by the part that later vectors capture
     row = krylov.projected[step]
     kept = jnp.sqrt(jnp.maximum(state.dropped**2 - row**2, 0))
     dropped = kept.at[step].set(krylov.beta)

@@ -17,7 +17,7 @@ from meanfield_jax.empirical.model import Functional, Params, build, functional
 from meanfield_jax.errors import DataError, SpecError, check_data, problem
 from meanfield_jax.experiments.train import BLOW_UP
 from meanfield_jax.network import Network
-from meanfield_jax.theory.propagate import analyze
+from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.variants import variants_of
 
 WIDEST = 64.0

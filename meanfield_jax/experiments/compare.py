@@ -1,6 +1,5 @@
 """The normalization layers side by side: stability by theory and measured, and what they learn."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +9,8 @@ import numpy as np
 import xarray as xr
 from flax import nnx
 from jax import Array
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from meanfield_jax.empirical.fisher import fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
@@ -21,97 +18,34 @@ from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import SpecError, check_choice, problem
 from meanfield_jax.experiments.train import Samples, train
 from meanfield_jax.experiments.validate import standard_error
-from meanfield_jax.layers import (
-    BatchGroupNorm,
-    BatchNorm,
-    Conv,
-    CrossIterationBatchNorm,
-    Dense,
-    GroupNorm,
-    InstanceEnhancementBatchNorm,
-    InstanceNorm,
-    Layer,
-    LayerNorm,
-    ProxyNorm,
-)
+from meanfield_jax.layers.base import Layer, norm_layers
 from meanfield_jax.network import Network, normalizes_over_batch, walk
+from meanfield_jax.theory.analyze import analyze, least_samples
 from meanfield_jax.theory.learning_rate import stable_rate
-from meanfield_jax.theory.propagate import analyze, least_samples
 from meanfield_jax.variants import has_norm, with_norm
 
-NORMS = (
-    "none",
-    "batch",
-    "layer",
-    "group",
-    "instance",
-    "batch_group",
-    "cross_iteration",
-    "instance_enhancement",
-    "proxy",
-)
-"""Names of the normalization layers, for :func:`compare`."""
-
-ABBREVIATIONS = dict(
-    batch="BN",
-    layer="LN",
-    group="GN",
-    instance="IN",
-    batch_group="BGN",
-    cross_iteration="CBN",
-    instance_enhancement="IEBN",
-    proxy="LN+PN",
-)
-
-COLUMNS = (
-    "\nbatch",
-    "lambda_max\npredicted",
-    "\nmeasured",
-    "\nratio",
-    "eta_max\npredicted",
-    "\nmeasured",
-    "best\nrate",
-    "train\nloss",
-    "test\nloss",
-    "test\n%",
-)
-"""Of the table, behind the norm."""
-
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-MOST_GROUPS, LEAST_CHANNELS = 8, 4
-"""Groups of the norms that have some, and channels of each."""
-
 TOL = 1e-3
+
+
+def norm_names() -> tuple[str, ...]:
+    """Names of the normalization layers, and ``"none"``."""
+    return ("none", *norm_layers())
 
 
 def norm_of(name: str, network: Network) -> Layer | None:
     """A normalization layer by its name, with groups that divide the network's channels.
 
     Args:
-        name: One of ``NORMS``.
+        name: One of :func:`norm_names`.
         network: Where it is to stand.
 
     Returns:
         The layer with its default numbers; None for ``"none"``.
     """
-    check_choice("norms", name, NORMS)
-    layers = [inner for _, inner in walk(network.body)]
-    *hidden, _ = (inner.width for inner in layers if isinstance(inner, (Dense, Conv)))
-    common = math.gcd(*hidden)
-    most = max(1, min(MOST_GROUPS, min(hidden) // LEAST_CHANNELS))
-    groups = max(count for count in range(1, most + 1) if common % count == 0)
-    norms: dict[str, Layer | None] = dict(
-        none=None,
-        batch=BatchNorm(),
-        layer=LayerNorm(),
-        group=GroupNorm(num_groups=groups),
-        instance=InstanceNorm(),
-        batch_group=BatchGroupNorm(num_groups=groups),
-        cross_iteration=CrossIterationBatchNorm(),
-        instance_enhancement=InstanceEnhancementBatchNorm(),
-        proxy=ProxyNorm(),
-    )
-    return norms[name]
+    check_choice("norms", name, norm_names())
+    *hidden, _ = (inner.width for _, inner in walk(network.body) if inner.is_weights)
+    return None if name == "none" else norm_layers()[name].fitting(hidden)
 
 
 def compare(
@@ -119,7 +53,7 @@ def compare(
     data: Samples,
     *,
     test: Samples,
-    norms: Sequence[str] | Mapping[str, Layer | None] = NORMS,
+    norms: Sequence[str] | Mapping[str, Layer | None] | None = None,
     batch_sizes: Sequence[int] = (4, 32, 256),
     learning_rates: Sequence[float] = RATES,
     momentum: float = 0.9,
@@ -139,8 +73,8 @@ def compare(
         network: The specification, with norms in the places where they are to be exchanged.
         data: Training inputs (n, ...), and labels (n,) or targets (n, C).
         test: Test inputs and labels.
-        norms: Names, or layers by a name of your own (None for no norm); by default all that fit
-            the network: instance norm needs maps of at least four positions.
+        norms: Names, or layers by a name of your own (None for no norm); None: all that fit the
+            network. Instance norm needs maps of at least four positions.
         batch_sizes: Samples of a batch.
         learning_rates: Rates of which each norm's best is taken: that of the smallest training
             loss, so that the test samples have no say.
@@ -155,7 +89,7 @@ def compare(
     Returns:
         A data set over ``norm``, ``batch_size``, ``learning_rate``, ``seed`` and ``draw``:
         ``predicted`` and ``measured`` (lambda_max; NaN where theory needs more samples or
-        Lanczos failed), ``outlier_limited`` (whether the network is in the theory's domain, see
+        Lanczos failed), ``within_domain`` (whether the network is in the theory's domain, see
         :class:`Fisher`), ``standard_error``, ``ratio`` (predicted / measured), ``eta_max``,
         ``eta_max_measured``; ``loss``, ``test_loss``, ``test_accuracy`` after the last epoch (NaN
         where a run diverged); ``best_rate`` and ``best_loss``, ``best_test_loss``,
@@ -220,22 +154,22 @@ def compare(
 
 
 def _variants(
-    network: Network, norms: Sequence[str] | Mapping[str, Layer | None]
+    network: Network, norms: Sequence[str] | Mapping[str, Layer | None] | None
 ) -> dict[str, Network]:
-    """The network with each norm, by name; of all of ``NORMS`` those that fit."""
+    """The network with each norm, by name; of all that there are those that fit."""
     if not has_norm(network):
         cause, remedy = "it has no norm to exchange", "put BatchNorm where norms are to stand"
         raise problem(SpecError, "network", network.layers[-1], cause, remedy)
-    if not norms:
-        raise problem(SpecError, "norms", norms, "empty", f"use {', '.join(NORMS)}")
+    if norms is not None and not norms:
+        raise problem(SpecError, "norms", norms, "empty", f"use {', '.join(norm_names())}")
     if isinstance(norms, Mapping):
         return {name: with_norm(network, norm) for name, norm in norms.items()}
     variants = {}
-    for name in norms:
+    for name in norms or norm_names():
         try:
             variants[name] = with_norm(network, norm_of(name, network))
         except SpecError:
-            if tuple(norms) != NORMS:
+            if norms is not None:
                 raise
     return variants
 
@@ -245,11 +179,11 @@ def _stability(network: Network, x: Array, draws: int) -> dict[str, Any]:
     predicted, inside = np.nan, False
     if len(x) >= least_samples(network.body):
         fisher = analyze(network, data=x, throw=False).fisher
-        predicted, inside = float(fisher.lambda_max), bool(fisher.outlier_limited)
+        predicted, inside = float(fisher.lambda_max), bool(fisher.within_domain)
     measured = np.full(draws, np.nan)
     if len(x) > 1 or not normalizes_over_batch(network.body):
         measured = np.array([_largest(network, x, seed) for seed in range(draws)])
-    found = dict(predicted=((), predicted), outlier_limited=((), inside))
+    found = dict(predicted=((), predicted), within_domain=((), inside))
     return dict(**found, measured=(("draw",), measured))
 
 
@@ -276,40 +210,3 @@ def _summarized(found: xr.Dataset, momentum: float) -> xr.Dataset:
         eta_max_measured=(mean.dims, stable_rate(mean.values, momentum)),
         best_rate=best.where(learns),
     )
-
-
-def table(dataset: xr.Dataset) -> Table:
-    """The result of :func:`compare` as a table for the terminal, 80 columns wide."""
-    outside = bool((dataset.predicted.notnull() & ~dataset.outlier_limited).any())
-    title = f"{dataset.epochs} epochs of {dataset.num_samples} samples, each at its best rate"
-    caption = "? outside the theory's domain: the bulk may exceed it" if outside else None
-    result = Table(
-        title=title,
-        caption=caption,
-        box=SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        pad_edge=False,
-    )
-    result.add_column("\nnorm", no_wrap=True)
-    for name in COLUMNS:
-        result.add_column(name, justify="right", no_wrap=True)
-    for norm in dataset.norm.values:
-        for size in dataset.batch_size.values:
-            at = dataset.sel(norm=norm, batch_size=size)
-            mark = "" if at.outlier_limited or np.isnan(at.predicted) else "?"
-            numbers = (
-                f"{float(at.predicted):.4g}{mark}",
-                f"{float(at.measured.mean()):.4g}",
-                f"{float(at.ratio):.2f}",
-                f"{float(at.eta_max):.2g}",
-                f"{float(at.eta_max_measured):.2g}",
-                f"{float(at.best_rate):.2g}",
-                f"{float(at.best_loss):.3f}",
-                f"{float(at.best_test_loss):.3f}",
-                f"{100 * float(at.best_test_accuracy):.1f}",
-            )
-            first = size == dataset.batch_size.values[0]
-            result.add_row(ABBREVIATIONS.get(norm, norm) if first else "", str(size), *numbers)
-        result.add_section()
-    return result

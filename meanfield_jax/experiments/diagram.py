@@ -2,11 +2,8 @@
 
 import numpy as np
 import xarray as xr
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from meanfield_jax.errors import DataError, problem
-from meanfield_jax.kernel.state import STATISTICS
 
 
 def averaged(dataset: xr.Dataset, value: str | None = None) -> xr.DataArray:
@@ -73,27 +70,5 @@ def best_rate(dataset: xr.Dataset, value: str | None = None) -> xr.DataArray:
     return signed.idxmin("learning_rate")
 
 
-def table(dataset: xr.Dataset) -> Table:
-    """Measured boundary over the predicted ones, and the best rate, for each network."""
-    measured, best = boundary(dataset), best_rate(dataset)
-    result = Table(title="Largest stable learning rate", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in (*measured.dims, "measured", *(f"/ {name}" for name in STATISTICS), "best rate"):
-        result.add_column(str(name), justify="right", no_wrap=True)
-    result.add_column("/ batch", justify="right", no_wrap=True)
-    for index in np.ndindex(*measured.shape):
-        at = dict(zip(measured.dims, index, strict=True))
-        rate = float(measured.isel(at))
-        predicted = [float(_at(dataset[f"eta_max_{name}"], at)) for name in STATISTICS]
-        labels = [f"{measured[name].values[i]:g}" for name, i in at.items()]
-        top = float(best.isel(at))
-        ratios = [f"{rate / value:.2f}" for value in predicted]
-        result.add_row(*labels, f"{rate:.4g}", *ratios, f"{top:.4g}", f"{top / predicted[0]:.2f}")
-    return result
-
-
 def _seeds(array: xr.DataArray) -> list[str]:
     return [name for name in ("seed",) if name in array.dims]
-
-
-def _at(array: xr.DataArray, at: dict) -> xr.DataArray:
-    return array.isel({name: index for name, index in at.items() if name in array.dims})

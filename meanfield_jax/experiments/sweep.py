@@ -35,12 +35,12 @@ from meanfield_jax.experiments.train import (
     recipe_of,
     run_cells,
 )
-from meanfield_jax.kernel.state import STATISTICS
+from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.memory import memory_of
-from meanfield_jax.network import Network
+from meanfield_jax.network import Network, walk
+from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import stable_rate
-from meanfield_jax.theory.propagate import analyze
 from meanfield_jax.variants import with_depth, with_gamma, with_weight_var, with_width
 
 AXES = {
@@ -376,14 +376,15 @@ def bytes_of_cell(recipe: Recipe) -> int:
     """Memory of one run, roughly and from above.
 
     Six copies of the parameters (draw, gradient, momentum, old and new), and four of what a batch
-    leaves behind in each layer, windows of convolutions included.
+    keeps of each layer, windows of convolutions included.
 
     Returns:
         Bytes, four for each number (float32).
     """
     network = recipe.network
     signals = network.body.signals(Signal(network.input_shape))
-    windows = [getattr(layer, "kernel", 1) ** 2 for layer in network.layers] + [1]
+    sides = (max(inner.kernel_size for _, inner in walk(layer)) for layer in network.layers)
+    windows = [side**2 for side in sides] + [1]
     numbers = sum(
         math.prod(signal.shape) * window for signal, window in zip(signals, windows, strict=True)
     )

@@ -9,20 +9,18 @@ import numpy as np
 import xarray as xr
 from flax import nnx
 from jax import Array
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, check_choice, check_data, problem
-from meanfield_jax.kernel.state import PUBLISHED, STATISTICS
+from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.network import Network
+from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import stable_rate
-from meanfield_jax.theory.propagate import analyze
 from meanfield_jax.variants import has_batch_norm, variants_of, with_gamma
 
 Mode = Literal["batch", "frozen"]
@@ -247,26 +245,6 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
     return dataset if curve is None else dataset.assign(curve=curve)
 
 
-def spectrum_table(dataset: xr.Dataset) -> Table:
-    """The spectra of :func:`validate` as a table: predicted / measured, theory of these inputs."""
-    result = Table(title=f"F on these inputs, n = {dataset.num_samples}", box=SIMPLE_HEAD)
-    for name in ("network", "mode"):
-        result.add_column(name, no_wrap=True)
-    for name in ("eigenvalue", "predicted", "measured", "+-", "ratio"):
-        result.add_column(name, justify="right", no_wrap=True)
-    for label, mode in modes_measured(dataset):
-        at = dataset.sel(network=label, mode=mode)
-        mean = at.spectrum_measured.mean("draw")
-        for rank in dataset.eigenvalue.values:
-            one = at.sel(eigenvalue=rank)
-            numbers = (one.spectrum_predicted, mean.sel(eigenvalue=rank), one.spectrum_error)
-            shown = (f"{float(value):.4g}" for value in numbers)
-            result.add_row(label, mode, str(rank), *shown, f"{float(one.spectrum_ratio):.3f}")
-        trace = (f"{float(value):.4g}" for value in (at.trace_predicted, at.trace_measured.mean()))
-        result.add_row(label, mode, "trace", *trace, "", f"{float(at.trace_ratio):.3f}")
-    return result
-
-
 def modes_measured(dataset: xr.Dataset) -> list[tuple[str, Mode]]:
     """Label and mode of every row; one mode where the network has no BatchNorm."""
     return [
@@ -276,41 +254,3 @@ def modes_measured(dataset: xr.Dataset) -> list[tuple[str, Mode]]:
         if mode == MODES[0]
         or not np.array_equal(*dataset.measured.sel(network=label).values, equal_nan=True)
     ]
-
-
-def table(dataset: xr.Dataset) -> Table:
-    """The result of :func:`validate` as a table for the terminal, 80 columns wide.
-
-    "ratio" is predicted / measured; "paper" the prediction of ``"wei2019"``, "top" the largest.
-
-    Returns:
-        A Rich table: one row for each network in training mode, and one in evaluation mode where
-        the measurement differs there.
-    """
-    title = f"C outliers of the Fisher matrix, n = {dataset.num_samples}, mean and its error"
-    result = Table(
-        title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
-    )
-    for name in ("gamma", "mode"):
-        result.add_column(name, no_wrap=True)
-    columns = ("predicted", "measured", "+-", "ratio", "paper", "ratio", "top", "eta_max")
-    for name in columns:
-        result.add_column(name, justify="right", no_wrap=True)
-    shown = dict(zip(MODES, ("train", "eval"), strict=True))
-    rows = modes_measured(dataset)
-    for label, mode in rows:
-        at = dataset.sel(network=label, mode=mode)
-        own, published = at.sel(statistics=mode), at.sel(statistics=PUBLISHED)
-        numbers = (
-            f"{float(own.predicted):.5g}",
-            f"{float(at.measured_mean):.5g}",
-            f"{float(at.standard_error):.2g}",
-            f"{float(own.predicted / at.measured_mean):.2f}",
-            f"{float(published.predicted):.4g}",
-            f"{float(published.predicted / at.measured_mean):.2f}",
-            f"{float(at.largest):.4g}",
-            f"{float(own.eta_max):.2g}",
-        )
-        name = shown[mode] if (label, MODES[1]) in rows else ""
-        result.add_row(label.removeprefix("gamma="), name, *numbers)
-    return result

@@ -1,4 +1,4 @@
-"""Which pairs of positions of a map meet, and where each of them is stored."""
+"""Which pairs of positions of a map are kept, and where each of them is stored."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class Positions:
 
     @functools.cached_property
     def classes(self) -> list[np.ndarray]:
-        """The positions of each class; those of one class meet."""
+        """The positions of each class; pairs are within a class."""
         height, width = self.shape
         numbers = np.arange(self.size).reshape(self.shape)
         step = self.modulus
@@ -100,8 +100,8 @@ class Positions:
         table[self.first, self.second] = np.arange(len(self.first), dtype=np.int32)
         return table
 
-    def behind(self, shape: tuple[int, ...], stride: int) -> "Positions":
-        """The pairs behind a convolution."""
+    def after(self, shape: tuple[int, ...], stride: int) -> "Positions":
+        """The pairs after a convolution."""
         return Positions(shape, max(1, self.modulus // stride))
 
 

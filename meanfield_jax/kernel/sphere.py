@@ -9,12 +9,13 @@ the expected one. Averages of f(z) / |z|^2 are mixtures of Gaussian ones:
 and likewise with a further 1 / |z|^2 and a further s.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from meanfield_jax.kernel.state import Spread
 from meanfield_jax.precise import matmul
 
 RANK = 16
@@ -22,8 +23,25 @@ RANK = 16
 
 ITERATIONS = 8
 
+LEAST_VALUES = 4
+"""Values that a variance must be over: the inverse variance of fewer has no expectation."""
 
-def on_sphere(covariance: Array) -> Spread:
+
+class SphereAverages(NamedTuple):
+    """Averages over a Gaussian vector z divided by its own length; arrays or matrices.
+
+    Attributes:
+        first: E[z_hat z_hat^T], n E[z z^T / |z|^2].
+        factor: The expected inverse variance over the inverse of the expected variance.
+        second: E[z z^T / |z|^4] in units that make it ``first`` where variances do not fluctuate.
+    """
+
+    first: Any
+    factor: Array
+    second: Any
+
+
+def on_sphere(covariance: Array) -> SphereAverages:
     """E[z z^T / |z|^2], E[1 / |z|^2], E[z z^T / |z|^4] in units of C, of 1 / trace C, of both.
 
     Args:
@@ -71,7 +89,9 @@ def on_sphere(covariance: Array) -> Spread:
 
     factor = density.sum(-2)
     second = jnp.sum(s * density * shrinkage, -2) / factor
-    return Spread(changed(jnp.sum(density * shrinkage, -2)), factor[..., None], changed(second))
+    return SphereAverages(
+        changed(jnp.sum(density * shrinkage, -2)), factor[..., None], changed(second)
+    )
 
 
 def _dominant(matrix: Array) -> tuple[Array, Array]:

@@ -29,7 +29,7 @@ MIDDLE = 0.25
 NUM_CORRELATIONS = 1 + 2 * HALVINGS
 
 NUM_TERMS = 512
-"""Terms of Mehler's series behind the table, and nodes of their coefficients."""
+"""Terms of Mehler's series for the table, and nodes of their coefficients."""
 
 
 def is_smooth(phi: Nonlinearity) -> bool:

@@ -34,7 +34,7 @@ def windows(x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: 
 
 
 def pad_width(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
-    """What is added before and behind an axis of this size."""
+    """What is added before and after an axis of this size."""
     if padding == "VALID":
         return 0, 0
     if padding == "CIRCULAR":

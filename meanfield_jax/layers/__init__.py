@@ -1,39 +1,25 @@
 """One file a layer family: the specification, its covariance/tangent rule, its Flax module."""
 
-from meanfield_jax.layers.activation import Activation
-from meanfield_jax.layers.base import LAYERS, Layer
-from meanfield_jax.layers.batch_group_norm import BatchGroupNorm
-from meanfield_jax.layers.batch_norm import BatchNorm
-from meanfield_jax.layers.combine import Repeat, Residual, Sequential
-from meanfield_jax.layers.conv import Conv
-from meanfield_jax.layers.cross_iteration import CrossIterationBatchNorm
-from meanfield_jax.layers.dense import Dense
-from meanfield_jax.layers.group_norm import GroupNorm
-from meanfield_jax.layers.head import Flatten, GlobalMeanPool
-from meanfield_jax.layers.instance_enhancement import InstanceEnhancementBatchNorm
-from meanfield_jax.layers.instance_norm import InstanceNorm
-from meanfield_jax.layers.layer_norm import LayerNorm
-from meanfield_jax.layers.norm import Norm
-from meanfield_jax.layers.proxy_norm import ProxyNorm
+from meanfield_jax.layers.activation import Activation as Activation
+from meanfield_jax.layers.base import LAYERS as LAYERS
+from meanfield_jax.layers.base import Layer as Layer
+from meanfield_jax.layers.batch_group_norm import BatchGroupNorm as BatchGroupNorm
+from meanfield_jax.layers.batch_norm import BatchNorm as BatchNorm
+from meanfield_jax.layers.combine import Repeat as Repeat
+from meanfield_jax.layers.combine import Residual as Residual
+from meanfield_jax.layers.combine import Sequential as Sequential
+from meanfield_jax.layers.conv import Conv as Conv
+from meanfield_jax.layers.cross_iteration import CrossIterationBatchNorm as CrossIterationBatchNorm
+from meanfield_jax.layers.dense import Dense as Dense
+from meanfield_jax.layers.group_norm import GroupNorm as GroupNorm
+from meanfield_jax.layers.head import Flatten as Flatten
+from meanfield_jax.layers.head import GlobalMeanPool as GlobalMeanPool
+from meanfield_jax.layers.instance_enhancement import (
+    InstanceEnhancementBatchNorm as InstanceEnhancementBatchNorm,
+)
+from meanfield_jax.layers.instance_norm import InstanceNorm as InstanceNorm
+from meanfield_jax.layers.layer_norm import LayerNorm as LayerNorm
+from meanfield_jax.layers.norm import Norm as Norm
+from meanfield_jax.layers.proxy_norm import ProxyNorm as ProxyNorm
 
-__all__ = [
-    "LAYERS",
-    "Activation",
-    "BatchGroupNorm",
-    "BatchNorm",
-    "Conv",
-    "CrossIterationBatchNorm",
-    "Dense",
-    "Flatten",
-    "GlobalMeanPool",
-    "GroupNorm",
-    "InstanceEnhancementBatchNorm",
-    "InstanceNorm",
-    "Layer",
-    "LayerNorm",
-    "Norm",
-    "ProxyNorm",
-    "Repeat",
-    "Residual",
-    "Sequential",
-]
+__all__ = ["Layer", *LAYERS]  # pyright: ignore[reportUnsupportedDunderAll]

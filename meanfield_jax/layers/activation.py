@@ -14,7 +14,7 @@ class Activation(Layer):
     """h = phi(z), elementwise.
 
     Rule: K <- E[phi phi];  T <- T E[phi' phi'], plus E[phi' phi' z_hat z_hat] for the scale of a
-    BatchNorm just before. Needs Gaussian pre-activations.
+    norm just before. Needs Gaussian pre-activations.
 
     Attributes:
         function: A name (relu, leaky_relu, tanh, erf, gelu, silu, identity), any elementwise

@@ -1,6 +1,7 @@
 """BatchGroupNorm: normalization over the batch and over groups of channels."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.base import (
     Injection,
     Kernel,
+    Layer,
     Shape,
     Signal,
     check_positive_int,
@@ -18,7 +20,7 @@ from meanfield_jax.layers.base import (
     static,
 )
 from meanfield_jax.layers.batch_norm import BatchNormModule, batch_rule
-from meanfield_jax.layers.norm import Norm, check_groups
+from meanfield_jax.layers.norm import Norm, check_groups, fitting_groups
 
 
 @layer
@@ -48,12 +50,18 @@ class BatchGroupNorm(Norm):
         m = 8, .995 +- .012 with one group (tests/test_batch_group_norm.py).
     """
 
+    norm_name: ClassVar[str | None] = "batch_group"
+    abbreviation: ClassVar[str] = "BGN"
     over_batch: ClassVar[bool] = True
 
     num_groups: int = static(32)
 
     def __post_init__(self):
         check_positive_int("BatchGroupNorm.num_groups", self.num_groups)
+
+    @classmethod
+    def fitting(cls, widths: Sequence[int]) -> Layer:
+        return cls(num_groups=fitting_groups(widths))
 
     def output(self, signal: Signal) -> Signal:
         *positions, channels = signal.shape
@@ -62,16 +70,18 @@ class BatchGroupNorm(Norm):
             check_groups("BatchGroupNorm", self.num_groups, channels)
         return signal
 
-    def meets_positions(self, vary: bool) -> bool:
+    def couples_positions(self, vary: bool) -> bool:
         return vary
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
-        if self.num_groups > kernel.channels:
-            cause = f"there is no theory of parts of {kernel.channels} channels"
-            remedy = f"use at most {kernel.channels} groups"
+        fraction = self.num_groups / kernel.channels
+        return batch_rule(self, kernel, over_positions=True, fraction=fraction)
+
+    def check_theory(self, shape: Shape) -> None:
+        if self.num_groups > shape[-1]:
+            cause = f"there is no theory of parts of {shape[-1]} channels"
+            remedy = f"use at most {shape[-1]} groups"
             raise problem(SpecError, "BatchGroupNorm.num_groups", self.num_groups, cause, remedy)
-        share = self.num_groups / kernel.channels
-        return batch_rule(self, kernel, over_positions=True, share=share)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return BatchGroupNormModule(self, shape, (self.num_groups,))

@@ -8,8 +8,9 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.state import PUBLISHED, Spread
-from meanfield_jax.layers.base import Injection, Kernel, Shape, layer, static
+from meanfield_jax.kernel.kernel import PUBLISHED, Projection
+from meanfield_jax.kernel.sphere import SphereAverages
+from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer, static
 from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
 
 
@@ -45,6 +46,8 @@ class BatchNorm(Norm):
         lambda_max at n = 300, 0.03 % at n = 1000 (FC 784-1000x3-10).
     """
 
+    norm_name: ClassVar[str | None] = "batch"
+    abbreviation: ClassVar[str] = "BN"
     over_batch: ClassVar[bool] = True
 
     axes: str = static("channel")
@@ -55,7 +58,7 @@ class BatchNorm(Norm):
                 SpecError, "BatchNorm.axes", self.axes, "unknown", "use 'channel' or 'position'"
             )
 
-    def meets_positions(self, vary: bool) -> bool:
+    def couples_positions(self, vary: bool) -> bool:
         return vary and self.axes == "channel"
 
     def parameter_shape(self, shape: Shape) -> Shape:
@@ -69,7 +72,7 @@ class BatchNorm(Norm):
 
 
 def batch_rule(
-    norm: Norm, kernel: Kernel, over_positions: bool, share: float = 1.0
+    norm: Norm, kernel: Kernel, over_positions: bool, fraction: Array | float | None = None
 ) -> tuple[Kernel, Injection | None]:
     """The rule of statistics over the batch.
 
@@ -77,43 +80,75 @@ def batch_rule(
         norm: With its scale and offset.
         kernel: Before it.
         over_positions: Whether statistics are over positions, too.
-        share: 1/m where they are over m channels, too: what channels share of their mean, and of
-            all that its and the variance's dependence on the values changes.
+        fraction: 1/m where they are over m channels, too: what channels have in common of their
+            mean, and of all that its and the variance's dependence on the values changes; None for
+            one.
 
     Returns:
         As :meth:`Layer.rule`.
     """
-    centred = _mixed(kernel.cov, kernel.center(kernel.fluctuation, over_positions), share)
-    var = kernel.batch_variance(centred, over_positions)
-    kernel = kernel.centred_status(var, norm.eps)
-    gain = norm.gain(kernel, var)
-    correlation = jax.tree.map(lambda entry: gain * entry, centred)
-    tangent = kernel.settled_tangent
-    if kernel.statistics == PUBLISHED:
-        gain, spread = norm.gain(kernel, kernel.batch_variance(kernel.cov, over_positions)), None
-    else:
-        fixed = Spread(correlation, jnp.ones_like(gain), correlation)
-        spread = _mixed(fixed, kernel.spread(correlation, over_positions), share)
-        correlation, gain = spread.first, gain * spread.factor
-        kernel = kernel.scattering(spread.factor, var, norm.eps)
+    covariance, tangent = kernel.covariance, kernel.effective_tangent
+    # centre
+    centred = _mixed(covariance, kernel.centred(over_positions), fraction)
     if kernel.statistics == "batch":
-        moved = kernel.center(kernel.tangent_fluctuation, over_positions)
-        tangent = _mixed(tangent, moved, share)
-    tangent = jax.tree.map(lambda entry: gain * entry, tangent)
-    behind, own = norm.affine(kernel, correlation, tangent, kernel.shared(over_positions))
-    if spread is None:
-        return behind, own
-    behind = behind.normalized(spread, over_positions)
-    if share != 1 and behind.projection is not None:
-        behind = behind.replace(projection=behind.projection.scaled(share))
-    return behind, own
+        tangent = _mixed(tangent, kernel.centred_tangent(over_positions), fraction)
+    # divide by the deviation
+    var = centred.batch_mean(centred.diagonal(), over_positions)
+    kernel = kernel.with_variance(var, norm.eps)
+    gain = norm.gain(centred, var)
+    correlation, projection = centred * gain, None
+    if kernel.statistics == PUBLISHED:
+        published = covariance.batch_mean(covariance.diagonal(), over_positions)
+        gain = norm.gain(centred, published)
+    else:
+        # which is each unit's own: the chi-square correction
+        expected = SphereAverages(correlation, jnp.ones_like(gain), correlation)
+        sphere = correlation.on_sphere(over_positions)
+        sphere = SphereAverages(
+            *(_mixed(a, b, fraction) for a, b in zip(expected, sphere, strict=True))
+        )
+        correlation, gain = sphere.first, gain * sphere.factor
+        kernel = kernel.with_fluctuation(sphere.factor, var, norm.eps)
+        if kernel.statistics == "batch":
+            projection = sphere
+    # scale and shift
+    alike = correlation.alike(over_positions)
+    after, own = norm.affine(kernel, correlation, tangent * gain, alike)
+    if projection is None or not correlation.has_products(over_positions):
+        return after, own
+    removed = variance_projection(projection, after.tangent, over_positions)
+    if fraction is not None:
+        removed = removed.scaled(fraction)
+    return after.replace(projection=removed), own
 
 
-def _mixed(without: Any, full: Any, share: float) -> Any:
-    """The part ``share`` of the way from one to the other."""
-    if share == 1:
-        return full
-    return jax.tree.map(lambda a, b: a + share * (b - a), without, full)
+def variance_projection(
+    sphere: SphereAverages, tangent: Matrix, over_positions: bool
+) -> Projection:
+    """What the variance's dependence on the parameters takes off a tangent.
+
+    Departure: left out, of order 1/n, for i.i.d. samples where pairs of distinct positions count.
+
+    Args:
+        sphere: Averages over what was normalized.
+        tangent: Of gamma z_hat, the deviation held constant.
+        over_positions: Whether the variance is over positions, too.
+
+    Returns:
+        The projection.
+    """
+    return Projection(
+        correlation=sphere.second,
+        cross=sphere.second.product(tangent, over_positions),
+        own=(sphere.second * tangent).means(over_positions)[0],
+        weight=(sphere.first * tangent).means(over_positions)[1],
+        factor=None,
+    )
+
+
+def _mixed(without: Any, full: Any, fraction: Array | float | None) -> Any:
+    """The fraction of the way from one to the other."""
+    return full if fraction is None else without + (full - without) * fraction
 
 
 class BatchNormModule(nnx.Module):

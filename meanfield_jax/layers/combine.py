@@ -9,9 +9,11 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.layers.activation import Activation
 from meanfield_jax.layers.base import (
     Kernel,
     Layer,
+    M,
     Record,
     Rows,
     Shape,
@@ -19,10 +21,8 @@ from meanfield_jax.layers.base import (
     check_positive_int,
     layer,
     static,
+    total,
 )
-from meanfield_jax.layers.conv import Conv
-from meanfield_jax.layers.dense import Dense
-from meanfield_jax.layers.norm import Norm
 
 
 @layer
@@ -34,6 +34,11 @@ class Sequential(Layer):
     """
 
     layers: tuple[Layer, ...] = ()
+
+    @property
+    def ends_in_weights(self) -> bool:
+        last = next((inner for inner in reversed(self.layers) if not inner.is_norm), self)
+        return last is not self and last.ends_in_weights
 
     def output(self, signal: Signal) -> Signal:
         return self.signals(signal)[-1]
@@ -49,10 +54,16 @@ class Sequential(Layer):
         shapes = self._shapes(shape)
         return sum(la.num_parameters(s) for la, s in zip(self.layers, shapes, strict=True))
 
-    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
+    def check_theory(self, shape: Shape) -> None:
+        for inner, before in zip(self.layers, self._shapes(shape), strict=True):
+            inner.check_theory(before)
+
+    def propagate(self, kernel: Kernel[M], perturbations: Any = None) -> tuple[Kernel[M], Any]:
         records = []
-        for index, inner in enumerate(self.layers):
-            kernel, record = inner.propagate(kernel, None if taps is None else taps[index])
+        for inner, added in zip(
+            self.layers, perturbations or (None,) * len(self.layers), strict=True
+        ):
+            kernel, record = inner.propagate(kernel, added)
             records.append(record)
         return kernel, tuple(records)
 
@@ -74,9 +85,11 @@ class Sequential(Layer):
     def children(self) -> Mapping[str, Layer]:
         return {f"layers/{index}": inner for index, inner in enumerate(self.layers)}
 
-    def changed(self, change) -> "Sequential":
-        parts = (inner.changed(change) for inner in self.layers)
-        return Sequential(tuple(part for part in parts if part is not None))
+    def changed(self, change: Callable[[Layer], Layer]) -> "Sequential":
+        return Sequential(tuple(inner.changed(change) for inner in self.layers))
+
+    def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
+        return (exchanged(self, norm),)
 
     def _shapes(self, shape: Shape) -> list[Shape]:
         # whether units are Gaussian was checked before; shapes do not depend on it
@@ -85,7 +98,7 @@ class Sequential(Layer):
 
 @layer
 class Residual(Layer):
-    """x + branch(x), the branch ending in random weights (Dense or Conv, a norm behind or not).
+    """x + branch(x), the branch ending in random weights (Dense or Conv, then perhaps a norm).
 
     Rule: covariances and tangents of x and branch(x) add up, since the branch's last weights are
     independent of x and have mean zero.
@@ -97,29 +110,31 @@ class Residual(Layer):
     branch: Layer = Sequential()
 
     def output(self, signal: Signal) -> Signal:
-        behind = located("branch", self.branch, signal)
-        if behind.shape != signal.shape:
+        after = located("branch", self.branch, signal)
+        if after.shape != signal.shape:
             remedy = f"end the branch with shape {signal.shape}"
-            cause = f"its branch leaves shape {behind.shape}"
+            cause = f"its branch leaves shape {after.shape}"
             raise problem(SpecError, "Residual input shape", signal.shape, cause, remedy)
-        if not ends_in_weights(self.branch):
+        if not self.branch.ends_in_weights:
             cause, remedy = "does not end in random weights", "end it with Dense or Conv"
             raise problem(SpecError, "Residual.branch", type(self.branch).__name__, cause, remedy)
-        return Signal(signal.shape, signal.gaussian and behind.gaussian)
+        return Signal(signal.shape, signal.gaussian and after.gaussian)
 
     def num_parameters(self, shape: Shape) -> int:
         return self.branch.num_parameters(shape)
 
-    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
-        branch, records = self.branch.propagate(kernel, taps)
-        deviations = jax.tree.map(jnp.add, kernel.deviations, branch.deviations)
-        return kernel.behind(
-            cov=jax.tree.map(jnp.add, kernel.cov, branch.cov),
-            tangent=jax.tree.map(jnp.add, kernel.settled_tangent, branch.settled_tangent),
-            mean=_sum(kernel.mean, branch.mean),
-            **dict(zip(("deviation", "tangent_deviation"), deviations, strict=True)),
-            status=branch.status,
-            **branch.scattered,
+    def check_theory(self, shape: Shape) -> None:
+        self.branch.check_theory(shape)
+
+    def propagate(self, kernel: Kernel[M], perturbations: Any = None) -> tuple[Kernel[M], Any]:
+        branch, records = self.branch.propagate(kernel, perturbations)
+        deviation, tangent_deviation = map(total, kernel.deviations, branch.deviations)
+        return branch.after(
+            covariance=kernel.covariance + branch.covariance,
+            tangent=kernel.effective_tangent + branch.effective_tangent,
+            mean=total(kernel.mean, branch.mean),
+            deviation=deviation,
+            tangent_deviation=tangent_deviation,
         ), records
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
@@ -134,8 +149,11 @@ class Residual(Layer):
     def children(self) -> Mapping[str, Layer]:
         return {"branch": self.branch}
 
-    def changed(self, change) -> Layer:
-        return Residual(self.branch.changed(change) or Sequential())
+    def changed(self, change: Callable[[Layer], Layer]) -> Layer:
+        return Residual(self.branch.changed(change))
+
+    def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
+        return (Residual(exchanged(self.branch, norm)),)
 
 
 @layer
@@ -155,28 +173,35 @@ class Repeat(Layer):
     def __post_init__(self):
         check_positive_int("Repeat.times", self.times)
 
+    @property
+    def ends_in_weights(self) -> bool:
+        return self.block.ends_in_weights
+
     def output(self, signal: Signal) -> Signal:
-        behind = located("block", self.block, signal)
-        if behind.shape != signal.shape:
+        after = located("block", self.block, signal)
+        if after.shape != signal.shape:
             remedy = f"end the block with shape {signal.shape}"
-            cause = f"its block leaves shape {behind.shape}"
+            cause = f"its block leaves shape {after.shape}"
             raise problem(SpecError, "Repeat input shape", signal.shape, cause, remedy)
-        return located("block", self.block, behind) if self.times > 1 else behind
+        return located("block", self.block, after) if self.times > 1 else after
 
     def num_parameters(self, shape: Shape) -> int:
         return self.times * self.block.num_parameters(shape)
 
-    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
-        behind, _ = jax.eval_shape(lambda k: self.block.propagate(k, None), kernel)
-        if jax.tree.structure(kernel) == jax.tree.structure(behind):
-            return jax.lax.scan(self.block.propagate, kernel, taps, length=self.times)
+    def check_theory(self, shape: Shape) -> None:
+        self.block.check_theory(shape)
 
-        def step(carry, tap):
+    def propagate(self, kernel: Kernel[M], perturbations: Any = None) -> tuple[Kernel[M], Any]:
+        after, _ = jax.eval_shape(self.block.propagate, kernel)
+        if jax.tree.structure(kernel) == jax.tree.structure(after):
+            return jax.lax.scan(self.block.propagate, kernel, perturbations, length=self.times)
+
+        def step(carry, added):
             # a known zero and a number do not fit one carry: make both a number
-            behind, record = self.block.propagate(carry, tap)
-            return behind.filled(), record
+            after, record = self.block.propagate(carry, added)
+            return after.with_numbers(), record
 
-        return jax.lax.scan(step, kernel.filled(), taps, length=self.times)
+        return jax.lax.scan(step, kernel.with_numbers(), perturbations, length=self.times)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return RepeatModule(self.block, self.times, shape, rngs)
@@ -192,8 +217,41 @@ class Repeat(Layer):
     def children(self) -> Mapping[str, Layer]:
         return {"block": self.block}
 
-    def changed(self, change) -> Layer:
-        return Repeat(self.block.changed(change) or Sequential(), self.times)
+    def changed(self, change: Callable[[Layer], Layer]) -> Layer:
+        return Repeat(self.block.changed(change), self.times)
+
+    def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
+        return (Repeat(exchanged(self.block, norm), self.times),)
+
+
+def exchanged(layer: Layer, norm: Layer | None) -> Layer:
+    """The layer with every norm inside it exchanged for this one; None leaves them out."""
+    if type(layer) is Sequential:
+        return Sequential(placed(layer.layers, norm))
+    layers = placed((layer,), norm)
+    return layers[0] if len(layers) == 1 else Sequential(layers)
+
+
+def placed(layers: Sequence[Layer], norm: Layer | None) -> tuple[Layer, ...]:
+    """Layers with every norm exchanged for this one; None leaves them out.
+
+    It stands between the weights before and the activation after it, as in the presets; where no
+    activation follows it takes the old norm's place.
+
+    Returns:
+        The layers, of which there may be fewer or more.
+    """
+    rest = [part for inner in layers for part in inner.opened(norm)]
+    found: list[Layer] = []
+    while rest:
+        part = rest.pop(0)
+        if part is not None:
+            found.append(part)
+        elif norm is not None:
+            weights = found.pop() if found and found[-1].is_weights else None
+            follows = bool(rest) and isinstance(rest[0], Activation)
+            found += norm.around(weights, rest.pop(0) if follows else None)
+    return tuple(found)
 
 
 class ResidualModule(nnx.Module):
@@ -215,7 +273,7 @@ class RepeatModule(nnx.Module):
         self.block = create(rngs.split(times))
 
     def __call__(self, x: Array) -> Array:
-        """The value behind the last repetition, of x's shape."""
+        """The value after the last repetition, of x's shape."""
 
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         def repeat(x, block):
@@ -236,21 +294,3 @@ def joined(parts: Sequence[Rows]) -> Rows:
     """The rows of several layers one after the other."""
     parts = [part for part in parts if part]
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else {}
-
-
-def _sum(first: Array | None, second: Array | None) -> Array | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
-
-
-def ends_in_weights(inner: Layer) -> bool:
-    """Whether the last thing it does, a norm aside, is to apply random weights."""
-    if isinstance(inner, Sequential) and inner.layers:
-        last = inner.layers[-1]
-        if isinstance(last, Norm):
-            return ends_in_weights(Sequential(inner.layers[:-1]))
-        return ends_in_weights(last)
-    if isinstance(inner, Repeat):
-        return ends_in_weights(inner.block)
-    return isinstance(inner, (Dense, Conv))

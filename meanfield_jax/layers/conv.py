@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.kernel import PUBLISHED
+from meanfield_jax.kernel.matrix import Window
 from meanfield_jax.kernel.windows import windows
 from meanfield_jax.layers.base import (
     Injection,
@@ -19,6 +22,7 @@ from meanfield_jax.layers.base import (
     check_positive_int,
     layer,
     static,
+    tunable,
     variance_problems,
 )
 from meanfield_jax.layers.dense import linear_options, linear_rule
@@ -28,15 +32,15 @@ PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
 @layer
 class Conv(Layer):
-    """Convolution over a square window, W ~ N(0, weight_var / fan_in), fan_in = kernel^2 channels.
+    """Convolution over a square window, W ~ N(0, weight_var / fan_in).
 
-    Rule: with <.> the average over the window of the entries at shifted positions (zeros where the
-    window leaves a zero-padded map), K <- bias_var + weight_var <K>;
-    T <- fan_in <K_in> + 1 + weight_var <T>.
+    fan_in = kernel_size^2 channels. Rule: with <.> the average over the window of the entries at
+    shifted positions (zeros where the window leaves a zero-padded map),
+    K <- bias_var + weight_var <K>;  T <- fan_in <K_in> + 1 + weight_var <T>.
 
     Attributes:
         width: Number of output channels.
-        kernel: Side of the window.
+        kernel_size: Side of the window.
         stride: Step of the window.
         padding: ``"SAME"`` (zeros), ``"VALID"`` (none) or ``"CIRCULAR"`` (the map repeats).
         weight_var: sigma_w^2, the variance of a weight times the fan-in.
@@ -50,15 +54,17 @@ class Conv(Layer):
         circular, as published.
     """
 
+    is_weights: ClassVar[bool] = True
+
     width: int = static()
-    kernel: int = static(3)
+    kernel_size: int = static(3)
     stride: int = static(1)
     padding: str = static("SAME")
-    weight_var: float | Array = 2.0
-    bias_var: float | Array = 0.5
+    weight_var: float | Array = tunable(2.0, positive=True)
+    bias_var: float | Array = tunable(0.5, positive=True)
 
     def __post_init__(self):
-        for field in ("width", "kernel", "stride"):
+        for field in ("width", "kernel_size", "stride"):
             check_positive_int(f"Conv.{field}", getattr(self, field))
         if self.padding not in PADDINGS:
             remedy = f"use one of {', '.join(PADDINGS)}"
@@ -73,32 +79,40 @@ class Conv(Layer):
             remedy = f"use a stride of at most {min(height, width)}"
             cause = f"larger than the {height}x{width} map"
             raise problem(SpecError, "Conv.stride", self.stride, cause, remedy)
-        if self.padding != "SAME" and self.kernel > min(height, width):
-            remedy = f"use a kernel of at most {min(height, width)}, or padding='SAME'"
+        if self.padding != "SAME" and self.kernel_size > min(height, width):
+            remedy = f"use a kernel_size of at most {min(height, width)}, or padding='SAME'"
             cause = f"larger than the {height}x{width} map"
-            raise problem(SpecError, "Conv.kernel", self.kernel, cause, remedy)
-        lost = self.kernel - 1 if self.padding == "VALID" else 0
-        positions = (math.ceil((size - lost) / self.stride) for size in (height, width))
-        return Signal((*positions, self.width), gaussian=True)
+            raise problem(SpecError, "Conv.kernel_size", self.kernel_size, cause, remedy)
+        return Signal((*self._map_after(height, width), self.width), gaussian=True)
+
+    def _map_after(self, height: int, width: int) -> tuple[int, ...]:
+        lost = self.kernel_size - 1 if self.padding == "VALID" else 0
+        return tuple(math.ceil((size - lost) / self.stride) for size in (height, width))
+
+    def varies_positions(self, on_data: bool) -> bool:
+        return on_data or self.padding == "SAME"
 
     def num_parameters(self, shape: Shape) -> int:
-        return (self.kernel**2 * shape[-1] + 1) * self.width
+        return (self.kernel_size**2 * shape[-1] + 1) * self.width
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection]:
-        *positions, _ = self.output(Signal((*kernel.positions, kernel.channels))).shape
-        patches = kernel.windowed(tuple(positions), self.kernel, self.stride, self.padding)
-        return linear_rule(self, patches, self.width)
+        # published: every position is like all others, of i.i.d. inputs
+        circular = kernel.statistics == PUBLISHED and kernel.covariance.iid
+        padding = "CIRCULAR" if circular and self.padding == "SAME" else self.padding
+        positions = self._map_after(*kernel.positions)
+        window = Window(self.kernel_size, self.stride, padding, positions)
+        return linear_rule(self, kernel.windowed(window), self.width)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Conv(
             shape[-1],
             self.width,
-            (self.kernel, self.kernel),
+            (self.kernel_size, self.kernel_size),
             strides=self.stride,
             padding=self.padding,
             conv_general_dilated=convolve,
             rngs=rngs,
-            **linear_options(self, self.kernel**2 * shape[-1]),
+            **linear_options(self, self.kernel_size**2 * shape[-1]),
         )
 
     def value_problems(self) -> Iterator[Problem]:

@@ -1,8 +1,8 @@
 """CrossIterationBatchNorm: BatchNorm by statistics of the last few batches, brought up to date."""
 
-import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,9 @@ class CrossIterationBatchNorm(Sequential):
         in training, where BatchNorm cancels it: old statistics need no correction for it.
     """
 
+    norm_name: ClassVar[str | None] = "cross_iteration"
+    abbreviation: ClassVar[str] = "CBN"
+
     layers: tuple[Layer, ...] = (BatchNorm(),)
     window: int = static(4)
     burn_in: int = static(0)
@@ -72,15 +75,15 @@ class CrossIterationBatchNorm(Sequential):
             raise problem(SpecError, "CrossIterationBatchNorm.layers", names, cause, remedy)
         return super().signals(signal)
 
-    def around(self, weights: Layer | None, activation: Layer) -> tuple[Layer, ...]:
-        if weights is None:
-            return (*self.layers, activation)
-        return (dataclasses.replace(self, layers=(weights, *self.layers)), activation)
+    def around(self, weights: Layer | None, activation: Layer | None) -> tuple[Layer, ...]:
+        whole = () if weights is None else (self.replace(layers=(weights, *self.layers)),)
+        return (*(whole or self.layers), *(() if activation is None else (activation,)))
 
-    def changed(self, change) -> Sequential:
-        parts = super().changed(change)
-        whole = len(parts.layers) == len(self.layers)
-        return dataclasses.replace(self, layers=parts.layers) if whole else parts
+    def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
+        return (*self.layers[:-1], None)
+
+    def changed(self, change: Callable[[Layer], Layer]) -> Sequential:
+        return self.replace(layers=super().changed(change).layers)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         weights, norm = self.modules(shape, rngs)
@@ -128,7 +131,7 @@ class CrossIterationBatchNormModule(nnx.Module):
 
     Args:
         weights: Any ``nnx.Linear`` or ``nnx.Conv``, of this package or of your own model.
-        norm: The BatchNorm module behind, with scale, offset and running statistics.
+        norm: The BatchNorm module after it, with scale, offset and running statistics.
         window: k.
         burn_in: Iterations with the current statistics alone.
         compensate: Whether old statistics are brought up to date.

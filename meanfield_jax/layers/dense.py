@@ -1,9 +1,8 @@
 """Dense: a fully connected layer with random weights and biases."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -14,12 +13,14 @@ from meanfield_jax.layers.base import (
     Injection,
     Kernel,
     Layer,
+    Matrix,
     Problem,
     Shape,
     Signal,
     check_positive_int,
     layer,
     static,
+    tunable,
     variance_problems,
 )
 from meanfield_jax.precise import HIGHEST
@@ -40,9 +41,11 @@ class Dense(Layer):
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 3; tangent: Jacot et al. 2018.
     """
 
+    is_weights: ClassVar[bool] = True
+
     width: int = static()
-    weight_var: float | Array = 2.0
-    bias_var: float | Array = 0.5
+    weight_var: float | Array = tunable(2.0, positive=True)
+    bias_var: float | Array = tunable(0.5, positive=True)
 
     def __post_init__(self):
         check_positive_int("Dense.width", self.width)
@@ -68,21 +71,25 @@ class Dense(Layer):
 
 def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injection]:
     """The rule of random weights and biases on the values (or windows of values) of ``kernel``."""
-    moment, loose = kernel.moment, kernel.deviations
+    moment, (deviation, tangent_deviation) = kernel.moment, kernel.deviations
+
+    def weighted(matrix: Matrix | None) -> Matrix | None:
+        return None if matrix is None else matrix * layer.weight_var
+
     injection = Injection(
-        weights=jax.tree.map(lambda entry: kernel.channels * entry, moment),
-        biases=jax.tree.map(jnp.ones_like, moment),
+        weights=moment * kernel.channels,
+        biases=moment.full(1.0),
         # the bias is shared by all samples
-        deviation=jax.tree.map(lambda entry: kernel.channels * entry, loose[0]),
+        deviation=None if deviation is None else deviation * kernel.channels,
     )
-    behind = kernel.behind(
-        cov=jax.tree.map(lambda entry: layer.bias_var + layer.weight_var * entry, moment),
-        tangent=jax.tree.map(lambda entry: layer.weight_var * entry, kernel.settled_tangent),
-        channels=width,
-        deviation=jax.tree.map(lambda entry: layer.weight_var * entry, loose[0]),
-        tangent_deviation=jax.tree.map(lambda entry: layer.weight_var * entry, loose[1]),
+    after = kernel.after(
+        covariance=moment * layer.weight_var + layer.bias_var,
+        tangent=kernel.effective_tangent * layer.weight_var,
+        channels=jnp.asarray(width, kernel.dtype),
+        deviation=weighted(deviation),
+        tangent_deviation=weighted(tangent_deviation),
     )
-    return behind, injection
+    return after, injection
 
 
 def linear_options(layer: Any, fan_in: int) -> dict[str, Any]:

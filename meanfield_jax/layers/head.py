@@ -12,7 +12,7 @@ from meanfield_jax.layers.base import Kernel, Layer, Shape, Signal, layer
 class Flatten(Layer):
     """(height, width, channels) -> (height * width * channels,).
 
-    Rule: the average over equal positions, as the weights behind are independent by position.
+    Rule: the average over equal positions, as the weights after it are independent by position.
     """
 
     def output(self, signal: Signal) -> Signal:
@@ -31,6 +31,9 @@ class GlobalMeanPool(Layer):
 
     Rule: the average over all pairs of positions.
     """
+
+    def couples_positions(self, vary: bool) -> bool:
+        return True
 
     def output(self, signal: Signal) -> Signal:
         _check_map("GlobalMeanPool", signal)

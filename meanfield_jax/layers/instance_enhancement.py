@@ -40,11 +40,13 @@ class InstanceEnhancementBatchNorm(Norm):
         independent (tests/test_batch_group_norm.py).
     """
 
+    norm_name: ClassVar[str | None] = "instance_enhancement"
+    abbreviation: ClassVar[str] = "IEBN"
     over_batch: ClassVar[bool] = True
 
     gate: float | Array = -1.0
 
-    def meets_positions(self, vary: bool) -> bool:
+    def couples_positions(self, vary: bool) -> bool:
         return vary
 
     def num_parameters(self, shape: Shape) -> int:
@@ -53,19 +55,18 @@ class InstanceEnhancementBatchNorm(Norm):
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
         a = jax.nn.sigmoid(jnp.asarray(self.gate, kernel.dtype))
         gated = dataclasses.replace(self, gamma=a * self.gamma)
-        behind, own = batch_rule(gated, kernel, over_positions=True)
-        if own is None:
-            return behind, None
+        after, own = batch_rule(gated, kernel, over_positions=True)
+        if own is None or own.scale is None:
+            return after, None
         # of gamma, and of what the gate depends on: beta_hat, and gamma_hat times m
         instance = (kernel.pooled() if kernel.positions else kernel).moment
         gates = (self.gamma * a * (1 - a)) ** 2
         # the instance's at all pairs of positions
-        scale = jax.tree.map(
+        scale = own.scale.map(
             lambda entry, means: (a**2 + gates * (1 + of_rank(means, entry.ndim))) * entry,
-            own.scale,
             instance,
         )
-        return behind, dataclasses.replace(own, scale=scale)
+        return after, dataclasses.replace(own, scale=scale)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return InstanceEnhancementModule(self, shape, self.parameter_shape(shape))

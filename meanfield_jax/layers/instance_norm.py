@@ -6,8 +6,9 @@ from typing import ClassVar
 from flax import nnx
 
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.sphere import LEAST_VALUES
 from meanfield_jax.layers.base import Injection, Kernel, Shape, Signal, layer
-from meanfield_jax.layers.group_norm import LEAST, group_rule
+from meanfield_jax.layers.group_norm import group_rule
 from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_options
 
 
@@ -15,7 +16,7 @@ from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_optio
 class InstanceNorm(Norm):
     """gamma (z - mean) / sqrt(variance + eps) + beta, over the positions of a sample and channel.
 
-    Scale and offset are one a channel. Samples do not meet: training, evaluation and the three
+    Scale and offset are one a channel. Samples are not coupled: training, evaluation and the three
     ``statistics`` of :func:`analyze` are the same.
 
     Rule: :func:`meanfield_jax.layers.group_norm.group_rule` with groups of one channel.
@@ -30,9 +31,11 @@ class InstanceNorm(Norm):
         See :func:`meanfield_jax.layers.group_norm.group_rule`.
     """
 
+    norm_name: ClassVar[str | None] = "instance"
+    abbreviation: ClassVar[str] = "IN"
     within_sample: ClassVar[bool] = True
 
-    def meets_positions(self, vary: bool) -> bool:
+    def couples_positions(self, vary: bool) -> bool:
         return True
 
     def output(self, signal: Signal) -> Signal:
@@ -41,7 +44,7 @@ class InstanceNorm(Norm):
             raise problem(SpecError, "InstanceNorm", signal.shape, cause, remedy)
         check_gaussian("InstanceNorm", signal)
         size = math.prod(signal.shape[:-1])
-        if size < LEAST:
+        if size < LEAST_VALUES:
             cause = f"an inverse variance of {size} values has no expectation"
             raise problem(SpecError, "InstanceNorm", signal.shape, cause, "use it on larger maps")
         return signal

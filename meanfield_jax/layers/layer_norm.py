@@ -1,6 +1,7 @@
 """LayerNorm: normalization of a sample over all its features."""
 
-import jax
+from typing import ClassVar
+
 from flax import nnx
 
 from meanfield_jax.layers.base import Injection, Kernel, Shape, Signal, layer
@@ -11,7 +12,7 @@ from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_optio
 class LayerNorm(Norm):
     """gamma (z - mean) / sqrt(variance + eps) + beta, over a sample's positions and channels.
 
-    Scale and offset are one a channel. Samples do not meet: training, evaluation and the three
+    Scale and offset are one a channel. Samples are not coupled: training, evaluation and the three
     ``statistics`` of :func:`analyze` are the same.
 
     Rule, s_a^2 the average of K_aa over positions: K_ab <- gamma^2 K_ab / (s_a s_b), T alike.
@@ -30,16 +31,17 @@ class LayerNorm(Norm):
         derivative of both are of relative size 1/channels.
     """
 
+    norm_name: ClassVar[str | None] = "layer"
+    abbreviation: ClassVar[str] = "LN"
+
     def output(self, signal: Signal) -> Signal:
         check_gaussian("LayerNorm", signal)
         return signal
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
-        gain = self.gain(kernel, kernel.sample_variance(kernel.cov))
-        correlation, tangent = jax.tree.map(
-            lambda entry: gain * entry, (kernel.cov, kernel.settled_tangent)
-        )
-        return self.affine(kernel, correlation, tangent)
+        covariance = kernel.covariance
+        gain = self.gain(covariance, covariance.sample_mean(covariance.diagonal()))
+        return self.affine(kernel, covariance * gain, kernel.effective_tangent * gain)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         axes = tuple(range(-len(shape), 0))

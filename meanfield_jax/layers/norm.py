@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -22,6 +22,7 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     static,
+    tunable,
     variance_problems,
 )
 
@@ -37,20 +38,15 @@ class Norm(Layer):
         trainable: Whether scale and offset are parameters (of the Fisher matrix, of the module).
     """
 
-    over_batch: ClassVar[bool] = False
-    """Whether outputs depend on the batch in training, and on running statistics after."""
+    is_norm: ClassVar[bool] = True
 
-    within_sample: ClassVar[bool] = False
-    """Whether statistics are over the positions of one sample: all pairs of them count."""
-
-    gamma: float | Array = 1.0
-    beta: float | Array = 0.0
+    gamma: float | Array = tunable(1.0, positive=True)
+    beta: float | Array = tunable(0.0, positive=False)
     eps: float | Array = 1e-5
     trainable: bool = static(True)
 
-    def meets_positions(self, vary: bool) -> bool:
-        """Whether pairs of distinct positions count; ``vary``: whether positions differ."""
-        return False
+    def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
+        return (None,)
 
     def parameter_shape(self, shape: Shape) -> Shape:
         """The shape of scale and offset."""
@@ -59,39 +55,36 @@ class Norm(Layer):
     def num_parameters(self, shape: Shape) -> int:
         return 2 * math.prod(self.parameter_shape(shape)) if self.trainable else 0
 
-    def gain(self, kernel: Kernel, var: Array) -> Matrix:
-        """1 / (s_a s_b) for every pair, s^2 = var + eps a number of each value."""
+    def gain(self, matrix: Matrix, var: Array) -> Array:
+        """1 / (s_a s_b) for every pair of a matrix, s^2 = var + eps a number of each value."""
         var = var + self.eps
         inverse = safe.divide(jnp.ones_like(var), safe.sqrt(var))
-        a, b = kernel.either(inverse)
+        a, b = matrix.of_members(inverse)
         return a * b
 
     def affine(
-        self, kernel: Kernel, correlation: Matrix, tangent: Matrix, shared: Array | float = 1.0
+        self, kernel: Kernel, correlation: Matrix, tangent: Matrix, alike: Array | float = 1.0
     ) -> tuple[Kernel, Injection | None]:
-        """The kernel behind gamma z_hat + beta, and what the two add to its tangent.
+        """The kernel after gamma z_hat + beta, and what the two add to its tangent.
 
         Args:
             kernel: Before the layer.
             correlation: Of z_hat.
             tangent: Of z_hat.
-            shared: 1 for pairs of values with the same scale and offset, else 0.
+            alike: 1 for pairs of values with the same scale and offset, else 0.
 
         Returns:
             As :meth:`Layer.rule`; the injection is None where scale and offset do not learn.
         """
-        behind = kernel.behind(
-            cov=jax.tree.map(lambda entry: self.gamma**2 * entry, correlation),
-            tangent=jax.tree.map(lambda entry: self.gamma**2 * entry, tangent),
+        after = kernel.after(
+            covariance=correlation * self.gamma**2,
+            tangent=tangent * self.gamma**2,
             # None for an offset that is known to be 0
             mean=None if self.beta is None else jnp.asarray(self.beta, kernel.dtype),
         )
         if not self.trainable:
-            return behind, None
-        return behind, Injection(
-            offset=jax.tree.map(lambda entry: shared * jnp.ones_like(entry), correlation),
-            scale=jax.tree.map(lambda entry: shared * entry, correlation),
-        )
+            return after, None
+        return after, Injection(offset=correlation.full(1.0) * alike, scale=correlation * alike)
 
     def parameters(self, shape: Shape) -> tuple[nnx.Variable, nnx.Variable]:
         """Scale and offset of the module: parameters, or variables that do not learn."""
@@ -109,7 +102,7 @@ class Norm(Layer):
 
 
 class FlaxNorm(nnx.Module):
-    """Scale and offset of a specification behind a norm of Flax that has none of its own.
+    """Scale and offset of a specification after a norm of Flax that has none of its own.
 
     Statistics of half precision are float32; the output has the input's dtype.
 
@@ -138,7 +131,18 @@ def check_gaussian(name: str, signal: Signal) -> None:
     """Raises SpecError where units need not have mean 0 over the channels of a sample."""
     if not signal.gaussian:
         cause = "its inputs are not sums over many random weights"
-        raise problem(SpecError, name, signal.shape, cause, "put it behind a Dense or Conv")
+        raise problem(SpecError, name, signal.shape, cause, "put it after a Dense or Conv")
+
+
+MOST_GROUPS, LEAST_CHANNELS = 8, 4
+"""Groups that :func:`fitting_groups` chooses at most, and channels of each at least."""
+
+
+def fitting_groups(widths: Sequence[int]) -> int:
+    """A number of groups that divides all numbers of channels."""
+    common = math.gcd(*widths)
+    most = max(1, min(MOST_GROUPS, min(widths) // LEAST_CHANNELS))
+    return max(count for count in range(1, most + 1) if common % count == 0)
 
 
 def check_groups(name: str, num_groups: int, channels: int) -> None:

@@ -1,10 +1,9 @@
 """ProxyNorm: a norm of each sample by itself, an activation, and what BatchNorm does beyond."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from meanfield_jax.layers.base import (
     Injection,
     Kernel,
     Layer,
+    M,
     Problem,
     Record,
     Rows,
@@ -85,6 +85,9 @@ class ProxyNorm(Layer):
         0.000
     """
 
+    norm_name: ClassVar[str | None] = "proxy"
+    abbreviation: ClassVar[str] = "LN+PN"
+
     norm: Norm = LayerNorm()
     activation: Activation = Activation("relu")
     eps: float | Array = 0.03
@@ -100,14 +103,14 @@ class ProxyNorm(Layer):
         own = 2 * math.prod(self.norm.parameter_shape(shape)) if self.trainable else 0
         return self.norm.num_parameters(shape) + own
 
-    def propagate(self, kernel: Kernel, taps: Any) -> tuple[Kernel, Any]:
-        norm_taps, own_taps = (None, None) if taps is None else taps
-        normalized, record = self.norm.propagate(kernel, norm_taps)
-        behind, own = super().propagate(normalized, own_taps)
-        return behind, (record, own)
+    def propagate(self, kernel: Kernel[M], perturbations: Any = None) -> tuple[Kernel[M], Any]:
+        of_norm, of_proxy = perturbations or (None, None)
+        normalized, record = self.norm.propagate(kernel, of_norm)
+        after, own = super().propagate(normalized, of_proxy)
+        return after, (record, own)
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
-        """The rule of activation and proxy, on the kernel behind the norm."""
+        """The rule of activation and proxy, on the kernel after the norm."""
         phi, dtype = self.activation.nonlinearity, kernel.dtype
         gamma = jnp.asarray(self.norm.gamma, dtype)
         beta = jnp.zeros((), dtype) if kernel.mean is None else kernel.mean
@@ -119,18 +122,17 @@ class ProxyNorm(Layer):
         mean, std = proxy(gamma, beta)
         mean_changes, std_changes = jax.jacfwd(proxy, argnums=(0, 1))(gamma, beta)
 
-        deviation = safe.sqrt(kernel.diagonal(kernel.cov))
+        covariance = kernel.covariance
+        deviation = safe.sqrt(covariance.diagonal())
         value, slope, moved, _ = hermite_coefficients(phi, deviation, beta)
-        mean_a, mean_b = kernel.either(value[0])
+        mean_a, mean_b = covariance.of_members(value[0])
         plain = kernel.activated(phi)
-        behind = plain.replace(
-            cov=jax.tree.map(
-                lambda moment: (moment - mean * (mean_a + mean_b - mean)) / std**2, plain.cov
-            ),
-            tangent=jax.tree.map(lambda entry: entry / std**2, plain.tangent),
+        after = plain.replace(
+            covariance=(plain.covariance - mean * (mean_a + mean_b - mean)) / std**2,
+            tangent=plain.tangent / std**2,
         )
         if not (self.trainable or self.norm.trainable):
-            return behind, None
+            return after, None
 
         # functions of a value, by their coefficients: how the output moves with gamma and beta,
         # times std. plain is what is injected at the norm already; beta tilde and gamma tilde
@@ -152,11 +154,11 @@ class ProxyNorm(Layer):
             correlation = clipped(safe.divide(cov, deviation_a * deviation_b))
             return mehler(first, second, correlation) / std**2
 
-        deviation_a, deviation_b = kernel.either(deviation)
-        ends = [jax.vmap(kernel.either)(function) for function in functions]
+        deviation_a, deviation_b = covariance.of_members(deviation)
+        ends = [jax.vmap(covariance.of_members)(function) for function in functions]
         first = [weight * a for weight, (a, _) in zip(weights, ends, strict=True)]
         second = [b for _, b in ends]
-        return behind, Injection(offset=jax.tree.map(injected, kernel.cov))
+        return after, Injection(offset=covariance.map(injected))
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return ProxyNormModule(self, shape, rngs)
@@ -172,16 +174,16 @@ class ProxyNorm(Layer):
     def children(self) -> Mapping[str, Layer]:
         return {"norm": self.norm, "activation": self.activation}
 
-    def changed(self, change: Callable[[Layer], Layer | None]) -> Layer | None:
-        """Without its norm the activation is left, without its activation the norm."""
+    def changed(self, change: Callable[[Layer], Layer]) -> Layer:
         norm, activation = self.norm.changed(change), self.activation.changed(change)
-        if norm is None or activation is None:
-            return activation if norm is None else norm
-        return dataclasses.replace(self, norm=norm, activation=activation)
+        return self.replace(norm=norm, activation=activation)
 
-    def around(self, weights: Layer | None, activation: Layer) -> tuple[Layer, ...]:
-        own = dataclasses.replace(self, activation=activation)
+    def around(self, weights: Layer | None, activation: Layer | None) -> tuple[Layer, ...]:
+        own = self if activation is None else self.replace(activation=activation)
         return (own,) if weights is None else (weights, own)
+
+    def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
+        return None, self.activation
 
     def value_problems(self) -> Iterator[Problem]:
         yield from variance_problems(self, "eps")

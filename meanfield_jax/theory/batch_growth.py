@@ -1,4 +1,4 @@
-"""Exploding gradients behind BatchNorm on a small batch, exactly."""
+"""Exploding gradients with BatchNorm on a small batch, exactly."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,15 +1,17 @@
 """Statistics of the Fisher information matrix, from the tangent kernel of the outputs."""
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-MOST_SCATTER = 5 / 3
-"""``variance_scatter`` above which ``lambda_max`` is not trusted: that of five directions."""
+MOST_FLUCTUATION = 5 / 3
+"""``variance_fluctuation`` above which ``lambda_max`` is not trusted: that of five directions."""
 
 MARGIN = 2.0
 """How far above ``bulk_high`` the edge of the bulk may be, measured at finite width: 1.3 to 2.2."""
@@ -17,7 +19,7 @@ MARGIN = 2.0
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shares:
+class Contributions:
     """What each layer's parameters contribute to the outlier; all together they sum up to it.
 
     Attributes:
@@ -46,16 +48,16 @@ class Fisher:
         tangent_same: T for one sample with itself, <grad f_k(x), grad f_k(x)>; on data the mean.
         tangent_other: T for two samples; on data the mean.
         inverse_samples: 1/n; 0 in the limit.
-        shares: The outlier by layer.
-        bulk_shares: ``bulk`` by layer, (layers,).
-        draw_spread: (layers,) how far the C outliers of one draw spread, see ``outlier_high``.
+        contributions: The outlier by layer.
+        bulk_contributions: ``bulk`` by layer, (layers,).
+        draw_width: (layers,) how far the C outliers of one draw spread, see ``outlier_high``.
         information: (C,) eigenvalues of the mean S_i, ascending; ones for a Gaussian likelihood.
         num_parameters: P.
         eigenvalues: On data, descending: the n eigenvalues of T/n, each of which F has C times, or
             with a categorical likelihood all n C of F. None for i.i.d. inputs, whose T has two:
             one large and n - 1 of (T_same - T_other)/n.
         multiplicity: How many times F has each of ``eigenvalues``.
-        variance_scatter: The largest E[1 / variance] E[variance] over random weights of what is
+        variance_fluctuation: The largest E[1 / variance] E[variance] over random weights of what is
             normalized over a batch of data: r / (r - 2) if it varies in r directions alike.
 
     Accuracy:
@@ -79,20 +81,20 @@ class Fisher:
         "outlier_high",
         "bulk_high",
         "lambda_max",
-        "outlier_limited",
+        "within_domain",
     )
 
     tangent_same: Array
     tangent_other: Array
     inverse_samples: Array
-    shares: Shares
-    bulk_shares: Array
-    draw_spread: Array
+    contributions: Contributions
+    bulk_contributions: Array
+    draw_width: Array
     information: Array
     num_parameters: int = dataclasses.field(metadata=dict(static=True))
     multiplicity: int = dataclasses.field(metadata=dict(static=True))
     eigenvalues: Array | None = None
-    variance_scatter: Array | float = 1.0
+    variance_fluctuation: Array | float = 1.0
 
     @property
     def outlier(self) -> Array:
@@ -102,8 +104,8 @@ class Fisher:
         """
         if self.eigenvalues is not None:
             return self.eigenvalues[..., 0]
-        share = self.inverse_samples
-        large = share * self.tangent_same + (1 - share) * self.tangent_other
+        fraction = self.inverse_samples
+        large = fraction * self.tangent_same + (1 - fraction) * self.tangent_other
         return large * self.information[..., -1]
 
     @property
@@ -120,20 +122,15 @@ class Fisher:
 
         .. math:: \sum_l f_l (1 + \sqrt{C \sum_{m > l} 1/N_m})^2
 
-        f_l is the share of layer l, N_m the width entering the random layer m behind it: the
+        f_l is the contribution of layer l, N_m the width entering the random layer m after it: the
         product of their weights acts on C outputs like a product of Wishart matrices.
         """
-        return self.outlier_high_shares.sum(-1)
-
-    @property
-    def outlier_high_shares(self) -> Array:
-        """``outlier_high`` by layer, (layers,)."""
-        return self._shares * (1 + self.draw_spread) ** 2
+        return (self._contributions * (1 + self.draw_width) ** 2).sum(-1)
 
     @property
     def outlier_low(self) -> Array:
         """The smallest of the C outliers in one draw, with 1 - sqrt(...) in ``outlier_high``."""
-        return (self._shares * jnp.maximum(1 - self.draw_spread, 0) ** 2).sum(-1)
+        return (self._contributions * jnp.maximum(1 - self.draw_width, 0) ** 2).sum(-1)
 
     @property
     def bulk_high(self) -> Array:
@@ -141,29 +138,17 @@ class Fisher:
 
         .. math:: \sum_l b_l (1 + \sqrt{2 C \sum_{m > l} 1/N_m})^2
 
-        b_l are ``bulk_shares``. It is ``outlier_high`` for one sample's C outputs, seen through the
-        half of the units that a rectifier lets pass (hence the 2).
+        b_l are ``bulk_contributions``. It is ``outlier_high`` for one sample's C outputs, seen
+        through the half of the units that a rectifier lets pass (hence the 2).
 
         Accuracy:
             Samples repel each other, too, which is left out: the measured edges of networks that
-            the bulk limits are 1.3 to 2.2 times as high (see ``outlier_limited``).
+            the bulk limits are 1.3 to 2.2 times as high (see ``within_domain``).
         """
-        return self.bulk_high_shares.sum(-1)
+        return (self.bulk_contributions * (1 + math.sqrt(2) * self.draw_width) ** 2).sum(-1)
 
     @property
-    def bulk_high_shares(self) -> Array:
-        """``bulk_high`` by layer, (layers,)."""
-        return self.bulk_shares * (1 + math.sqrt(2) * self.draw_spread) ** 2
-
-    @property
-    def rest_high(self) -> Array:
-        """What comes below the outliers: ``bulk_high``, on data at least the second eigenvalue."""
-        if self.eigenvalues is None:
-            return self.bulk_high
-        return jnp.maximum(self.bulk_high, self.eigenvalues[..., self._num_outliers])
-
-    @property
-    def outlier_limited(self) -> Array:
+    def within_domain(self) -> Array:
         """Whether ``lambda_max`` can be trusted: the outliers are above twice all else.
 
         ``outlier_high`` against ``bulk_high``; on data, too, ``outlier`` against the kernel's
@@ -177,11 +162,42 @@ class Fisher:
             predicted one; where it is false, the median draw's .99 to 2.2 and .79 to 1.6 times it.
             False for FC 3072-500x3-10 on 400 CIFAR-10 images, measured 1.16 times the predicted.
         """
-        above = self.outlier_high > MARGIN * self.bulk_high
-        above &= jnp.asarray(self.variance_scatter) <= MOST_SCATTER
-        if self.eigenvalues is None:
-            return above
-        return above & (self.outlier > MARGIN * self.eigenvalues[..., self._num_outliers])
+        within = [fraction <= most for fraction, most, _ in self._domain]
+        return functools.reduce(operator.and_, within)
+
+    def domain_reason(self) -> str:
+        """Why ``lambda_max`` cannot be trusted, in words, for one network; "" where it can."""
+        return "; ".join(
+            text.format(float(fraction), most)
+            for fraction, most, text in self._domain
+            if not bool(fraction <= most)
+        )
+
+    @property
+    def _domain(self) -> list[tuple[Array, float, str]]:
+        """Fractions, how large each may be, and what a larger one means."""
+        found = [
+            (
+                self.bulk_high / self.outlier_high,
+                1 / MARGIN,
+                "the bulk reaches {:.2f} of the outliers (trusted up to {:.2f}), and finite width "
+                "may lift it above them: make the network wider or less deep, or the batch larger",
+            ),
+            (
+                jnp.asarray(self.variance_fluctuation),
+                MOST_FLUCTUATION,
+                "E[1 / variance] E[variance] of a normalization is {:.2f} (trusted up to {:.2f}): "
+                "give data that vary in more directions",
+            ),
+        ]
+        if self.eigenvalues is not None:
+            second = self.eigenvalues[..., self._num_outliers] / self.outlier
+            text = (
+                "the kernel's second eigenvalue is {:.2f} of the first (trusted up to {:.2f}), and "
+                "eigenvalues repel each other"
+            )
+            found.append((second, 1 / MARGIN, text))
+        return found
 
     @property
     def _num_outliers(self) -> int:
@@ -189,14 +205,14 @@ class Fisher:
         return self.information.shape[-1] // self.multiplicity
 
     @property
-    def _shares(self) -> Array:
-        return self.shares.weights + self.shares.biases + self.shares.norm
+    def _contributions(self) -> Array:
+        return self.contributions.weights + self.contributions.biases + self.contributions.norm
 
     @property
     def lambda_max(self) -> Array:
         """The largest eigenvalue of one draw: the larger of ``outlier_high`` and ``bulk_high``.
 
-        See ``outlier_limited`` for its domain.
+        See ``within_domain`` for its domain.
         """
         return jnp.maximum(self.outlier_high, self.bulk_high)
 
@@ -213,8 +229,8 @@ class Fisher:
     @property
     def second_moment(self) -> Array:
         """Mean of the squares of all P eigenvalues."""
-        share = self.inverse_samples
-        square = (1 - share) * self.tangent_other**2 + share * self.tangent_same**2
+        fraction = self.inverse_samples
+        square = (1 - fraction) * self.tangent_other**2 + fraction * self.tangent_same**2
         total = jnp.sum(self.information**2, -1) * square
         if self.eigenvalues is not None:
             total = self.multiplicity * jnp.sum(self.eigenvalues**2, -1)

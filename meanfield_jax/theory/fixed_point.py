@@ -11,13 +11,14 @@ from jax import Array, lax
 
 from meanfield_jax.errors import SpecError, check_choice, problem
 from meanfield_jax.kernel import safe
-from meanfield_jax.kernel.state import STATISTICS, EnsembleKernel, Pair, input_kernel
-from meanfield_jax.layers import Conv, Dense, Layer, Residual, Sequential
+from meanfield_jax.kernel.kernel import STATISTICS, Kernel, iid_inputs
+from meanfield_jax.kernel.matrix import PairMatrix
+from meanfield_jax.layers import Conv, Layer, Residual, Sequential
 from meanfield_jax.layers.base import Signal
-from meanfield_jax.layers.combine import ends_in_weights
 from meanfield_jax.network import check_numbers, walk
 from meanfield_jax.status import Status, first_failure
-from meanfield_jax.theory.propagate import check_num_samples, known_numbers
+from meanfield_jax.theory.analyze import check_num_samples
+from meanfield_jax.theory.compiled import known_numbers
 
 MAX_STEPS = 100
 
@@ -107,7 +108,7 @@ def fixed_point(
     Args:
         block: A layer on vectors with at least one Dense, such as
             ``Sequential((Dense(1000), BatchNorm(), Activation("tanh")))``. Wherever it starts, the
-            state is quoted behind its last random weights, at the pre-activations.
+            state is quoted after its last random weights, at the pre-activations.
         statistics: As in :func:`analyze`; matters with BatchNorm.
         num_samples: n, the batch of a BatchNorm; None for the limit n -> infinity.
 
@@ -147,12 +148,12 @@ def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> Fix
     """
     block = _ending_in_weights(block)
     dtype = jnp.result_type(float, *jax.tree.leaves(block))
-    start = input_kernel((_checked_width(block),), num_samples, statistics, False, dtype)
-    behind = jax.eval_shape(lambda: block.propagate(start, None)[0])
-    behind = behind.replace(deviation=None, tangent_deviation=None)
-    if jax.tree.structure(behind) != jax.tree.structure(start):
-        cause = "a BatchNorm right behind its last random weights sits inside another layer"
-        raise problem(SpecError, "block", block, cause, "put it outside, behind that layer")
+    start = iid_inputs((), _checked_width(block), num_samples, statistics, False, dtype)
+    after = jax.eval_shape(lambda: block.propagate(start)[0])
+    after = after.replace(deviation=None, tangent_deviation=None)
+    if jax.tree.structure(after) != jax.tree.structure(start):
+        cause = "a norm right after its last random weights sits inside another layer"
+        raise problem(SpecError, "block", block, cause, "put it outside, after that layer")
     found = _found(block, start)
     none = found.status == Status.NO_FIXED_POINT
     values = jax.tree.map(lambda value: jnp.where(none, jnp.nan, value), found)
@@ -160,9 +161,9 @@ def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> Fix
 
 
 def _ending_in_weights(block: Layer) -> Sequential:
-    """The block begun elsewhere: behind its last random weights."""
+    """The block begun elsewhere: after its last random weights."""
     layers = _flat(block)
-    ends = [i + 1 for i, la in enumerate(layers) if isinstance(la, Residual) or ends_in_weights(la)]
+    ends = [i + 1 for i, la in enumerate(layers) if isinstance(la, Residual) or la.ends_in_weights]
     if not ends or any(isinstance(inner, Conv) for _, inner in walk(block)):
         cause, remedy = "no block of layers on vectors with random weights", "put a Dense into it"
         raise problem(SpecError, "block", block, cause, remedy)
@@ -177,22 +178,22 @@ def _flat(block: Layer) -> tuple[Layer, ...]:
 
 def _checked_width(block: Layer) -> int:
     """The units at the end of the block, at which it must be able to begin again."""
-    width = [inner.width for _, inner in walk(block) if isinstance(inner, Dense)][-1]
-    behind = block.output(Signal((width,), gaussian=True))
-    if behind != Signal((width,), gaussian=True):
-        cause = f"it turns ({width},) into {behind.shape}"
+    width = [inner.width for _, inner in walk(block) if inner.is_weights][-1]
+    after = block.output(Signal((width,), gaussian=True))
+    if after != Signal((width,), gaussian=True):
+        cause = f"it turns ({width},) into {after.shape}"
         raise problem(SpecError, "block", block, cause, "let it end with the shape it begins with")
     return width
 
 
 @jax.jit
-def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
+def _found(block: Layer, start: Kernel[PairMatrix]) -> FixedPoint:
     """The fixed point, with numbers also where there is none: those at the largest q."""
     eps = float(jnp.finfo(start.dtype).eps)
     largest = eps**-0.5
     solution = optx.fixed_point(
         _improved,
-        # Newton's error behind a step of this size is its square
+        # Newton's error after a step of this size is its square
         optx.FixedPointIteration(rtol=eps**0.5, atol=16 * eps),
         (jnp.ones((), start.dtype), jnp.zeros((), start.dtype)),
         (block, start),
@@ -202,26 +203,37 @@ def _found(block: Layer, start: EnsembleKernel) -> FixedPoint:
     )
     q, c = solution.value
     c = jnp.where(q > 64 * eps, c, 1.0)
-    behind, chi_q, chi_c = _slopes(block, start, q, c)
+    after, chi_q, chi_c = _slopes(block, start, q, c)
     chi_1 = _slopes(block, start, q, jnp.ones_like(c))[2]
     gap = jnp.minimum(jnp.abs(1 - chi_q), jnp.abs(1 - chi_c))
-    left = jnp.abs(behind.same - q) + jnp.abs(behind.other - q * c)
+    left = jnp.abs(after.same - q) + jnp.abs(after.other - q * c)
     found = (q < largest / 2) & (left <= eps**0.5 * (q + eps**0.5))
     attractive = jnp.where(gap > MARGIN * eps**0.5, Status.CONVERGED, Status.MARGINAL)
     status = jnp.where(found, attractive, Status.NO_FIXED_POINT)
     return FixedPoint(q, c, chi_q, chi_c, chi_1, _growth(block, start, q, c), status)
 
 
-def _slopes(block: Layer, start: EnsembleKernel, q: Array, c: Array) -> tuple[Pair, Array, Array]:
-    """The second moments behind the block, and each one's derivative in itself."""
+class Moments(NamedTuple):
+    """Second moments of one sample, and of two."""
 
-    def moments(cov: Pair) -> Pair:
-        return block.propagate(start.replace(cov=cov), None)[0].cov
+    same: Array
+    other: Array
 
-    cov, one, zero = Pair(q, q * c), jnp.ones_like(q), jnp.zeros_like(q)
-    behind, along_q = jax.jvp(moments, (cov,), (Pair(one, zero),))
-    _, along_xy = jax.jvp(moments, (cov,), (Pair(zero, one),))
-    return behind, along_q.same, along_xy.other
+
+def _slopes(
+    block: Layer, start: Kernel[PairMatrix], q: Array, c: Array
+) -> tuple[Moments, Array, Array]:
+    """The second moments after the block, and each one's derivative in itself."""
+
+    def after(moments: Moments) -> Moments:
+        covariance = start.covariance.replaced(*moments)
+        found = block.propagate(start.replace(covariance=covariance))[0].covariance
+        return Moments(found.same, found.other)
+
+    before, one, zero = Moments(q, q * c), jnp.ones_like(q), jnp.zeros_like(q)
+    found, along_q = jax.jvp(after, (before,), (Moments(one, zero),))
+    _, along_xy = jax.jvp(after, (before,), (Moments(zero, one),))
+    return found, along_q.same, along_xy.other
 
 
 def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
@@ -237,11 +249,11 @@ def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
     """
     block, start = args
     q, c = state
-    behind, slope_q, slope_xy = _slopes(block, start, q, c)
+    after, slope_q, slope_xy = _slopes(block, start, q, c)
     eps = float(jnp.finfo(q.dtype).eps)
-    correlation = safe.divide(behind.other, behind.same)
-    slope_c = slope_xy * safe.divide(q, behind.same)
-    q_new = _step(q, behind.same, slope_q, q + eps)
+    correlation = safe.divide(after.other, after.same)
+    slope_c = slope_xy * safe.divide(q, after.same)
+    q_new = _step(q, after.same, slope_q, q + eps)
     # factor by factor, since q may have to go through many orders of magnitude
     bounds = jnp.minimum(LARGEST_CHANGE * q, eps**-0.5), q / LARGEST_CHANGE
     q_new = _clipped(q_new, bounds[1], bounds[0])
@@ -252,10 +264,10 @@ def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
     return q_new, jnp.where(repelled, 0.0, c_new)
 
 
-def _step(value: Array, behind: Array, slope: Array, scale: Array) -> Array:
+def _step(value: Array, after: Array, slope: Array, scale: Array) -> Array:
     eps = float(jnp.finfo(value.dtype).eps)
-    step = (behind - value) / lax.stop_gradient(jnp.maximum(jnp.abs(1 - slope), eps))
-    rounding = jnp.abs(behind - value) <= 16 * eps * scale
+    step = (after - value) / lax.stop_gradient(jnp.maximum(jnp.abs(1 - slope), eps))
+    rounding = jnp.abs(after - value) <= 16 * eps * scale
     return value + step - lax.stop_gradient(jnp.where(rounding, step, 0.0))
 
 
@@ -264,13 +276,15 @@ def _clipped(value: Array, lower: Array | float, upper: Array | float) -> Array:
     return value + lax.stop_gradient(jnp.clip(value, lower, upper) - value)
 
 
-def _growth(block: Layer, start: EnsembleKernel, q: Array, c: Array) -> Array:
+def _growth(block: Layer, start: Kernel[PairMatrix], q: Array, c: Array) -> Array:
     """The largest eigenvalue of the block's map of tangents, whose entries are not negative."""
 
-    def tangents(tangent: Pair) -> Pair:
-        kernel = start.replace(cov=Pair(q, q * c), tangent=tangent)
-        return block.propagate(kernel, None)[0].settled_tangent
+    def tangents(tangent: Moments) -> Moments:
+        covariance = start.covariance.replaced(q, q * c)
+        kernel = start.replace(covariance=covariance, tangent=covariance.replaced(*tangent))
+        found = block.propagate(kernel)[0].effective_tangent
+        return Moments(found.same, found.other)
 
     # the map is affine: its own parameters add to what comes in
-    (a, b), (d, e) = jax.jacfwd(tangents)(Pair(jnp.zeros_like(q), jnp.zeros_like(q)))
+    (a, b), (d, e) = jax.jacfwd(tangents)(Moments(jnp.zeros_like(q), jnp.zeros_like(q)))
     return (a + e) / 2 + safe.sqrt((a - e) ** 2 / 4 + b * d)

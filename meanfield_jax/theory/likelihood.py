@@ -44,9 +44,8 @@ def class_information(
     return _covariance(p)
 
 
-def mean_information(network: Network, classes: Array | None, dtype) -> dict[str, Any]:
+def mean_information(num_outputs: int, classes: Array | None, dtype: Any) -> dict[str, Any]:
     """Eigenvalues of the mean information of an output vector, and their multiplicity in F."""
-    (num_outputs,) = network.output_shape
     if classes is None:
         return dict(information=jnp.ones(num_outputs, dtype), multiplicity=num_outputs)
     return dict(information=jnp.linalg.eigvalsh(classes.mean(0)), multiplicity=1)

@@ -15,8 +15,8 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.table import is_smooth, tabulated
 from meanfield_jax.layers import Activation, Dense, Layer
 from meanfield_jax.status import Status
+from meanfield_jax.theory.compiled import known_numbers
 from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point, solve
-from meanfield_jax.theory.propagate import known_numbers
 
 STATUSES = (Status.CONVERGED, Status.MARGINAL, Status.NO_FIXED_POINT)
 

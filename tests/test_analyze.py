@@ -15,8 +15,9 @@ from networks import CNN_NORM, SMALL
 from tolerance import assert_close
 
 import meanfield_jax as mf
-from meanfield_jax.kernel.state import STATISTICS, input_kernel
-from meanfield_jax.theory import propagate
+from meanfield_jax.kernel.kernel import STATISTICS, iid_inputs
+from meanfield_jax.theory.compiled import known_numbers, without_widths
+from meanfield_jax.theory.passes import _iid
 from meanfield_jax.variants import with_gamma
 
 RELU = mf.Activation("relu")
@@ -29,16 +30,17 @@ def _exact(x64):
 
 
 def run(network: mf.Network, statistics="batch", num_samples=None, all_positions=False):
-    """The kernel behind the last layer."""
-    start = input_kernel(
-        network.input_shape, num_samples, statistics, all_positions, jnp.dtype("float64")
+    """The kernel after the last layer."""
+    *positions, channels = network.input_shape
+    start = iid_inputs(
+        tuple(positions), channels, num_samples, statistics, all_positions, jnp.dtype("float64")
     )
-    return jax.device_get(propagated(propagate.known_numbers(network), start))
+    return jax.device_get(propagated(known_numbers(network), start))
 
 
 @jax.jit
 def propagated(network, start):
-    return network.body.propagate(start, None)[0]
+    return network.body.propagate(start)[0]
 
 
 NETWORKS = {
@@ -103,7 +105,7 @@ def test_backward_parameters_of_a_vanilla_network_follow_the_published_recursion
 def test_shares_add_up_to_the_outlier(name, statistics, num_samples):
     network = NETWORKS[name]
     fisher = mf.analyze(network, statistics=statistics, num_samples=num_samples).fisher
-    shares = fisher.shares
+    shares = fisher.contributions
     total = shares.weights.sum() + shares.biases.sum() + shares.norm.sum()
     assert_close(total, fisher.outlier, "rounding", np.abs(fisher.tangent_same))
     assert len(shares.layers) == shares.weights.size == shares.norm.size
@@ -114,13 +116,13 @@ def test_shares_name_the_layers_with_parameters():
     blocks = [f"layers/1/block[{time}]/layers" for time in range(4)]
     inner = [f"{block}/{index}" for block in blocks for index in (0, 2)]
     last = ["layers/2/branch/layers/1", "layers/3"]
-    assert list(theory.fisher.shares.layers) == ["layers/0", *inner, *last]
+    assert list(theory.fisher.contributions.layers) == ["layers/0", *inner, *last]
     assert list(theory.order_parameters.layers) == ["layers/0", *inner[1::2], *last]
 
 
 def test_a_constant_scale_has_no_share():
     network = mf.mlp([30], inputs=8, outputs=3, norm=mf.BatchNorm(trainable=False))
-    shares = mf.analyze(network).fisher.shares
+    shares = mf.analyze(network).fisher.contributions
     assert shares.layers == ("layers/0", "layers/3")
     assert np.all(shares.norm == 0)
 
@@ -139,7 +141,7 @@ def circular(**options) -> mf.Network:
         circular(),
         circular(norm=mf.BatchNorm(1.3)),
         circular(norm=mf.BatchNorm(1.3, axes="position")),
-        mf.cnn([4, 6], inputs=(6, 5, 3), padding="VALID", kernel=2, stride=1),
+        mf.cnn([4, 6], inputs=(6, 5, 3), padding="VALID", kernel_size=2, stride=1),
         mf.cnn([4, 6], inputs=(6, 5, 3), norm=mf.BatchNorm(1.3, axes="position")),
     ],
     ids=["plain", "channel", "position", "valid", "zero_padding"],
@@ -153,14 +155,14 @@ def test_keeping_all_pairs_of_positions_changes_nothing_before_a_flatten_head(ne
 def test_pairs_of_positions_matter_before_a_mean():
     network = mf.cnn([4], inputs=(6, 6, 3), head="mean")
     equal, all_pairs = (run(network, all_positions=keep) for keep in (False, True))
-    assert abs(all_pairs.tangent[0] / equal.tangent[0] - 1) > 0.1
-    assert_close(mf.analyze(network).fisher.tangent_same, all_pairs.tangent[0], "rounding")
+    assert abs(all_pairs.tangent.same / equal.tangent.same - 1) > 0.1
+    assert_close(mf.analyze(network).fisher.tangent_same, all_pairs.tangent.same, "rounding")
 
 
 def test_distinct_positions_of_an_input_are_uncorrelated():
-    kernel = input_kernel((3, 2, 5), None, "batch", True, jnp.dtype("float64"))
-    np.testing.assert_array_equal(kernel.cov[0].reshape(6, 6), np.eye(6))
-    assert not kernel.cov[1].any()
+    kernel = iid_inputs((3, 2), 5, None, "batch", True, jnp.dtype("float64"))
+    np.testing.assert_array_equal(kernel.covariance.same.reshape(6, 6), np.eye(6))
+    assert not kernel.covariance.other.any()
     assert kernel.positions == (3, 2)
 
 
@@ -259,9 +261,13 @@ def test_to_xarray_survives_a_file(name, tmp_path):
         assert again.attrs["momentum"] == 0.5
     assert_close(data.eta_max, 3.0 / theory.fisher.lambda_max, "rounding")
     assert list(data.layer.values) == list(theory.order_parameters.layers)
-    assert list(data.block.values) == list(theory.fisher.shares.layers)
+    assert list(data.block.values) == list(theory.fisher.contributions.layers)
     assert_close(data.q_xy, theory.order_parameters.q_xy, "rounding")
-    shares = data.share_weights.sum() + data.share_biases.sum() + data.share_norm.sum()
+    shares = (
+        data.contribution_weights.sum()
+        + data.contribution_biases.sum()
+        + data.contribution_norm.sum()
+    )
     assert_close(shares, data.outlier, "rounding")
 
 
@@ -270,7 +276,7 @@ def test_to_xarray_survives_a_file(name, tmp_path):
 
 def test_the_bulk_by_layer_sums_up_to_the_bulk(x64):
     fisher = mf.analyze(of_gamma(1.3), num_samples=50).fisher
-    assert_close(fisher.bulk_shares.sum(), fisher.bulk, "rounding")
+    assert_close(fisher.bulk_contributions.sum(), fisher.bulk, "rounding")
     one = mf.analyze(mf.mlp([50], inputs=5, outputs=2), num_samples=1).fisher
     assert float(one.bulk_high) == 0
 
@@ -284,7 +290,7 @@ def deep(depth, width) -> mf.Network:
 @pytest.mark.parametrize(("depth", "width", "limited"), [(2, 1000, True), (12, 100, False)])
 def test_deep_narrow_networks_are_said_to_be_outside_the_domain(depth, width, limited):
     fisher = mf.analyze(deep(depth, width), num_samples=100).fisher
-    assert bool(fisher.outlier_limited) == limited
+    assert bool(fisher.within_domain) == limited
     assert fisher.lambda_max >= max(fisher.outlier_high, fisher.bulk_high) * (1 - 1e-6)
 
 
@@ -313,8 +319,10 @@ def test_a_thousand_layers_compile_fast_and_differentiate(norm, record_property,
         return mf.Network((50,), (first, mf.Repeat(mf.Sequential(block), 1000), mf.Dense(10)))
 
     start = time.perf_counter()
-    compiled = jax.jit(propagate._iid_pass, static_argnames="statistics")
-    compiled.lower(deep(2.0), "batch", None, None).compile()
+    body, widths = without_widths(deep(2.0).body)
+    options = dict(input_shape=(50,), num_outputs=10, statistics="batch")
+    compiled = jax.jit(_iid, static_argnames=tuple(options))
+    compiled.lower(body, widths, None, None, **options).compile()
     seconds = time.perf_counter() - start
     record_property("compile_seconds", seconds)
     print(f"1000 layers compiled in {seconds:.1f} s")

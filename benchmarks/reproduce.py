@@ -3,25 +3,32 @@
 Figure 1: lambda_max and eta_max over gamma, theory and Lanczos. Figure 2: the test loss after five
 epochs over learning rate and gamma, with the predicted boundaries. On real images; the published
 claims are tested, each with its number.
+
+Run: ``python reproduce.py fig1 | fig2 [--scale small | full] [--data-dir FOLDER]``.
 """
 
 import dataclasses
+import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+import tyro
 import xarray as xr
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from meanfield_jax import data
+from meanfield_jax.cli.output import check_folder, write, write_png
 from meanfield_jax.experiments import diagram
 from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.validate import validate
-from meanfield_jax.kernel.state import STATISTICS
+from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.layers import BatchNorm
 from meanfield_jax.network import Network, cnn, mlp
 from meanfield_jax.plots import draw_sweep, draw_validation
@@ -34,7 +41,7 @@ ALL_IMAGES = dict(mnist=60_000, cifar10=50_000)
 """For training."""
 
 MOST = 0.9
-"""Share of comparisons that a claim of order has to win."""
+"""Fraction of comparisons that a claim of order has to win."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +283,7 @@ def _claims2(title: str, found: xr.Dataset) -> list[dict[str, Any]]:
     edges = " ".join(f"{ratio:.2f}" for ratio in boundaries)
     return [
         _ordered(title, "at the same learning rate", losses),
-        _ordered(title, "at the same share of eta_max", relative),
+        _ordered(title, "at the same fraction of eta_max", relative),
         dict(
             claim="the best learning rate is about half of eta_max (within a factor of 2)",
             case=title,
@@ -330,3 +337,37 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Figure 1 or 2 of Wei, Stokes & Schwab (2019) on real images, and which claims hold."""
+
+    figure: Annotated[Literal["fig1", "fig2"], tyro.conf.Positional]
+    """fig1: lambda_max and eta_max over gamma; fig2: test loss over learning rate and gamma."""
+    scale: Literal["small", "full"] = "small"
+    """small: minutes on two cores; full: the paper's networks and all images, for a GPU."""
+    output: Path | None = None
+    """Folder of the results; what is there is resumed [meanfield-jax-FIGURE-SCALE]."""
+    data_dir: Path | None = None
+    """Folder with the images [$MEANFIELD_JAX_DATA]."""
+
+
+def main(options: Options) -> None:
+    """Computes, draws, prints the tables."""
+    folder = options.output or Path(f"meanfield-jax-{options.figure}-{options.scale}")
+    check_folder(folder)
+    folder.mkdir(exist_ok=True)
+    make = figure1 if options.figure == "fig1" else figure2
+    result = make(options.scale, folder, data_dir=options.data_dir, progress=True)
+    record = json.dumps(result.record(), indent=1) + "\n"
+    written = [
+        write_png(folder / f"{options.figure}.png", result.picture),
+        write(folder / f"{options.figure}.json", lambda path: path.write_text(record)),
+    ]
+    Console().print(*tables(result))
+    print("wrote", *written, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

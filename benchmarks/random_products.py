@@ -33,12 +33,11 @@ def random_product_singular_values(key: Array, depth: int, size: int) -> Array:
 
     Accuracy:
         At N = 1000 the moments of orders 1 to 3, means of four draws, are those of Fuss-Catalan
-        within 1 % for M = 1, 2, 3 and within 2.4 % for M = 5. The tests hold them to their
-        standard error (tests/test_diagnostics.py).
+        within 1 % for M = 1, 2, 3 and within 2.4 % for M = 5 (understanding_bn.py).
 
     Example:
-        >>> import jax, meanfield_jax as mf
-        >>> squares = mf.diagnostics.random_product_singular_values(jax.random.key(0), 2, 500)
+        >>> import jax
+        >>> squares = random_product_singular_values(jax.random.key(0), 2, 500)
         >>> print(f"{squares.mean():.1f}, {squares.max():.1f}")  # 1 and 27/4
         1.0, 6.5
 
@@ -75,8 +74,7 @@ def fuss_catalan_moments(depth: int, orders: Sequence[int]) -> np.ndarray:
         unequal.
 
     Example:
-        >>> import meanfield_jax as mf
-        >>> print(mf.diagnostics.fuss_catalan_moments(1, [1, 2, 3, 4]))  # the Catalan numbers
+        >>> print(fuss_catalan_moments(1, [1, 2, 3, 4]))  # the Catalan numbers
         [ 1.  2.  5. 14.]
 
     Source:
@@ -101,8 +99,7 @@ def fuss_catalan_support(depth: int) -> float:
         The right end of the spectrum, whose left end is 0.
 
     Example:
-        >>> import meanfield_jax as mf
-        >>> [round(mf.diagnostics.fuss_catalan_support(depth), 2) for depth in (1, 2, 5)]
+        >>> [round(fuss_catalan_support(depth), 2) for depth in (1, 2, 5)]
         [4.0, 6.75, 14.93]
 
     Source:

@@ -1,0 +1,352 @@
+"""The kernel that travels through the layers: what the values of one unit have in common.
+
+Covariance and tangent are matrices over pairs of values, see matrix.py; everything here holds for
+i.i.d. samples and for a batch of data alike.
+"""
+
+import dataclasses
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from meanfield_jax.kernel import safe
+from meanfield_jax.kernel.gaussian import Nonlinearity
+from meanfield_jax.kernel.gram_matrix import GramMatrix, gram
+from meanfield_jax.kernel.matrix import Matrix, PairMatrix, Window, static
+from meanfield_jax.kernel.positions import Positions
+from meanfield_jax.status import Status
+
+M = TypeVar("M", bound=Matrix)
+
+PUBLISHED = "wei2019"
+STATISTICS = ("batch", "frozen", PUBLISHED)
+"""What BatchNorm's mean and deviation are taken to be; theory, see :class:`BatchNorm`."""
+
+MOST_FLUCTUATION = 15.0
+"""E[1 / variance] E[variance] that is too much: rare draws decide. In two directions it is infinite
+(and computed as 37), in three of equal variance 3."""
+
+LOSS = 0.01
+"""Relative error of a variance, by cancellation, that is too much."""
+
+
+class Projection(NamedTuple):
+    """What a norm's variance does to the tangent as it depends on the parameters.
+
+    With z_hat = H z / s, dz_hat = (1/s) (1 - z_hat z_hat^T / n) H dz: the tangent T of H z / s
+    turns into T - (z_hat v^T + v z_hat^T) + w z_hat z_hat^T, v = T z_hat / n, w = z_hat^T v / n.
+    Averages over z_hat are taken where the next layer is known.
+
+    Attributes:
+        correlation: E[z_hat_a z_hat_b], a matrix.
+        cross: E[z_hat_a v_b], likewise.
+        own: E[z_hat_b v_b], a matrix, or what broadcasts to one.
+        weight: w, likewise.
+        factor: By how much products of functions of z_hat_a and z_hat_b exceed those of Gaussian
+            ones: not 1 where each of the two has a deviation of its own; None for 1.
+    """
+
+    correlation: Any
+    cross: Any
+    own: Any
+    weight: Any
+    factor: Any
+
+    def scaled(self, fraction: Array | float) -> Self:
+        """The projection of a variance that depends so much less on the parameters."""
+        cross, own, weight = (part * fraction for part in (self.cross, self.own, self.weight))
+        return self._replace(cross=cross, own=own, weight=weight)
+
+    def of_function(self, moments: Any) -> tuple[Any, Any]:
+        """E[phi' phi' w z_hat_a z_hat_b] and E[phi' phi' z_hat_a v_b].
+
+        v_b is Gaussian together with the two z_hat: it is regressed on them, and the rest drops
+        out. The regression on z_hat_b comes first, which leaves nothing on the diagonal.
+
+        Args:
+            moments: Of the function phi.
+
+        Returns:
+            The two matrices.
+        """
+        var_a, var_b = self.correlation.variances()
+        both = moments.scale * safe.geometric_mean(var_a, var_b)
+
+        def regressed(correlation, cross, own, both, square) -> Array:
+            slope = safe.divide(own, var_b)
+            ratio = safe.divide(correlation, var_b)
+            left = var_a - ratio * correlation
+            resolved = left > 100 * jnp.finfo(left.dtype).eps * var_a
+            partial = jnp.where(resolved, cross - slope * correlation, 0.0)
+            partial = partial / jnp.where(resolved, left, 1.0)
+            return slope * both + partial * (var_a * square - ratio * both)
+
+        cross = self.correlation.map(regressed, self.cross, self.own, both, moments.square)
+        return both * self.weight, cross
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kernel(Generic[M]):
+    """Covariance and tangent of the values of a unit, for all pairs of samples (and positions).
+
+    Attributes:
+        covariance: Around ``mean``.
+        tangent: <grad z_a, grad z_b> per unit over all parameters so far, without ``scale`` and
+            ``projection``.
+        scale: The correlation E[z_hat_a z_hat_b] where a norm's trainable scale was just passed,
+            else None: the scale's tangent is z_hat_a z_hat_b, random until averaged.
+        projection: What a norm just passed takes off the tangent as its variance depends on the
+            parameters, or None.
+        mean: E[z], equal for all samples and positions, (); None where it is exactly 0.
+        deviation: The covariance up to what centring removes, without cancellation: less the
+            constant of a bias, or that of centred inputs; None where it is ``covariance`` itself.
+        tangent_deviation: The same of ``tangent``.
+        status: A :class:`Status` as integer: CONVERGED unless a normalization failed.
+        fluctuation: On a batch the largest E[1 / variance] E[variance] of what was normalized over
+            it; None for i.i.d. samples, whose number says that.
+        channels: Units per position (width), a number.
+        statistics: ``"batch"``, ``"frozen"`` or ``"wei2019"``.
+    """
+
+    covariance: M
+    tangent: M
+    scale: M | None
+    projection: Projection | None
+    mean: Array | None
+    deviation: M | None
+    tangent_deviation: M | None
+    status: Array
+    fluctuation: Array | None
+    channels: Array | float
+    statistics: str = static()
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The map's shape, () for a vector."""
+        return self.covariance.positions
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the matrices."""
+        return self.covariance.dtype
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def after(self, covariance: Matrix, tangent: Matrix, **changes: Any) -> Self:
+        """The kernel after a layer that z_hat does not survive; its mean is 0 unless given."""
+        rest = dict.fromkeys(("scale", "projection", "mean", "deviation", "tangent_deviation"))
+        return self.replace(covariance=covariance, tangent=tangent, **(rest | changes))
+
+    def with_numbers(self) -> Self:
+        """The same with numbers in place of what is known to be 0, for a scan over layers."""
+        covariance = self.covariance + 0.0
+        zero, one = covariance.full(0.0), covariance.full(1.0)
+        parts = Projection(zero, zero, zero, zero, one)
+        if self.projection is not None:
+            known = self.projection._replace(factor=self.projection.factor or one)
+            parts = Projection(*(zero + part for part in known))
+        return self.replace(
+            covariance=covariance,
+            scale=self.scale or zero,
+            mean=jnp.zeros((), self.dtype) if self.mean is None else self.mean,
+            projection=parts,
+            deviation=self.deviations[0],
+            tangent_deviation=self.deviations[1],
+        )
+
+    @property
+    def moment(self) -> M:
+        """Uncentred second moment E[z_a z_b]."""
+        return self.covariance if self.mean is None else self.covariance + self.mean**2
+
+    @property
+    def effective_tangent(self) -> M:
+        """The tangent where nothing correlated with z_hat follows: its parts averaged."""
+        tangent = self._projected_tangent
+        return tangent if self.scale is None else tangent + self.scale
+
+    @property
+    def _projected_tangent(self) -> M:
+        if self.projection is None:
+            return self.tangent
+        correlation, cross, _, weight, _ = self.projection
+        return self.tangent + correlation * weight - cross - cross.T
+
+    @property
+    def deviations(self) -> tuple[M | None, M | None]:
+        """``deviation`` and ``tangent_deviation`` where they are kept at all."""
+        if not self.covariance.keeps_deviations:
+            return None, None
+        return self._loose_covariance, self._loose_tangent
+
+    @property
+    def _loose_covariance(self) -> M:
+        return self.covariance if self.deviation is None else self.deviation
+
+    @property
+    def _loose_tangent(self) -> M:
+        return self.effective_tangent if self.tangent_deviation is None else self.tangent_deviation
+
+    def centred(self, over_positions: bool) -> M:
+        """The covariance of values whose mean over the batch was subtracted."""
+        return self._loose_covariance.centred(over_positions)
+
+    def centred_tangent(self, over_positions: bool) -> M:
+        """The tangent of such values."""
+        return self._loose_tangent.centred(over_positions)
+
+    def with_variance(self, var: Array, eps: Array | float) -> Self:
+        """The kernel with the status of a variance that comes from centring."""
+        size = jnp.abs(self._loose_covariance.diagonal()).max()
+        rounding = jnp.finfo(var.dtype).eps * size
+        lost = jnp.where(rounding > LOSS * (jnp.mean(var) + eps), Status.CANCELLATION, 0)
+        return self.replace(status=first_failure_of(self.status, lost))
+
+    def with_fluctuation(self, factor: Array, var: Array, eps: Array | float) -> Self:
+        """The kernel with the status of a normalization over a batch.
+
+        Args:
+            factor: E[1 / variance] E[variance] over random weights.
+            var: The variance.
+            eps: What is added to it; where it is far above the variance nothing is random.
+
+        Returns:
+            The kernel; unchanged for i.i.d. samples, whose number was checked.
+        """
+        if self.fluctuation is None:
+            return self
+        random = jnp.mean(var) > LOSS * eps
+        fluctuation = jnp.where(random, jnp.mean(factor), 1.0)
+        few = jnp.where(fluctuation < MOST_FLUCTUATION, 0, Status.FEW_DIRECTIONS)
+        largest = jnp.maximum(self.fluctuation, fluctuation)
+        return self.replace(status=first_failure_of(self.status, few), fluctuation=largest)
+
+    def activated(self, phi: Nonlinearity) -> Self:
+        """The kernel after an elementwise function."""
+        factor = None if self.projection is None else self.projection.factor
+        moments: Any = self.covariance.expectations(phi, self.mean, factor)
+        tangent = self.tangent * moments.derivative
+        if self.scale is not None:
+            tangent += moments.scale * safe.geometric_mean(*self.scale.variances())
+        if self.projection is not None:
+            both, cross = self.projection.of_function(moments)
+            tangent += both - cross - cross.T
+        product = moments.product if factor is None else moments.product * factor
+        return self.after(product, tangent)
+
+    def windowed(self, window: Window) -> Self:
+        """The values under a moving window, taken together as one vector.
+
+        Args:
+            window: Of the convolution.
+
+        Returns:
+            The kernel of these vectors at the new positions, with side^2 times the channels.
+        """
+        moment = self.moment.windows(window)
+        inputs = self.covariance.of_inputs
+        tangent = moment.full(0.0) if inputs else self.effective_tangent.windows(window)
+        return self.after(moment, tangent, channels=window.side**2 * self.channels)
+
+    def flattened(self) -> Self:
+        """After a flatten head: independent weights for each position, equal positions only."""
+        return self._pooled("flattened", self.positions[0] * self.positions[1])
+
+    def pooled(self) -> Self:
+        """After a mean over positions: the average over all pairs of them."""
+        return self._pooled("pooled", 1)
+
+    def _pooled(self, average: str, num_positions: int) -> Self:
+        def averaged(matrix: Matrix | None) -> Matrix | None:
+            return None if matrix is None else getattr(matrix, average)()
+
+        return self.replace(
+            covariance=averaged(self.covariance),
+            tangent=averaged(self._projected_tangent),
+            projection=None,
+            scale=averaged(self.scale),
+            deviation=averaged(self.deviation),
+            tangent_deviation=averaged(self.tangent_deviation),
+            channels=num_positions * self.channels,
+        )
+
+
+def iid_inputs(
+    positions: tuple[int, ...],
+    channels: Array | float,
+    num_samples: Array | float | None,
+    statistics: str,
+    all_positions: bool,
+    dtype: jnp.dtype,
+) -> Kernel[PairMatrix]:
+    """Inputs whose features are independent N(0, 1): unit covariance with itself, 0 otherwise.
+
+    Args:
+        positions: (height, width), or () for vectors.
+        channels: Features of a position.
+        num_samples: n, or None for the limit n -> infinity.
+        statistics: One of :data:`STATISTICS`.
+        all_positions: Whether to keep pairs of distinct positions.
+        dtype: Dtype of the arrays.
+
+    Returns:
+        The kernel before the first layer; its tangent is 0.
+    """
+    all_positions = all_positions and bool(positions)
+    same = jnp.ones(positions, dtype)
+    if all_positions:
+        size = positions[0] * positions[1]
+        same = jnp.eye(size, dtype=dtype).reshape(*positions, *positions)
+    zero = jnp.zeros_like(same)
+    inverse = 0.0 if num_samples is None else 1.0 / jnp.asarray(num_samples, dtype)
+    covariance = PairMatrix(same, zero, jnp.asarray(inverse, dtype), all_positions)
+    return _inputs(covariance, covariance.full(0.0), channels, statistics)
+
+
+def batch_inputs(x: Array, statistics: str, modulus: int) -> Kernel[GramMatrix]:
+    """A batch as it is: second moments over the features of a sample (the channels of a position).
+
+    Args:
+        x: (n, features) or (n, height, width, channels).
+        statistics: One of :data:`STATISTICS`.
+        modulus: Of the pairs of positions to keep, see :class:`Positions`.
+
+    Returns:
+        The kernel before the first layer; its tangent is 0.
+    """
+    pairs = None if x.ndim == 2 else Positions(x.shape[1:3], modulus)
+    covariance = gram(x, pairs)
+    zero = covariance.full(0.0)
+    if pairs is None:
+        deviation = gram(x - x.mean(0, keepdims=True), None)
+    else:
+        covariance, deviation = dataclasses.replace(covariance, images=x), None
+    fluctuation = jnp.ones((), x.dtype)
+    kernel = _inputs(covariance, zero, x.shape[-1], statistics)
+    return kernel.replace(deviation=deviation, fluctuation=fluctuation)
+
+
+def _inputs(covariance: M, zero: M, channels: Array | float, statistics: str) -> Kernel[M]:
+    return Kernel(
+        covariance=covariance,
+        tangent=zero,
+        scale=None,
+        projection=None,
+        mean=None,
+        deviation=None,
+        tangent_deviation=None,
+        status=jnp.asarray(Status.CONVERGED, jnp.int32),
+        fluctuation=None,
+        channels=jnp.asarray(channels, covariance.dtype),
+        statistics=statistics,
+    )
+
+
+def first_failure_of(status: Array, other: Array) -> Array:
+    """The first failure of two statuses."""
+    return jnp.where(status == Status.CONVERGED, other, status).astype(status.dtype)
