@@ -6,6 +6,8 @@ file is checked before use: its structure, the checksums in it, and, because MNI
 share their file names, whether its contents are those of another known file.
 """
 
+from __future__ import annotations
+
 import contextlib
 import gzip
 import hashlib
@@ -18,14 +20,16 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pooch
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 
 from meanfield_jax.errors import DataError, problem
+
+if TYPE_CHECKING:
+    pass
 
 _Pair = tuple[np.ndarray, np.ndarray]
 
@@ -216,6 +220,8 @@ def _part(images: np.ndarray, labels: np.ndarray, train: bool, num_train: int) -
 
 
 def _roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
+    import pooch
+
     places = (data_dir, os.environ.get("MEANFIELD_JAX_DATA"), pooch.os_cache("meanfield_jax"))
     return [Path(place).expanduser().resolve() for place in places if place]
 
@@ -268,6 +274,8 @@ def _checked(path: Path, name: str, images: np.ndarray, labels: np.ndarray) -> _
 
 def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
     """Downloads one file below the first root; pooch removes what a failed download leaves."""
+    import pooch
+
     path, url = roots[0] / name / filename, _MIRRORS[name] + filename
     if os.path.isfile(path):  # pooch would replace a copy that is packed anew
         return path

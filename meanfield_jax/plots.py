@@ -1,13 +1,12 @@
 """Pictures of predictions and measurements; each function returns a matplotlib Figure."""
 
+from __future__ import annotations
+
 import itertools
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
@@ -16,6 +15,10 @@ from meanfield_jax.layers.base import abbreviation
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.tune import Tuning
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
 
 # Okabe & Ito's colours, told apart by colour-blind readers too
 COLOR = {"batch": "#0072B2", "frozen": "#D55E00", "wei2019": "#009E73", "vanilla": "#555555"}
@@ -48,6 +51,8 @@ def plot_validation(dataset: xr.Dataset) -> Figure:
     Returns:
         A figure with two panels; error bars are standard errors over the draws.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     draw_validation(figure.subplots(1, 2), dataset)
     return figure
@@ -116,6 +121,8 @@ def plot_spectrum(
     Returns:
         The figure.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
     nodes = np.asarray(density.nodes)
@@ -153,6 +160,8 @@ def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     Raises:
         DataError: for a data set without these axes.
     """
+    from matplotlib.figure import Figure
+
     across = [
         str(name) for name in dataset.diverged_at.dims if name not in ("learning_rate", "seed")
     ]
@@ -175,6 +184,8 @@ def draw_sweep(
     axes, dataset: xr.Dataset, vertical: str = "gamma", *, value=None, title="", legend=True
 ) -> None:
     """Draws one panel of :func:`plot_sweep` into matplotlib axes."""
+    from matplotlib.colors import LogNorm
+
     shown = averaged(dataset, value).transpose(vertical, "learning_rate")
     values = shown.values
     finite = values[np.isfinite(values) & (values > 0)]
@@ -212,6 +223,9 @@ def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
     Returns:
         A figure: white where there is no fixed point, a line where chi_1 = 1.
     """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.6, 4.8), layout="constrained")
     axes = figure.subplots()
     norm = LogNorm(0.3, 300, clip=True)
@@ -258,6 +272,8 @@ def plot_tuning(tuning: Tuning) -> Figure:
     Returns:
         A figure with a panel for each field tuned, one for the shares, one for the descent.
     """
+    from matplotlib.figure import Figure
+
     ends = tuning.history.isel(step=[0, -1])
     fields = [str(name) for name in ends.data_vars if "layer" in ends[name].dims]
     figure = Figure(figsize=(3.7 * (len(fields) + 2), 3.6), layout="constrained")
@@ -308,6 +324,8 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         middle batch size (ticks at the top: eta_max by theory); over batch size the training loss
         and the test accuracy at each one's own best rate. Points missing where all runs diverged.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11.5, 8.4), layout="constrained")
     (stability, rates), (loss, accuracy) = figure.subplots(2, 2)
     sizes = dataset.batch_size.values
@@ -349,6 +367,8 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
 
 
 def _count(axes, name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel(name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)

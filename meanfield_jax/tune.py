@@ -1,15 +1,16 @@
 """``tune``: gradient descent, through the theory, on the numbers of a specification."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import xarray as xr
 from jax import Array
 
 from meanfield_jax.descent import (
@@ -28,6 +29,9 @@ from meanfield_jax.objectives import Objective
 from meanfield_jax.status import Status
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import eta_max
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -52,7 +56,7 @@ class Tuning:
     message: str
     history: xr.Dataset
 
-    def raise_if_failed(self) -> "Tuning":
+    def raise_if_failed(self) -> Tuning:
         """Returns itself.
 
         Raises:
@@ -265,6 +269,8 @@ def _history(
     momentum: float,
     objective: Callable[[Theory], Array],
 ) -> xr.Dataset:
+    import xarray as xr
+
     layers = list(dict.fromkeys(leaf.layer for leaf in leaves))
     steps = len(rows["objective"])
     name = getattr(objective, "__name__", None) or repr(objective)

@@ -1,14 +1,15 @@
 """Gradients, sample by sample and step by step: their tails, their sum, their noise."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from flax import nnx
 from jax import Array
 
@@ -16,6 +17,9 @@ from meanfield_jax.diagnostics.capture import blocks_around, check_module, repea
 from meanfield_jax.empirical.model import Functional, Params, functional, path_name
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.layers.base import check_positive_int
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Loss = Callable[[Array, Array], Array]
 """Maps outputs (n, ...) and targets (n, ...) to the losses of the samples, (n,)."""
@@ -102,6 +106,8 @@ def gradient_tails(grads: Any, *, tail_share: float = 0.01) -> xr.Dataset:
         Hill 1975 (Annals of Statistics 3, 1163); heavy tails: Bjorck et al. 2018
         (arXiv:1806.02375), section 3.2.
     """
+    import xarray as xr
+
     if not 0 < tail_share < 1:
         raise problem(SpecError, "tail_share", tail_share, "no share", "give e.g. 0.01")
     leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
@@ -166,6 +172,8 @@ def input_dependence(model: nnx.Module, loss: Loss, x: Array, y: Array) -> xr.Da
         by one; here of samples. With BatchNorm it splits the batch's gradient by the samples whose
         activations it passes, here it is split by the samples' losses.
     """
+    import xarray as xr
+
     apply, params, x, y = _prepared(model, loss, x, y)
     blocks, axes = repeated_paths(model), _repeated_axes(model, params)
     sums = _sums(apply, params, loss, tuple(axes.items()), x, y)
@@ -264,6 +272,8 @@ def gradient_noise(
     Source:
         Bjorck et al. 2018 (arXiv:1806.02375), section 2.1.
     """
+    import xarray as xr
+
     apply, params, x, y = _prepared(model, loss, x, y)
     rates = np.atleast_1d(np.asarray(learning_rate, np.float64))
     sizes = np.atleast_1d(np.asarray(batch_size))

@@ -1,15 +1,19 @@
 """What activations are made of: moments by layer, and the decomposition of their power."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from jax import Array
 
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.kernel import safe
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def moments(activations: Mapping[str, Array]) -> xr.Dataset:
@@ -34,6 +38,8 @@ def moments(activations: Mapping[str, Array]) -> xr.Dataset:
         >>> bool(found.variance.sel(layer="layers/1") > found.channel_variance[1])
         True
     """
+    import xarray as xr
+
     rows = {path: _moments(_checked(value)) for path, value in activations.items()}
     table = np.array([[float(number) for number in row] for row in rows.values()]).reshape(-1, 3)
     names = ("mean", "variance", "channel_variance")

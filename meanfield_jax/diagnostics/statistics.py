@@ -1,19 +1,23 @@
 """How far the statistics that a normalization uses are from those of all data."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from flax import nnx
 from jax import Array
 
 from meanfield_jax.diagnostics.capture import blocks_around, check_module, repeated_paths, unrolled
 from meanfield_jax.empirical.model import batch_statistics
 from meanfield_jax.errors import DataError, SpecError, check_data, problem
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class StatisticsError(NamedTuple):
@@ -129,6 +133,8 @@ def batch_statistics_error(
         >>> bool((error(8)["mean"] > error(64)["mean"]).all())
         True
     """
+    import xarray as xr
+
     check_module(model)
     x = check_data(x)
     if not 2 <= batch_size <= len(x):

@@ -1,10 +1,11 @@
 """A Fisher matrix layer by layer: parameters, largest eigenvalue, trace."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import xarray as xr
 from jax import Array
 from rich.console import Console
 from rich.progress import track
@@ -13,6 +14,9 @@ from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, problem
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def layer_table(
@@ -55,6 +59,8 @@ def layer_table(
         >>> table.layer.values.tolist(), table.parameters.values.tolist()
         (['layers/0', 'layers/1', 'layers/3'], [576, 128, 195])
     """
+    import xarray as xr
+
     if not isinstance(op, FisherOperator):
         remedy = "give mf.fisher_operator(model, x) or mf.FisherOperator(apply, params, x)"
         raise problem(SpecError, "op", type(op).__name__, "no Fisher matrix with layers", remedy)

@@ -1,18 +1,22 @@
 """Symmetric positive semi-definite operators, with the products of NumPy, SciPy and lineax."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import lineax
 import numpy as np
-import scipy.sparse.linalg
 from jax import Array
 
 from meanfield_jax.empirical.linearized import linearized, multiply_rows
 from meanfield_jax.errors import SpecError, problem
+
+if TYPE_CHECKING:
+    import lineax
+    import scipy.sparse.linalg
 
 Product = Callable[[Array], Array]
 
@@ -78,6 +82,8 @@ class SymmetricOperator:
         Returns:
             A linear operator on NumPy arrays, its own transpose.
         """
+        import scipy.sparse.linalg
+
         op = linearized(self)
 
         def multiply(vector: np.ndarray) -> np.ndarray:
@@ -94,6 +100,8 @@ class SymmetricOperator:
         Returns:
             A linear operator on arrays (size,). F itself is singular: a solver needs damping.
         """
+        import lineax
+
         structure = jax.ShapeDtypeStruct(self.shape[:1], self.dtype)
         tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
         return lineax.FunctionLinearOperator(linearized(self).product, structure, tags)

@@ -1,13 +1,14 @@
 """Where training really stops being stable: the largest learning rate that stays bounded."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import xarray as xr
 from flax import nnx
 from jax import Array
 from rich.console import Console
@@ -19,6 +20,9 @@ from meanfield_jax.experiments.train import BLOW_UP
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.variants import variants_of
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 WIDEST = 64.0
 """How far from the prediction a boundary is looked for, as a factor."""
@@ -78,6 +82,8 @@ def measured_boundary(
         >>> bool(0.5 < mf.measured_boundary(net, x, y, draws=1).ratio < 2)
         True
     """
+    import xarray as xr
+
     x, y = check_data(x), jnp.asarray(y)
     if y.shape != (len(x), *network.output_shape):
         remedy = f"give ({len(x)}, {network.output_shape[0]}), such as jax.nn.one_hot(labels, C)"

@@ -1,12 +1,13 @@
 """The normalization layers side by side: stability by theory and measured, and what they learn."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from flax import nnx
 from jax import Array
 from rich.console import Console
@@ -23,6 +24,9 @@ from meanfield_jax.network import Network, normalizes_over_batch, walk
 from meanfield_jax.theory.analyze import analyze, least_samples
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import has_norm, with_norm
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 TOL = 1e-3
@@ -108,6 +112,8 @@ def compare(
         >>> bool((abs(found.ratio - 1) < 0.5).all())
         True
     """
+    import xarray as xr
+
     variants = _variants(network, norms)
     for name, values in dict(batch_sizes=batch_sizes, learning_rates=learning_rates).items():
         if len(values) == 0:

@@ -1,9 +1,15 @@
 """What a sweep says: where training stops being stable, and which learning rate is best."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import xarray as xr
 
 from meanfield_jax.errors import DataError, problem
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def averaged(dataset: xr.Dataset, value: str | None = None) -> xr.DataArray:
@@ -47,6 +53,8 @@ def boundary(dataset: xr.Dataset) -> xr.DataArray:
     Raises:
         DataError: without an axis of learning rates.
     """
+    import xarray as xr
+
     if "learning_rate" not in dataset.dims:
         remedy = "sweep over several learning rates"
         raise problem(DataError, "dataset", list(dataset.dims), "no learning rates in it", remedy)

@@ -5,6 +5,8 @@ a chunk's files are written, a checksum of its numbers goes into ``digest``, and
 count: a chunk that is missing, truncated or altered has another checksum and is computed again.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import itertools
@@ -14,14 +16,16 @@ import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
-import zarr
-from zarr.storage import MemoryStore
 
 from meanfield_jax.errors import DataError, SpecError, problem
+
+if TYPE_CHECKING:
+    import xarray as xr
+    import zarr
+    from zarr.storage import MemoryStore
 
 try:
     import fcntl
@@ -163,6 +167,8 @@ class SweepStore:
 
     def dataset(self) -> xr.Dataset:
         """Everything that is finished; NaN (and -2 for ``diverged_at``) elsewhere."""
+        import xarray as xr
+
         dims = tuple(self.layout.axes)
         data = {}
         for name, variable in self.layout.variables.items():
@@ -212,6 +218,8 @@ def create(location: str | Path | None, layout: Layout, *, resume: bool) -> Swee
         DataError: where what is there is no sweep.
         OSError: where it cannot be written.
     """
+    from zarr.storage import MemoryStore
+
     group = _open(MemoryStore() if location is None else location, "a")
     name = "memory" if location is None else str(location)
     if "format" in group.attrs:
@@ -288,6 +296,8 @@ def locked(location: str | Path | None) -> Iterator[None]:
 
 
 def _open(location: str | Path | MemoryStore, mode: Any) -> zarr.Group:
+    import zarr
+
     try:
         return zarr.open_group(location, mode=mode, zarr_format=3)
     except OSError as error:

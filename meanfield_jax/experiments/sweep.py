@@ -1,5 +1,7 @@
 """Phase diagrams of training: a grid of runs on any number of devices, kept in a store."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -9,13 +11,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import xarray as xr
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
@@ -42,6 +43,9 @@ from meanfield_jax.network import Network, walk
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import with_depth, with_gamma, with_weight_var, with_width
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 AXES = {
     "batch_size": "samples of a step",

@@ -1,15 +1,16 @@
 """Training runs as one pure function: many scales, learning rates and seeds in one call."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import xarray as xr
 from flax import nnx
 from jax import Array
 from jax.core import Tracer
@@ -20,6 +21,9 @@ from meanfield_jax.errors import DataError, SpecError, check_choice, check_data,
 from meanfield_jax.network import Network
 from meanfield_jax.status import Status, first_failure
 from meanfield_jax.variants import has_norm, with_gamma, with_norms, with_weight_var
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 LOSSES = ("squared", "cross_entropy")
 BLOW_UP = 1e3
@@ -108,7 +112,7 @@ class Training:
         """(...,), a :class:`Status` as integer: CONVERGED or DIVERGED."""
         return jnp.where(self.diverged, Status.DIVERGED, Status.CONVERGED)
 
-    def raise_if_failed(self) -> "Training":
+    def raise_if_failed(self) -> Training:
         """Returns itself, or raises for the first run that diverged (host only).
 
         Raises:
@@ -131,6 +135,8 @@ class Training:
             A data set of ``diverged_at`` over ``dims`` and of the losses and the accuracy (those
             of the test samples where there are any) over ``dims`` and ``epoch``, counted from 1.
         """
+        import xarray as xr
+
         data: dict[str, Any] = dict(diverged_at=(dims, np.asarray(self.diverged_at)))
         for name in ("loss", "test_loss", "test_accuracy"):
             if (values := getattr(self, name)) is not None:

@@ -1,12 +1,13 @@
 """Theory held against the real network: predicted and measured spectra of the Fisher matrix."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray as xr
 from flax import nnx
 from jax import Array
 from rich.console import Console
@@ -22,6 +23,9 @@ from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import has_batch_norm, variants_of, with_gamma
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Mode = Literal["batch", "frozen"]
 MODES: tuple[Mode, ...] = ("batch", "frozen")
@@ -81,6 +85,8 @@ def validate(
         >>> bool(abs(mf.validate(net, x, draws=2).ratio.sel(statistics="batch") - 1) < 0.1)
         True
     """
+    import xarray as xr
+
     x = check_data(x)
     if draws < 1:
         raise problem(SpecError, "draws", draws, "not a number of draws", "give at least 1")
@@ -134,6 +140,8 @@ def validate(
 
 def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataArray]:
     """The k largest eigenvalues, by theory of these inputs and measured as means of C."""
+    import xarray as xr
+
     fishers = [
         [analyze(variant, data=x, statistics=mode).fisher for mode in MODES] for variant in variants
     ]
@@ -206,6 +214,8 @@ def _outlier(network: Network, statistics: str, given: dict[str, Any]) -> float:
 
 def _curve(network: Network, gammas: Sequence[float], given: dict[str, Any]) -> xr.DataArray | None:
     """Predicted outliers on a finer grid of gamma, (curve_gamma, statistics)."""
+    import xarray as xr
+
     if not gammas:
         return None
     low, high = min(map(abs, gammas)), max(map(abs, gammas))
@@ -219,6 +229,8 @@ def _curve(network: Network, gammas: Sequence[float], given: dict[str, Any]) -> 
 
 
 def _dataset(labels, predicted, measured, curve, momentum, num_samples, network) -> xr.Dataset:
+    import xarray as xr
+
     means = measured.mean(-1)
     mean = means.mean(-1)
     spoken_of = [MODES.index("batch" if name == "batch" else "frozen") for name in STATISTICS]

@@ -1,11 +1,12 @@
 """``analyze``: mean-field theory of a network, and its result."""
 
+from __future__ import annotations
+
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import xarray as xr
 from jax import Array
 from jax.core import Tracer
 from jax.numpy import result_type
@@ -23,6 +24,9 @@ from meanfield_jax.theory.likelihood import class_information
 from meanfield_jax.theory.memory_plan import modulus_for
 from meanfield_jax.theory.order_parameters import OrderParameters
 from meanfield_jax.theory.passes import iid, on_data
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 CAUSES = {
     Status.NOT_FINITE: "numbers overflow; compute in float64, or use smaller scales and variances",
@@ -58,7 +62,7 @@ class Theory:
     network: Network
     status: Array
 
-    def raise_if_failed(self) -> "Theory":
+    def raise_if_failed(self) -> Theory:
         """Returns itself, or raises for the first network that failed (host only).
 
         Raises:
@@ -90,6 +94,8 @@ class Theory:
             A data set with the dimensions ``layer`` (Dense and Conv) and ``block`` (every layer
             with parameters), ready for ``to_netcdf``.
         """
+        import xarray as xr
+
         order, fisher = self.order_parameters, self.fisher
         data: dict[str, Any] = {
             field.name: ("layer", np.asarray(getattr(order, field.name)))

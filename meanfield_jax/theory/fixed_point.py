@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
-import optimistix as optx
 from jax import Array, lax
 
 from meanfield_jax.errors import SpecError, check_choice, problem
@@ -189,6 +187,9 @@ def _checked_width(block: Layer) -> int:
 @jax.jit
 def _found(block: Layer, start: Kernel[PairMatrix]) -> FixedPoint:
     """The fixed point, with numbers also where there is none: those at the largest q."""
+    import lineax as lx
+    import optimistix as optx
+
     eps = float(jnp.finfo(start.dtype).eps)
     largest = eps**-0.5
     solution = optx.fixed_point(

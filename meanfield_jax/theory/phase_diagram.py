@@ -1,14 +1,14 @@
 """Order and chaos: the fixed points of a block over a grid of its variances."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optimistix as optx
-import xarray as xr
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
@@ -17,6 +17,9 @@ from meanfield_jax.layers import Activation, Dense, Layer
 from meanfield_jax.status import Status
 from meanfield_jax.theory.compiled import known_numbers
 from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point, solve
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 STATUSES = (Status.CONVERGED, Status.MARGINAL, Status.NO_FIXED_POINT)
 
@@ -81,6 +84,8 @@ def phase_diagram(
         Poole et al. 2016 (arXiv:1606.05340), figure 1; Schoenholz et al. 2017 (arXiv:1611.01232),
         figure 1.
     """
+    import xarray as xr
+
     dtype = jnp.result_type(float)
     weight_var, bias_var = (
         _checked_axis(name, axis).astype(dtype)
@@ -148,6 +153,8 @@ def _solved(block: Layer, weight_var: Array, bias_var: Array, **options):
 
     def critical(bias_var: Array, chi_1: Array) -> Array:
         """By bisection between the two rows where chi_1 first passes 1."""
+        import optimistix as optx
+
         above = chi_1 >= 1
         passes = jnp.concatenate([above[:1], above[1:] & (chi_1[:-1] < 1)])
         row = jnp.argmax(passes)
