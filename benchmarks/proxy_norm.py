@@ -6,8 +6,8 @@ normalized values (before scale and offset) are split into four shares of power,
 whole samples.
 
 * Vectors: width 1024, 512 Gaussian inputs, two draws. Behind LayerNorm P1 goes to 1, as mean-field
-  theory says (the package's rule averaged over gamma and beta); behind LayerNorm with ProxyNorm it
-  stays at 1/512, what 512 samples leave of 0; behind BatchNorm it is 0.
+  theory says (the package's rule averaged over gamma and beta); after LayerNorm with ProxyNorm it
+  stays at 1/512, what 512 samples leave of 0; after BatchNorm it is 0.
 * Maps: 8x8, 64 channels, 256 images of the CIFAR-10 subset. InstanceNorm removes what differs
   between samples, the other norms do not.
 * Training by cross-entropy, heavy ball, batches of 64, 6 epochs, eight seeds, each norm at its best
@@ -15,7 +15,7 @@ whole samples.
   near 1: conv 16-32-64, stride 2, on the CIFAR-10 subset (4,096 images, 1,074 for testing), and FC
   784-128x20-10 on MNIST (2,048 images, 4,096 for testing). (In two earlier runs of the shallow one
   with four seeds, at the rate of the best test accuracy, LayerNorm with ProxyNorm was 2.6 and 2.0
-  percentage points behind BatchNorm, with the bar at 2: hence eight. They gave 2.7; the deep one
+  percentage points after BatchNorm, with the bar at 2: hence eight. They gave 2.7; the deep one
   was added then, its bars with it, before it ran. A first run of it from rate .003 on had the best
   rates of all but BatchNorm at that end: hence smaller rates. The numbers of the shallow one are of
   that run.)

@@ -52,7 +52,7 @@ def recursion(
         fan_ins: N_{l-1} of each layer; |F| C_in for a convolution.
         weight_var: sigma_w^2.
         bias_var: sigma_b^2.
-        gamma: The scale of the BatchNorm behind every layer but the last; None: no BatchNorm.
+        gamma: The scale of the BatchNorm after every layer but the last; None: no BatchNorm.
     """
     depth = len(fan_ins)
     q, q_xy, q_hat, q_hat_xy = [], [], [1.0], [0.0]

@@ -172,16 +172,16 @@ def test_distinct_positions_of_an_input_are_uncorrelated():
 @pytest.mark.parametrize("num_samples", [2, 7, 1000])
 @pytest.mark.parametrize("axes", ["channel", "position"])
 @pytest.mark.parametrize("shape", [(5,), (3, 4, 2)], ids=["vector", "map"])
-def test_rows_of_the_matrices_behind_a_batch_norm_sum_to_zero(shape, axes, num_samples):
+def test_rows_of_the_matrices_after_a_batch_norm_sum_to_zero(shape, axes, num_samples):
     linear = mf.Dense(6) if len(shape) == 1 else mf.Conv(6)
     network = mf.Network(shape, (linear, mf.BatchNorm(1.3, axes=axes, **EXACT)))
     kernel = run(network, num_samples=num_samples, all_positions=len(shape) == 3)
-    for matrix in (kernel.cov, kernel.tangent):
-        rows = matrix[0] + (num_samples - 1) * matrix[1]
+    for matrix in (kernel.covariance, kernel.tangent):
+        rows = matrix.same + (num_samples - 1) * matrix.other
         if len(shape) == 3 and axes == "channel":
             rows = rows.mean((0, 1))
-        assert_close(rows, np.zeros(rows.shape), "rounding", np.abs(matrix[0]).max())
-    own = np.asarray(kernel.cov[0])
+        assert_close(rows, np.zeros(rows.shape), "rounding", np.abs(matrix.same).max())
+    own = np.asarray(kernel.covariance.same)
     if len(shape) == 3:
         own = own.reshape(12, 12).diagonal()
     # the mean over a batch (and positions) of the normalized values' squares is gamma^2

@@ -1,4 +1,4 @@
-"""Fixed points of blocks, depth scales, phase diagrams, growth behind BatchNorm."""
+"""Fixed points of blocks, depth scales, phase diagrams, growth with BatchNorm."""
 
 import functools
 import json

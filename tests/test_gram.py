@@ -66,8 +66,8 @@ def test_kernels_are_those_of_neural_tangents(name):
         x = (REFERENCE["mnist"] / 255.0 - 0.1307) / 0.3081
     kernel = mf.analyze(PUBLISHED[name], data=x).kernel
     # the reference's inputs were single precision
-    for matrix, field in ((kernel.cov, "nngp"), (kernel.tangent, "ntk")):
-        assert_close(matrix, REFERENCE[f"{name}_{field}"], "rounding", dtype=np.float32)
+    for matrix, field in ((kernel.covariance, "nngp"), (kernel.tangent, "ntk")):
+        assert_close(matrix.entries, REFERENCE[f"{name}_{field}"], "rounding", dtype=np.float32)
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ def test_a_gaussian_input_comes_out_with_mean_0_and_variance_1(x64):
 # ---- the rule
 
 
-def behind(norm: mf.ProxyNorm, correlation: float, upstream: float = 0.0):
-    """The kernel behind ProxyNorm of two samples, with this tangent before it."""
+def after(norm: mf.ProxyNorm, correlation: float, upstream: float = 0.0):
+    """The kernel after ProxyNorm of two samples, with this tangent before it."""
     start = iid_inputs((), 1, None, "batch", False, jnp.dtype("float64"))
     start = start.replace(
         covariance=start.covariance.replaced(jnp.float64(1.0), jnp.float64(correlation)),
@@ -75,7 +75,7 @@ def test_moments_and_parameters_are_integrals_over_both_values(trainable, activa
         mf.Activation(activation),
         trainable=trainable[1],
     )
-    kernel = behind(norm, correlation := 0.6)
+    kernel = after(norm, correlation := 0.6)
 
     # Gauss-Hermite over (y_a, y_b), functions and derivatives of the module itself
     node, weight = np.polynomial.hermite_e.hermegauss(80)
@@ -100,31 +100,31 @@ def test_moments_and_parameters_are_integrals_over_both_values(trainable, activa
         out_b, slope_b = values(y_b)
         both = weight[:, None] * weight
         expected = np.sum(both * out_a * out_b)
-        assert_close(getattr(kernel.cov, entry), expected, "quadrature", 1.0)
+        assert_close(getattr(kernel.covariance, entry), expected, "quadrature", 1.0)
         expected = np.sum(both[..., None] * slope_a * slope_b)
         # by Mehler's series
         assert_close(getattr(kernel.tangent, entry), expected, "quadrature_edge", 1.0)
 
 
 @pytest.mark.parametrize("correlation", [-0.5, 0.0, 0.5, 0.99])
-def test_behind_a_rectifier_the_constant_is_gone(correlation, x64):
-    kernel = behind(mf.ProxyNorm(mf.LayerNorm(eps=0.0)), correlation)
+def test_after_a_rectifier_the_constant_is_gone(correlation, x64):
+    kernel = after(mf.ProxyNorm(mf.LayerNorm(eps=0.0)), correlation)
     mean, var = proxy_statistics(jax.nn.relu, jnp.float64(1.0), jnp.float64(0.0))
     angle = math.pi / 2 + math.asin(correlation)
     both = (math.sqrt(1 - correlation**2) + correlation * angle) / (2 * math.pi)
     expected = (both - 2 * RELU_MEAN * mean + mean**2) / (var + 0.03)
-    assert_close(kernel.cov.other, expected, "quadrature", 1.0)
+    assert_close(kernel.covariance.other, expected, "quadrature", 1.0)
     if correlation == 0:
         # what is left is the error of the quantiles' mean, squared
-        assert 0 < kernel.cov.other < 5e-7
+        assert 0 < kernel.covariance.other < 5e-7
 
 
-def test_gradients_grow_as_behind_batch_norm(x64):
+def test_gradients_grow_as_after_batch_norm(x64):
     """E[phi'^2] / Var(phi) = pi / (pi - 1) a layer for ReLU: the price is the same."""
     norm = mf.ProxyNorm(mf.LayerNorm(eps=0.0, trainable=False), trainable=False)
-    kernel = behind(norm, 0.0, upstream=1.0)
+    kernel = after(norm, 0.0, upstream=1.0)
     # the quantiles' mean is a little off, the variance around it too
-    growth = float(kernel.tangent.same / kernel.cov.same)
+    growth = float(kernel.tangent.same / kernel.covariance.same)
     assert growth == pytest.approx(math.pi / (math.pi - 1), rel=1e-6)
 
 

@@ -167,11 +167,11 @@ def test_mean_second_moment_trace_and_bulk(num_samples):
     assert_close(fisher.outlier, outlier, "printed", printed="0.000001")
     assert_close(fisher.bulk, bulk, "printed", printed="0.000001")
     assert_close(fisher.trace, 10 * same, "rounding")
-    # one draw: layer l's share times (1 + sqrt(10 l'/1000))^2 with l' layers behind it
-    behind = np.sqrt(10 * np.array([3, 2, 1, 0]) / 1000)
+    # one draw: layer l's contribution times (1 + sqrt(10 l'/1000))^2, l' layers after it
+    after = np.sqrt(10 * np.array([3, 2, 1, 0]) / 1000)
     total = fisher.contributions.weights + fisher.contributions.biases
-    assert_close(fisher.outlier_high, total @ (1 + behind) ** 2, "rounding")
-    assert_close(fisher.outlier_low, total @ (1 - behind) ** 2, "rounding")
+    assert_close(fisher.outlier_high, total @ (1 + after) ** 2, "rounding")
+    assert_close(fisher.outlier_low, total @ (1 - after) ** 2, "rounding")
     assert fisher.lambda_max == max(fisher.outlier_high, fisher.bulk)
 
 

@@ -45,7 +45,7 @@ def test_a_layer_norm_sets_every_second_moment_to_gamma_squared(x64):
     kernel = mf.analyze(
         mf.Network((20,), (mf.Dense(50), norm, mf.Dense(3, 1.0, 0.0))), data=correlated(9, 20)
     ).kernel
-    assert_close(np.diag(kernel.cov), GAMMA**2, "rounding")
+    assert_close(kernel.covariance.diagonal(), GAMMA**2, "rounding")
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -85,10 +85,10 @@ def test_orthogonal_inputs_are_the_ensemble(x64):
     network = mf.mlp([300, 400], inputs=n, outputs=3, norm=mf.LayerNorm(1.4))
     real = mf.analyze(network, data=np.sqrt(n) * np.eye(n)).kernel
     ideal = mf.analyze(network).kernel
-    for name in ("cov", "tangent"):
+    for name in ("covariance", "tangent"):
         matrix, pair = getattr(real, name), getattr(ideal, name)
         expected = np.where(np.eye(n, dtype=bool), pair.same, pair.other)
-        assert_close(matrix, expected, "quadrature_edge", float(pair.same))
+        assert_close(matrix.entries, expected, "quadrature_edge", float(pair.same))
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def test_in_a_users_own_model(name):
     [
         (
             lambda: mf.Network((8,), (mf.LayerNorm(), mf.Dense(3))),
-            ("layers/0/LayerNorm=(8,)", "random weights", "behind a Dense or Conv"),
+            ("layers/0/LayerNorm=(8,)", "random weights", "after a Dense or Conv"),
         ),
         (
             lambda: mf.Network((8,), (mf.Dense(4), RELU, mf.LayerNorm(), mf.Dense(3))),
