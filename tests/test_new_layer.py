@@ -76,9 +76,8 @@ def test_it_is_compared_tuned_and_saved(toy):
     objective = mf.objectives.target_eta_max(target)
     tuned = mf.tune(own, objective, num_samples=20, shared=True)
     assert tuned.status == mf.Status.CONVERGED
-    assert float(tuned.after.eta_max()) == pytest.approx(
-        target, rel=jnp.finfo(jnp.float32).eps ** 0.5
-    )
+    accuracy = float(jnp.finfo(jnp.float32).eps) ** 0.5  # of the descent
+    assert float(tuned.after.eta_max()) == pytest.approx(target, rel=accuracy)
 
 
 def test_the_command_line_knows_its_name(toy):
