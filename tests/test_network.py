@@ -469,7 +469,7 @@ def test_the_model_refuses_inputs_of_another_shape():
         return mf.build(PRESETS["mlp"], rngs=nnx.Rngs(0))(x)
 
     with pytest.raises(
-        mf.DataError, match=r"x.shape=\(5, 9\): .*; give an array of shape \(samples, 8\)"
+        mf.DataError, match=r"x.shape=\(5, 9\): .*; pass an array of shape \(samples, 8\)"
     ):
         jax.eval_shape(outputs, np.ones((5, 9), np.float32))
 
