@@ -94,7 +94,7 @@ class FixedPoint:
 def fixed_point(
     block: Layer, *, statistics: str = "batch", num_samples: int | Array | None = None
 ) -> FixedPoint:
-    r"""The fixed point of a block that is repeated infinitely often, and the slopes there.
+    r"""The fixed point of a block repeated infinitely often, and its Jacobian's eigenvalues there.
 
     .. math:: q^* = V(q^*), \quad c^* = C(q^*, c^*), \quad
         \chi_q = V'(q^*), \quad \chi_c = \partial_c C(q^*, c^*), \quad
