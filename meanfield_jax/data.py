@@ -1,9 +1,9 @@
 """Data sets as NumPy arrays: Gaussian noise, scikit-learn's digits, MNIST, Fashion-MNIST, CIFAR-10.
 
-Files are looked for below `data_dir`, `$MEANFIELD_JAX_DATA` and the user's cache, in this order;
-what is missing is downloaded, with known checksums, into the first of these that is given. Every
+Files are searched for in `data_dir`, `$MEANFIELD_JAX_DATA` and the user's cache, in this order.
+Missing files are downloaded, with known checksums, into the first of these that is given. Every
 file is checked before use: its structure, the checksums in it, and, because MNIST and Fashion-MNIST
-share their file names, whether its contents are those of another known file.
+use the same file names, whether its contents are those of another known file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _Pair = tuple[np.ndarray, np.ndarray]
 
-# The shape, the scale of the pixels, and the mean and standard deviation that standardize them.
+# The shape, the scale of the pixels, and the mean and standard deviation used to standardize them.
 _IMAGES = {
     "digits": ((8, 8, 1), 16, (0.3053, 0.3760)),
     "mnist": ((28, 28, 1), 255, (0.1307, 0.3081)),
@@ -43,7 +43,7 @@ _IMAGES = {
 _GAUSSIAN_SHAPE, _GAUSSIAN_SAMPLES = (784,), 1000
 
 DATASETS = ("gaussian", *_IMAGES)
-"""The names that `load` knows."""
+"""The names that `load` accepts."""
 
 _FASHION_FOLDERS = ("fashion_mnist", "fashion-mnist")
 _BATCH_FOLDER, _BATCH_ARCHIVE = "cifar-10-batches-py", "cifar-10-python.tar.gz"
@@ -69,8 +69,8 @@ _SHA256 = {
     ),
     "cifar10": ("6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",),
 }
-# How the SHA-256 of the *unpacked* contents begins: copies are often packed anew, so the digest of
-# a .gz file does not tell what it holds.
+# The first digits of the SHA-256 of the *unpacked* contents: copies are often repacked, so the
+# digest of a .gz file does not tell what it contains.
 _CONTENTS = {
     "ba891046e6505d7a": "mnist/train-images-idx3-ubyte",
     "65a50cbbf4e906d7": "mnist/train-labels-idx1-ubyte",
@@ -87,13 +87,13 @@ def shape_of(name: str) -> tuple[int, ...]:
     """The shape of one sample before flattening, for choosing a network's inputs.
 
     Args:
-        name: one of `DATASETS`.
+        name: One of `DATASETS`.
 
     Returns:
         (features,) for Gaussian noise, (height, width, channels) for images.
 
     Raises:
-        DataError: the name is unknown.
+        DataError: if the name is unknown.
 
     Example:
         >>> shape_of("cifar10")
@@ -118,32 +118,35 @@ def load(
 ) -> _Pair:
     """Loads the first samples of a data set.
 
-    Images become x = (pixel / scale - mean) / std with scale 16 for digits, else 255. Mean and std
-    are those of all pixels, (.3053, .3760) for digits, (.1307, .3081) for MNIST, (.2860, .3530) for
-    Fashion-MNIST; for CIFAR-10 they are measured per channel over the samples that are returned, so
-    training and test images get slightly different ones: to share them, pass `standardize=False`.
+    Images become x = (pixel / scale - mean) / std, with scale 16 for digits and 255 otherwise. Mean
+    and std are those of all pixels: (.3053, .3760) for digits, (.1307, .3081) for MNIST and
+    (.2860, .3530) for Fashion-MNIST. For CIFAR-10 they are measured per channel over the returned
+    samples, so they differ slightly between training and test images; to use the same values for
+    both, pass `standardize=False` and standardize the images yourself.
 
-    `split="test"` is the published test set, except that digits keeps its last 20 % for testing and
-    a file `cifar10*.npz` (arrays `images`, `labels`) is split into its first 4,096 and the rest:
-    such a file is usually a subset, and what is measured on it should be labelled so.
+    `split="test"` is the published test set, with two exceptions: for digits it is the last 20 %,
+    and a file `cifar10*.npz` (arrays `images`, `labels`) is split into its first 4,096 samples and
+    the rest. Such a file is usually a subset, and results measured on it should say so.
 
     Args:
-        name: one of `DATASETS`. "gaussian" draws i.i.d. N(0, 1) inputs and uniform labels.
+        name: One of `DATASETS`. "gaussian" draws i.i.d. N(0, 1) inputs and uniform labels.
         split: "train" or "test".
-        num_samples: how many, from the start; by default all of them (Gaussian noise: 1000).
-        flatten: returns x as (n, features).
-        standardize: False leaves pixels in [0, 1]; Gaussian noise has mean 0 and variance 1 anyway.
-        data_dir: folder with the files, in it or in a sub-folder `<name>`. Fashion-MNIST needs a
-            folder named `fashion_mnist` or `fashion-mnist`, as MNIST uses the same file names.
-        seed: of the Gaussian draw; train and test differ, and a longer draw extends a shorter one.
-        shape: of one Gaussian sample, by default (784,).
+        num_samples: Number of samples, from the start; by default all (Gaussian noise: 1000).
+        flatten: Whether to return x as (n, features).
+        standardize: False leaves pixels in [0, 1]; Gaussian noise always has mean 0 and variance 1.
+        data_dir: Folder with the files, which may also be in a sub-folder `<name>`. Fashion-MNIST
+            needs a folder named `fashion_mnist` or `fashion-mnist`, because MNIST uses the same
+            file names.
+        seed: Seed of the Gaussian draw; train and test differ, and a longer draw extends a shorter
+            one.
+        shape: Shape of one Gaussian sample, by default (784,).
 
     Returns:
         x, float32 of shape (n, *shape), and y, int32 labels 0..9 of shape (n,).
 
     Raises:
-        DataError: an argument cannot be used, or a file is missing, damaged or not what its name
-            says. The message is one line with the file and the remedy.
+        DataError: if an argument cannot be used, or a file is missing, damaged or not what its name
+            says. The message is a single line with the file and the remedy.
 
     Example:
         >>> x, y = load("gaussian", num_samples=4, shape=(8, 8, 1), flatten=True)
@@ -160,7 +163,7 @@ def load(
         count = len(labels) if num_samples is None else num_samples
         if not 0 < count <= len(labels):
             cause = f"the {split} split of {name} holds {len(labels)} samples here"
-            raise problem(DataError, "num_samples", num_samples, cause, "ask for no more than that")
+            raise problem(DataError, "num_samples", num_samples, cause, "pass no more than that")
         x, labels = _scaled(name, pixels[:count], standardize), labels[:count]
     return (x.reshape(len(x), -1) if flatten else x), labels
 
@@ -172,16 +175,16 @@ def _check_arguments(
     if split not in ("train", "test"):
         raise problem(DataError, "split", split, "unknown split", "use 'train' or 'test'")
     if num_samples is not None and num_samples < 1:
-        raise problem(DataError, "num_samples", num_samples, "too few", "use 1 or more")
+        raise problem(DataError, "num_samples", num_samples, "must be at least 1", "use 1 or more")
     if seed < 0:
         raise problem(DataError, "seed", seed, "must not be negative", "use 0, 1, 2, ...")
     if shape is not None and (name != "gaussian" or min(shape, default=0) < 1):
-        cause = "only gaussian takes a shape, and its sizes are positive"
+        cause = "only 'gaussian' takes a shape, and its sizes must be positive"
         raise problem(DataError, "shape", shape, cause, "leave it out or correct it")
 
 
 def _gaussian(shape: tuple[int, ...], seed: list[int]) -> _Pair:
-    # Two streams, so that a longer draw of inputs does not shift the labels.
+    # Two random streams, so that a longer draw of inputs does not shift the labels.
     inputs, labels = np.random.default_rng(seed).spawn(2)
     x = inputs.standard_normal(shape, dtype=np.float32)
     return x, labels.integers(10, size=shape[0], dtype=np.int32)
@@ -197,7 +200,7 @@ def _scaled(name: str, pixels: np.ndarray, standardize: bool) -> np.ndarray:
         mean, std = moments or np.transpose(list(measured))
         if np.min(std) == 0:
             cause = "a channel is constant over the selected images"
-            raise problem(DataError, "standardize", True, cause, "pass False or take more images")
+            raise problem(DataError, "standardize", True, cause, "pass False or load more images")
         x -= mean
         x /= std
     return x
@@ -207,7 +210,7 @@ def _read_digits(name: str, train: bool, _roots: list[Path]) -> _Pair:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        remedy = 'pip install "meanfield_jax[digits]"'
+        remedy = 'run pip install "meanfield_jax[digits]"'
         raise problem(DataError, "name", name, "needs scikit-learn", remedy) from error
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = pixels.reshape(-1, *shape_of(name))
@@ -227,7 +230,7 @@ def _roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
 
 
 def _folders(name: str, roots: list[Path]) -> Iterator[Path]:
-    """The folders that may hold a data set, best first."""
+    """The folders that may contain a data set, in order of preference."""
     fashion = name == "fashion_mnist"
     for root in roots:
         yield from (root / folder for folder in (_FASHION_FOLDERS if fashion else (name,)))
@@ -236,12 +239,12 @@ def _folders(name: str, roots: list[Path]) -> Iterator[Path]:
 
 
 def _existing(*paths: Path) -> Path | None:
-    # os.path: for a forbidden folder it answers False, where Path.is_file can raise
+    # os.path.isfile returns False for a forbidden folder, where Path.is_file can raise
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def _bad_file(path: Path, cause: str) -> ValueError:
-    remedy = "replace it by an intact copy, or remove it to have it downloaded"
+    remedy = "replace it with an intact copy, or remove it to have it downloaded"
     return problem(DataError, "file", str(path), cause, remedy)
 
 
@@ -251,17 +254,17 @@ def _short(error: Exception) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns whatever a damaged file causes into one line that names the file."""
+    """Turns any error that a damaged file causes into a single line that names the file."""
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # gzip, zlib, zipfile, tarfile and pickle share no base class
+    except Exception as error:  # gzip, zlib, zipfile, tarfile, pickle have no common base class
         raise _bad_file(path, f"cannot be read ({_short(error)})") from error
 
 
 def _checked(path: Path, name: str, images: np.ndarray, labels: np.ndarray) -> _Pair:
-    """The pair, if it is bytes of the right shape with a label 0..9 for each image."""
+    """The pair, if the images are bytes of the right shape, each with a label 0..9."""
     shape = shape_of(name)
     if images.dtype != np.uint8 or images.shape[1:] != shape:
         raise _bad_file(path, f"holds {images.dtype} {images.shape}, not uint8 images {shape}")
@@ -273,18 +276,18 @@ def _checked(path: Path, name: str, images: np.ndarray, labels: np.ndarray) -> _
 
 
 def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
-    """Downloads one file below the first root; pooch removes what a failed download leaves."""
+    """Downloads one file into the first root; pooch removes the remains of a failed download."""
     import pooch
 
     path, url = roots[0] / name / filename, _MIRRORS[name] + filename
-    if os.path.isfile(path):  # pooch would replace a copy that is packed anew
+    if os.path.isfile(path):  # pooch would replace a copy that was repacked
         return path
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), DownloadColumn())
     missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar: Any = _Bar(progress, filename)  # Any: pooch's own hints do not allow what it does
+            bar: Any = _Bar(progress, filename)  # Any: pooch's type hints do not allow its usage
             fetch: Any = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16)
             pooch.retrieve(url, sha256, filename, path.parent, downloader=fetch)
     except (OSError, ValueError) as error:  # connection, HTTP status, disk; checksum
@@ -292,15 +295,15 @@ def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
             for folder in missing:
                 folder.rmdir()
         places = ", ".join(map(str, _folders(name, roots)))
-        cause = f"not in {places}, and the download from {url} failed ({_short(error)})"
-        where = "point data_dir (--data-dir) or $MEANFIELD_JAX_DATA to a folder that holds it"
+        cause = f"not found in {places}, and the download from {url} failed ({_short(error)})"
+        where = "point data_dir (--data-dir) or $MEANFIELD_JAX_DATA to a folder that contains it"
         remedy = f"{where}, or use --data digits or --data gaussian"
         raise problem(DataError, "file", filename, cause, remedy) from error
     return path
 
 
 class _Bar:
-    """What pooch asks of a progress bar, drawn by rich."""
+    """A progress bar drawn by rich, with the interface that pooch expects."""
 
     def __init__(self, progress: Progress, label: str):
         self.total = 0
@@ -314,13 +317,13 @@ class _Bar:
         self._progress.reset(self._task)
 
     def close(self) -> None:
-        """The end of `with Progress` closes the bar, also after an error."""
+        """Does nothing: the end of `with Progress` closes the bar, also after an error."""
 
 
 def _read_mnist(name: str, train: bool, roots: list[Path]) -> _Pair:
     prefix = "train" if train else "t10k"
     stems = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
-    # Both from one folder: images of one copy with labels of another would match by chance only.
+    # Both from one folder: images of one copy would match the labels of another only by chance.
     for folder in _folders(name, roots):
         paths = [_existing(folder / stem, folder / f"{stem}.gz") for stem in stems]
         if all(paths):
@@ -338,7 +341,7 @@ def _read_idx(path: Path, wanted: str, item: tuple[int, ...]) -> np.ndarray:
     """Reads a file of big-endian numbers (2049 + dimensions of an item, sizes), then bytes."""
     with _reading(path):
         raw = path.read_bytes()
-        if raw.startswith(b"\x1f\x8b"):  # by contents: browsers unpack and keep the name .gz
+        if raw.startswith(b"\x1f\x8b"):  # not by name: browsers unpack files but keep the .gz
             raw = gzip.decompress(raw)
     start, expected = 4 * (2 + len(item)), 2049 + len(item)
     magic, *sizes = (int.from_bytes(raw[i : i + 4], "big") for i in range(0, start, 4))
@@ -346,10 +349,10 @@ def _read_idx(path: Path, wanted: str, item: tuple[int, ...]) -> np.ndarray:
         kind = {2049: ", that of labels", 2051: ", that of images"}.get(magic, "")
         raise _bad_file(path, f"has the magic number {magic}{kind}, not {expected}")
     if tuple(sizes[1:]) != item:
-        raise _bad_file(path, f"announces items of shape {tuple(sizes[1:])}, not {item}")
+        raise _bad_file(path, f"declares items of shape {tuple(sizes[1:])}, not {item}")
     size = start + math.prod(sizes)
     if len(raw) != size:
-        raise _bad_file(path, f"announces {sizes[0]} items in {size} bytes, has {len(raw)}")
+        raise _bad_file(path, f"declares {sizes[0]} items in {size} bytes but has {len(raw)}")
     contents = _CONTENTS.get(hashlib.sha256(raw).hexdigest()[:16], wanted)
     if contents != wanted:
         raise _bad_file(path, f"holds {contents}, not {wanted}")
@@ -366,7 +369,7 @@ def _read_cifar10(name: str, train: bool, roots: list[Path]) -> _Pair:
         files = sorted(folder.glob("cifar10*.npz"))
         if len(files) > 1:
             cause = f"holds {len(files)} files cifar10*.npz"
-            raise problem(DataError, "folder", str(folder), cause, "keep the one to be used")
+            raise problem(DataError, "folder", str(folder), cause, "keep only the one to use")
         if files:
             return _part(*_read_npz(files[0]), train, _NPZ_TRAIN)
     return _read_batches(_download(name, _BATCH_ARCHIVE, _SHA256[name][0], roots), batches)
@@ -396,11 +399,11 @@ def _read_batches(source: Path, names: list[str]) -> _Pair:
 def _unpacked(path: Path, names: list[str]) -> list[bytes]:
     found = {}
     with gzip.open(path) as packed, tarfile.open(fileobj=packed, mode="r:") as archive:
-        # In the archive's order: looking members up by name would unpack it once for each.
+        # In the archive's order: looking up members by name would unpack it once for each.
         for member in archive:
             content = archive.extractfile(member) if member.name in names else None
             found[member.name] = content.read() if content else b""
-        while packed.read(1 << 20):  # to the end, where gzip compares its checksum
+        while packed.read(1 << 20):  # to the end, where gzip verifies its checksum
             pass
     missing = [name for name in names if not found.get(name)]
     if missing:
@@ -417,23 +420,23 @@ def _parse_batch(path: Path, raw: bytes) -> _Pair:
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Rebuilds arrays of bytes and plain containers; every other name in a pickle is refused."""
+    """Rebuilds only arrays of bytes and plain containers; refuses every other name in a pickle."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _PICKLE_NAMES:
-            raise pickle.UnpicklingError(f"a CIFAR-10 batch has no use for {module}.{name}")
+            raise pickle.UnpicklingError(f"a CIFAR-10 batch does not need {module}.{name}")
         return _PICKLE_NAMES[module, name]
 
 
 def _uint8(code: bytes, *_flags: object) -> np.dtype:
-    # Stands for numpy.dtype, which in NumPy 2.4.0 to 2.4.4 warns about the flags in these files.
+    # Replaces numpy.dtype, which in NumPy 2.4.0 to 2.4.4 warns about the flags in these files.
     if code != b"u1":
-        raise pickle.UnpicklingError(f"a CIFAR-10 batch has no use for arrays of type {code!r}")
+        raise pickle.UnpicklingError(f"a CIFAR-10 batch does not need arrays of type {code!r}")
     return np.dtype(np.uint8)
 
 
 _PICKLE_NAMES = {
-    # NumPy's own function, without naming the private module that it lives in
+    # NumPy's own function, without naming the private module that defines it
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): _uint8,

@@ -1,4 +1,4 @@
-"""How much memory there is to compute in."""
+"""The memory available for computation."""
 
 import math
 import os
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def memory_of(devices: Collection[Any]) -> float:
-    """Bytes that the devices have together; infinite where the system does not say."""
+    """Total memory of the devices in bytes; infinite where the system does not report it."""
     if all(device.platform == "cpu" for device in devices):
-        # they share the machine's
+        # CPU devices all use the machine's memory
         if not hasattr(os, "sysconf"):
             return math.inf
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

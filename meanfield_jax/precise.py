@@ -1,7 +1,7 @@
-"""Products in full precision on every platform: an accelerator's default is far coarser.
+"""Products in full precision on every platform, because an accelerator's default is far coarser.
 
-TF32 rounds the factors of a product to 10 bits of mantissa: orthogonality in Lanczos is lost, and
-theory agrees with itself to three digits only.
+TF32 rounds the factors of a product to 10 bits of mantissa: Lanczos vectors lose their
+orthogonality, and theory agrees with itself to only three digits.
 """
 
 from functools import partial
@@ -17,4 +17,4 @@ tensordot = partial(jnp.tensordot, precision=HIGHEST)
 vdot = partial(jnp.vdot, precision=HIGHEST)
 
 by_default = partial(jax.default_matmul_precision, "highest")
-"""A context in which products that do not ask for a precision, as in a user's model, have it."""
+"""A context with full precision for products that request none, such as those of a user's model."""

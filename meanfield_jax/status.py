@@ -1,4 +1,4 @@
-"""How a computation ended: one list of codes for the whole package."""
+"""Codes for how a computation ended: one list for the whole package."""
 
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -7,37 +7,37 @@ import numpy as np
 
 
 class Status(IntEnum):
-    """How a computation ended; results carry it as an integer array, since tracing cannot raise."""
+    """How a computation ended; an integer array in results, because traced code cannot raise."""
 
     CONVERGED = 0
-    """As asked for; of a theory: all numbers are finite and inside its domain."""
+    """The computation succeeded; for a theory, all numbers are finite and within its domain."""
     MAX_STEPS = 1
-    """The limit of steps came first."""
+    """The maximum number of steps was reached first."""
     NOT_FINITE = 2
-    """NaN, inf or overflow."""
+    """A number is NaN or infinite, or overflowed."""
     MARGINAL = 3
-    """A fixed point that attracts more slowly than exponentially or not at all: a slope is 1. Depth
-    scales are infinite there and derivatives in the block's numbers do not exist."""
+    """The fixed point attracts more slowly than exponentially, or not at all: a slope is 1. Depth
+    scales are infinite there, and derivatives in the block's numbers do not exist."""
     NO_FIXED_POINT = 4
-    """q grows without bound."""
+    """There is no fixed point: q grows without bound."""
     STALLED = 5
-    """No step makes the objective smaller."""
+    """No step reduces the objective."""
     DIVERGED = 6
-    """Training: the loss is not finite or 1000 times the first one. Tuning: the objective has no
-    minimum nearby."""
+    """In training, the loss is not finite or 1000 times its first value. In tuning, the objective
+    has no minimum nearby."""
     INDEPENDENT = 7
     """The objective does not depend on what is tuned."""
     FEW_DIRECTIONS = 8
-    """A normalization over a batch that varies in too few directions: the mean over random weights
-    of 1/variance is infinite."""
+    """A batch that is normalized over varies in too few directions: the mean of 1/variance over
+    random weights is infinite."""
     CANCELLATION = 9
-    """A batch so nearly constant that its variance is lost to rounding in this dtype."""
+    """The batch is so nearly constant that its variance is lost to rounding in this dtype."""
     NOT_RUN = 10
-    """A run of a sweep that has not been made, or whose results are damaged."""
+    """The run of a sweep has not been made, or its results are damaged."""
 
     @property
     def label(self) -> str:
-        """In small letters, as results and tables show it."""
+        """The name in lower case, as results and tables show it."""
         return self.name.lower()
 
 
@@ -45,9 +45,9 @@ class Failure(NamedTuple):
     """The first run that failed.
 
     Attributes:
-        status: How.
-        cell: Its place among the runs.
-        where: The same in words: " in cell (2, 0)", or nothing where there is but one run.
+        status: How it failed.
+        cell: Its index among the runs.
+        where: The same in words, " in cell (2, 0)", or "" if there is only one run.
     """
 
     status: Status
@@ -56,7 +56,7 @@ class Failure(NamedTuple):
 
 
 def first_failure(status: Any, *fine: Status) -> Failure | None:
-    """The first of an array of statuses that is not among ``fine`` (CONVERGED), or None."""
+    """The first status in an array that is not in ``fine`` (by default CONVERGED), or None."""
     status = np.asarray(status)
     failed = np.argwhere(~np.isin(status, fine or (Status.CONVERGED,)))
     if len(failed) == 0:

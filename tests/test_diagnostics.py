@@ -297,7 +297,7 @@ def test_tails_of_what_has_none():
     found = mf.diagnostics.gradient_tails(dict(a=jnp.ones(500), b=jnp.zeros(3)))
     assert np.isnan(found.kurtosis).all()
     assert np.isnan(found.tail_index).all()
-    with pytest.raises(mf.SpecError, match=r"tail_share=2: no share"):
+    with pytest.raises(mf.SpecError, match=r"tail_share=2: must be in"):
         mf.diagnostics.gradient_tails(dict(a=jnp.ones(3)), tail_share=2)
 
 
@@ -399,10 +399,10 @@ def test_noise_falls_as_theory_says_where_samples_do_not_interact():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(y=np.zeros(4, int)), "give a target for each"),
+        (dict(y=np.zeros(4, int)), "pass one target for each"),
         (dict(loss=lambda out, y: LOSS(out, y).mean()), "not their mean"),
         (dict(batch_size=0), "batch_size=0"),
-        (dict(learning_rate=-1.0), "not rates"),
+        (dict(learning_rate=-1.0), "must be finite"),
         (dict(model=lambda x: x), "not a Flax NNX module"),
     ],
 )

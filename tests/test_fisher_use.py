@@ -80,9 +80,9 @@ def test_a_single_array_of_parameters_may_be_a_matrix():
 @pytest.mark.parametrize(
     ("vector", "message"),
     [
-        (np.ones(34), r"vector.shape=\(34,\): not a vector of it; give \(35,\) or \(35, k\)"),
-        (np.ones((3, 35)), r"vector.shape=\(3, 35\): not a vector of it"),
-        ({"a": np.ones((4, 5))}, "vector='dict': neither flat nor like the parameters"),
+        (np.ones(34), r"vector.shape=\(34,\): does not fit; pass an array \(35,\) or \(35, k\)"),
+        (np.ones((3, 35)), r"vector.shape=\(3, 35\): does not fit"),
+        ({"a": np.ones((4, 5))}, "vector='dict': its structure differs from that of params"),
     ],
 )
 def test_what_is_no_vector_is_refused(vector, message):
@@ -142,7 +142,7 @@ def test_it_prints_in_one_line():
 
 def test_too_large_a_matrix_is_refused():
     op = mf.FisherOperator(lambda w, x: x @ w, np.zeros((300, 100)), RNG.normal(size=(2, 300)))
-    with pytest.raises(mf.SpecError, match=r"shape=\(30000, 30000\): too large a matrix"):
+    with pytest.raises(mf.SpecError, match=r"shape=\(30000, 30000\): the matrix is too large"):
         op.to_dense()
 
 
@@ -156,7 +156,7 @@ def test_one_logit_is_bernoulli():
     for function in (lambda w, x: x @ w, lambda w, x: (x @ w)[:, None]):
         op = mf.FisherOperator(function, w, X, "bernoulli")
         assert_close(op.to_dense(), rows.T @ rows / 7, "rounding", 1.0)
-        with pytest.raises(mf.SpecError, match="use likelihood='bernoulli' for one logit"):
+        with pytest.raises(mf.SpecError, match="use likelihood='bernoulli' for a single logit"):
             mf.FisherOperator(function, w, X, "categorical")
     large = mf.FisherOperator(lambda w, x: 1e4 * x @ w, w, X, "bernoulli")
     assert np.isfinite(large.to_dense()).all()
@@ -165,13 +165,13 @@ def test_one_logit_is_bernoulli():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"a": np.ones(4, complex)}, r"params\[a\].dtype='complex128': complex"),
+        ({"a": np.ones(4, complex)}, r"params\[a\].dtype='complex128': .* real parameters"),
         ({"a": np.ones(4, int)}, r"params\[a\].dtype='int64': not differentiable; hold it"),
         ({"a": "x"}, r"params\[a\]='str': not an array"),
-        ({}, r"params={}: no parameters"),
+        ({}, r"params={}: contains no arrays"),
         (
             {"params": PARAMS, "batch_stats": {"mean": np.ones(3)}},
-            r"params=\['params', 'batch_stats'\]: batch_stats: no parameters.*from_linen",
+            r"params=\['params', 'batch_stats'\]: .*\(batch_stats\); .*from_linen",
         ),
     ],
 )
@@ -184,13 +184,13 @@ def test_what_is_no_parameter_is_refused(params, message):
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        (lambda p, x: apply(p, x).sum(), {}, r"shape=\(\): not outputs of 7 samples; return"),
-        (lambda p, x: apply(p, x)[:3], {}, r"shape=\(3, 3\): not outputs of 7 samples"),
-        (lambda p, x: {"y": apply(p, x)}, {}, "output=None: apply returns dict; .* one of 'y'"),
-        (lambda p, x: (apply(p, x), x), dict(output=2), "output=2: .*tuple; use output= .* 0, 1"),
+        (lambda p, x: apply(p, x).sum(), {}, r"shape=\(\): .* over the 7 samples; return"),
+        (lambda p, x: apply(p, x)[:3], {}, r"shape=\(3, 3\): .* over the 7 samples"),
+        (lambda p, x: {"y": apply(p, x)}, {}, "output=None: apply returns a dict; .* one of 'y'"),
+        (lambda p, x: (apply(p, x), x), dict(output=2), "output=2: .*tuple; set output .* 0, 1"),
         (apply, dict(output=0), "output=0: apply returns an array; leave it out"),
-        (lambda p, x: apply(p, x) + 0j, {}, "dtype='complex128': not real numbers"),
-        (lambda p, x: x @ p["b"], {}, r"x.shape=\(7, 4\): the model cannot be applied to it"),
+        (lambda p, x: apply(p, x) + 0j, {}, "dtype='complex128': must be a real float"),
+        (lambda p, x: x @ p["b"], {}, r"x.shape=\(7, 4\): the model cannot be applied to x"),
     ],
 )
 def test_outputs_that_cannot_be_used_are_refused(function, options, message):
@@ -361,7 +361,7 @@ def test_linen_in_another_mode_than_asked_for_is_refused():
         create(Net(), variables, x, statistics="frozen")
     with pytest.raises(mf.SpecError, match="batch_size=2: the outputs depend"):
         create(Net(), variables, x, batch_size=2)
-    with pytest.raises(mf.SpecError, match=r"variables=.*: no 'params' there"):
+    with pytest.raises(mf.SpecError, match=r"variables=.*: 'params' is missing"):
         create(Net(), {"batch_stats": {}}, x)
     with pytest.raises(mf.SpecError, match="module='Normed': not a Flax Linen module"):
         create(Normed(nnx.Rngs(0)), variables, x)
@@ -395,7 +395,7 @@ def test_small_operators_have_an_exact_trace(dense):
     found = mf.trace(operator())
     assert found.standard_error == 0
     assert_close(found.value, np.trace(dense), "rounding")
-    with pytest.raises(mf.SpecError, match="num_probes=1: no error could be told; give 2 or more"):
+    with pytest.raises(mf.SpecError, match="num_probes=1: must be at least 2; pass 2 or more"):
         mf.trace(operator(), num_probes=1)
     bad = mf.FisherOperator(apply, jax.tree.map(lambda a: a * np.inf, PARAMS), X)
     with pytest.raises(RuntimeError, match="trace: a product with the operator is not finite"):
@@ -412,5 +412,5 @@ def test_the_table_of_layers_is_that_of_the_blocks(dense):
     traces = np.array([np.trace(part) for part in parts])
     assert_close(table.trace.values, traces, "rounding", traces.sum())
     assert_close(table.fraction.values, traces / traces.sum(), "rounding", 1.0)
-    with pytest.raises(mf.SpecError, match="op='ndarray': no Fisher matrix with layers"):
+    with pytest.raises(mf.SpecError, match="op='ndarray': must be a FisherOperator"):
         mf.layer_table(dense)

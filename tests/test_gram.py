@@ -232,7 +232,7 @@ def test_series_of_a_batch_equals_quadrature(name, mean):
 @pytest.mark.parametrize(
     ("data", "options", "words"),
     [
-        (np.ones((6, 4)), {}, ("data.shape=(6, 4)", "not the network's inputs", "(samples, 5)")),
+        (np.ones((6, 4)), {}, ("data.shape=(6, 4)", "does not fit the network", "(samples, 5)")),
         (np.ones((3, 5)), {}, ("data.shape=(3, 5)", "4 samples or more")),
         (np.ones((6, 5)), dict(num_samples=6), ("num_samples=6", "leave it out")),
         (np.full((6, 5), np.nan), {}, ("NaN or infinite",)),

@@ -333,7 +333,7 @@ def test_max_steps_keeps_the_best_estimates():
     result = top_eigenvalues(op, 2, max_steps=8)
     assert (result.status, result.num_matvecs) == (Status.MAX_STEPS, 8)
     assert np.all(np.abs(1 - result.eigenvalues) <= result.error_bounds + 0.01)
-    with pytest.raises(RuntimeError, match=r"8 products, worst relative error bound .* max_steps"):
+    with pytest.raises(RuntimeError, match=r"8 products, the worst relative error .* max_steps"):
         result.raise_if_failed()
 
 
@@ -348,7 +348,7 @@ def test_product_that_is_not_finite(value):
     assert np.isnan(result.eigenvectors).all()
     with pytest.raises(RuntimeError, match="product 1 with the operator is not finite"):
         result.raise_if_failed()
-    with pytest.raises(RuntimeError, match="draw 0 met a product that is not finite"):
+    with pytest.raises(RuntimeError, match="a product in draw 0 is not finite"):
         spectral_density(op, num_steps=5).raise_if_failed()
 
 
@@ -357,7 +357,7 @@ def test_failure_in_a_batch_names_the_run():
     run = jax.jit(jax.vmap(lambda matrix: top_eigenvalues(DenseOperator(matrix))))
     result = run(matrices)
     assert result.status.tolist() == [Status.CONVERGED, Status.NOT_FINITE]
-    with pytest.raises(RuntimeError, match=r"product 1 in run \(1,\)"):
+    with pytest.raises(RuntimeError, match=r"product 1 .* in run \(1,\)"):
         result.raise_if_failed()
 
 
@@ -366,8 +366,8 @@ def test_failure_in_a_batch_names_the_run():
     [
         (dict(k=0), "k=0: the operator has 20 eigenvalues"),
         (dict(k=21), "k=21: the operator has 20 eigenvalues"),
-        (dict(tol=0.0), r"tol=0.0: no iteration"),
-        (dict(tol=math.nan), "tol=nan: no iteration"),
+        (dict(tol=0.0), r"tol=0.0: must be above 0"),
+        (dict(tol=math.nan), "tol=nan: must be above 0"),
         (dict(k=5, max_steps=4), "max_steps=4: k=5 eigenvalues need"),
     ],
 )
@@ -379,7 +379,7 @@ def test_arguments_of_top_eigenvalues(options, message):
 @pytest.mark.parametrize("options", [dict(num_steps=0), dict(num_draws=0)])
 def test_arguments_of_spectral_density(options):
     (name,) = options
-    with pytest.raises(SpecError, match=f"{name}=0: nothing would be computed"):
+    with pytest.raises(SpecError, match=f"{name}=0: must be at least 1"):
         spectral_density(DenseOperator(jnp.eye(20)), **options)
 
 
@@ -390,6 +390,6 @@ def test_other_arguments():
             function(half)
     quadrature = spectral_density(DenseOperator(jnp.eye(20)), num_steps=3)
     for options in (dict(sigma=-1.0), dict(relative_sigma=-1.0)):
-        with pytest.raises(SpecError, match=r"sigma=-1\.0: a width is not negative"):
+        with pytest.raises(SpecError, match=r"sigma=-1\.0: must not be negative"):
             quadrature.density(np.zeros(3), **options)
     assert quadrature.raise_if_failed() is quadrature

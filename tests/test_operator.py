@@ -407,12 +407,15 @@ NAN = np.where(np.arange(20) == 3, np.nan, X)
 INPUTS = {
     "nan": (NAN, r"x='5 values': NaN or infinite; remove or replace"),
     "infinite": (np.where(np.arange(20) == 3, np.inf, X), r"x='5 values': NaN or infinite"),
-    "a vector": (X[0], r"x.shape=\(20,\): not a batch; give \(samples, features\)"),
+    "a vector": (X[0], r"x.shape=\(20,\): not a batch; pass \(samples, features\)"),
     "nothing": (X[:0], r"x.shape=\(0, 20\): not a batch"),
-    "wrong shape": (X[:, :19], r"x.shape=\(5, 19\): not what the network takes; give an array"),
-    "no array": ("x", r"x='str': not an array; give arrays whose leading axis is the samples"),
-    "none": ({}, r"x={}: no arrays; give inputs"),
-    "unequal": ((X, X[:4]), r"x='2 arrays': x\[0\] has 5 samples and x\[1\] 4; give all"),
+    "wrong shape": (X[:, :19], r"x.shape=\(5, 19\): does not fit the network; pass an array"),
+    "no array": (
+        "x",
+        r"x='str': not an array; pass arrays whose leading axis runs over the samples",
+    ),
+    "none": ({}, r"x={}: contains no arrays; pass inputs"),
+    "unequal": ((X, X[:4]), r"x='2 arrays': x\[0\] has 5 samples and x\[1\] has 4; pass arrays"),
     "nested": ({"a": NAN}, r"x\[a\]='5 values': NaN or infinite"),
 }
 
@@ -427,12 +430,12 @@ def test_inputs_that_cannot_be_used_are_refused(case):
 
 
 OPTIONS = {
-    "statistics": (dict(statistics="wei2019"), "statistics='wei2019': not a mode.*; use 'batch'"),
+    "statistics": (dict(statistics="wei2019"), "statistics='wei2019': a Flax model.*; use 'batch'"),
     "likelihood": (
         dict(likelihood="poisson"),
         "likelihood='poisson': unknown; use one of gaussian",
     ),
-    "batch_size": (dict(batch_size=0), "batch_size=0: not a number of samples; give"),
+    "batch_size": (dict(batch_size=0), "batch_size=0: must be at least 1; pass"),
 }
 
 
@@ -454,7 +457,7 @@ def test_what_is_no_nnx_model_is_refused(model):
 @pytest.mark.parametrize("path", ["layers", "in/", "in/w/x", "w", ""])
 def test_a_path_without_parameters_is_refused(path):
     op = mf.FisherOperator(plain, plain_params(), data((4,)))
-    with pytest.raises(mf.SpecError, match="no parameters there; use one of in/b, in/w, out"):
+    with pytest.raises(mf.SpecError, match="there are no parameters under it; use one of in/b"):
         op.block(path)
 
 

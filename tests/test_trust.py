@@ -100,7 +100,7 @@ def test_few_directions_are_refused(name, double):
     x = FEW[name]
     with jax.enable_x64(double):
         x = jnp.asarray(x, float)
-        with pytest.raises(mf.DataError, match=r"varies in too few directions.*; give more"):
+        with pytest.raises(mf.DataError, match=r"varies in too few directions.*; pass more"):
             mf.analyze(mlp(x.shape[1]), data=x)
         within = mf.analyze(mlp(x.shape[1]), data=x, throw=False)
         assert int(within.status) == mf.Status.FEW_DIRECTIONS

@@ -1,4 +1,4 @@
-"""What a network does inside, measured on any Flax model: signals, gradients, statistics."""
+"""Signals, gradients and statistics inside a network, measured on any Flax model."""
 
 from meanfield_jax.diagnostics.capture import activations
 from meanfield_jax.diagnostics.gradients import (

@@ -12,29 +12,29 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.combine import RepeatModule
 
 ROOT = "/"
-"""The path of the model itself, for an output that no module inside it made."""
+"""The path of the model itself, for an output that no module inside it produced."""
 
 
 def activations(model: nnx.Module, x: Array) -> dict[str, Array]:
     """The output of every module, by path, in the order of computation.
 
-    Modules are called in the mode the model is in, on a copy: running statistics and random
-    streams of the model stay as they are. Functions in an ``nnx.Sequential`` or ``nnx.List``
-    count as modules, functions called by name inside a ``__call__`` do not. A module that only
-    passes on what another one returned (a ``Sequential``) is not listed again, a module that is
-    called several times is listed as ``path``, ``path#1``, ...; repetitions are numbered as in a
-    theory, ``layers/2/block[0]/layers/1``. What is no single array is left out.
+    A copy of the model is called in the model's current mode; the model's running statistics and
+    random streams do not change. Functions in an ``nnx.Sequential`` or ``nnx.List`` count as
+    modules, functions called by name inside a ``__call__`` do not. A module that only passes on
+    what another one returned (a ``Sequential``) is not listed again. A module that is called
+    several times is listed as ``path``, ``path#1``, ...; repetitions are numbered as in a theory,
+    ``layers/2/block[0]/layers/1``. Outputs that are not a single array are left out.
 
     Args:
-        model: Any Flax NNX module: of :func:`meanfield_jax.build`, or your own.
+        model: Any Flax NNX module, from :func:`meanfield_jax.build` or your own.
         x: A batch of inputs.
 
     Returns:
-        From paths such as ``"layers/0"`` to outputs (samples, *positions, channels); ``"/"`` is
-        the output of the model where its own ``__call__`` made it.
+        A dictionary from paths such as ``"layers/0"`` to outputs (samples, *positions, channels);
+        ``"/"`` is the output of the model where its own ``__call__`` produced it.
 
     Raises:
-        SpecError: where there is nothing to capture.
+        SpecError: if there is nothing to capture.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -61,7 +61,7 @@ def activations(model: nnx.Module, x: Array) -> dict[str, Array]:
         for count, value in enumerate(_captured(module)):
             outputs[f"{name}#{count}" if count else name] = value, value.ndim - log.ranks[name]
     if not outputs:
-        cause = "neither it nor a module inside it returns an array"
+        cause = "neither the model nor a module inside it returns an array"
         raise problem(SpecError, "model", type(model).__name__, cause, "return one array from each")
     order = {path: position for position, path in enumerate(log.ranks)}
     ordered = dict(sorted(outputs.items(), key=lambda item: order[item[0].partition("#")[0]]))
@@ -69,9 +69,9 @@ def activations(model: nnx.Module, x: Array) -> dict[str, Array]:
 
 
 def check_module(model: Any) -> None:
-    """Raises SpecError for what is no Flax NNX module that can be called."""
+    """Raises SpecError unless the model is a Flax NNX module that can be called."""
     if not isinstance(model, nnx.Module):
-        remedy = "give one, such as mf.build(network, rngs=nnx.Rngs(0))"
+        remedy = "pass one, such as mf.build(network, rngs=nnx.Rngs(0))"
         raise problem(SpecError, "model", type(model).__name__, "not a Flax NNX module", remedy)
     if not callable(model):
         cause = "the module has no __call__"
@@ -79,27 +79,27 @@ def check_module(model: Any) -> None:
 
 
 def repeated_paths(model: nnx.Module) -> list[str]:
-    """The paths of blocks whose variables carry a leading axis over their repetitions."""
+    """The paths of blocks whose variables have a leading axis over their repetitions."""
     modules = nnx.iter_modules(model)
     paths = ["/".join(map(str, path)) for path, one in modules if isinstance(one, RepeatModule)]
     return sorted(f"{path}/block".lstrip("/") for path in paths)
 
 
 def blocks_around(path: str, repeated: list[str]) -> list[str]:
-    """The repeated blocks that a path is in, the outermost first."""
+    """The repeated blocks that contain a path, the outermost first."""
     return [block for block in repeated if f"{path}/".startswith(f"{block}/")]
 
 
 def unrolled(values: dict[str, tuple[Array, int]], repeated: list[str]) -> dict[str, Array]:
-    """Splits the leading axes that repetitions have put in front of some arrays.
+    """Splits the leading axes that repetitions have added to some arrays.
 
     Args:
         values: By path, the array and the number of such axes.
-        repeated: Paths of the blocks after which the number goes; where these do not account
-            for all axes, it goes after the path.
+        repeated: Paths of the repeated blocks. The number of a repetition is appended to the
+            block's path, or to the whole path where the blocks do not account for all axes.
 
     Returns:
-        One array for each repetition, all modules of one repetition together.
+        One array for each repetition, with all modules of one repetition listed together.
     """
     first: dict[str, int] = {}
     rows: list[tuple[Any, str, Array]] = []
@@ -124,11 +124,11 @@ CAPTURED = "_captured_outputs"
 
 
 class _Captured(nnx.Variable):
-    """What a module returned, a tuple over its calls; a Variable also leaves a scan."""
+    """What a module returned, a tuple over its calls; as a Variable it also survives a scan."""
 
 
 class _Function(nnx.Module):
-    """A function as a module, so that its output has a path."""
+    """A function wrapped as a module, so that its output has a path."""
 
     def __init__(self, function):
         self.function = function
@@ -142,7 +142,7 @@ class _Log:
 
     Attributes:
         ranks: Number of axes of each output as its module returned it, in order of computation.
-        last: What was returned last.
+        last: The output that was returned last.
     """
 
     def __init__(self):
@@ -162,7 +162,7 @@ def _wrap_functions(modules: nnx.List) -> None:
 
 
 def _listen(module: Any, path: str, log: _Log) -> None:
-    """Makes this one module, not its class, keep what it returns."""
+    """Makes this module, but not its class, record what it returns."""
     module.__class__ = _listening(type(module))
     module._log_of_outputs, module._path_in_model = log, path
 
@@ -177,7 +177,7 @@ def _listening(cls: type) -> type:
         if isinstance(output, jax.Array) and output is not log.last:
             log.ranks.setdefault(self._path_in_model, output.ndim)
             log.last = output
-            # what repeats a block returns is what the last repetition returned
+            # a repeated block returns what its last repetition returned
             if not issubclass(cls, RepeatModule):
                 setattr(self, CAPTURED, _Captured((*_captured(self), output)))
         return output

@@ -1,4 +1,4 @@
-"""Gradients, sample by sample and step by step: their tails, their sum, their noise."""
+"""Gradients of samples and of steps: their tails, their cancellation and their noise."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Loss = Callable[[Array, Array], Array]
 
 
 def gradients(model: nnx.Module, loss: Loss, x: Array, y: Array) -> dict[str, Array]:
-    """The gradient of the mean loss by weight, repetitions numbered as in :func:`activations`.
+    """The gradient of the mean loss for each weight; paths are as in :func:`activations`.
 
     Args:
-        model: Any Flax NNX module, in the mode it is in.
+        model: Any Flax NNX module, used in its current mode.
         loss: Maps outputs and targets to the losses of the samples, (n,), such as
             ``optax.softmax_cross_entropy_with_integer_labels``.
         x: Inputs, (n, ...).
         y: Targets, (n, ...).
 
     Returns:
-        From paths such as ``"layers/0/kernel"`` to arrays of the weights' shapes.
+        A dictionary from paths such as ``"layers/0/kernel"`` to arrays of the weights' shapes.
 
     Raises:
-        SpecError, DataError: for a loss or targets that do not fit.
+        SpecError, DataError: if the loss or the targets do not fit the model and the inputs.
 
     Example:
         >>> import jax, optax, meanfield_jax as mf
@@ -62,38 +62,39 @@ def _gradient(apply: Functional, params: Params, loss: Loss, x: Array, y: Array)
 
 
 def _repeated_axes(model: nnx.Module, params: Params) -> dict[str, int]:
-    """By weight, how many of its leading axes are repetitions of a block."""
+    """For each weight, how many of its leading axes run over repetitions of a block."""
     blocks = repeated_paths(model)
     return {name: len(blocks_around(name, blocks)) for name in params}
 
 
 def gradient_tails(grads: Any, *, tail_share: float = 0.01) -> xr.Dataset:
-    r"""How heavy the tails of each weight's gradient are, over its entries.
+    r"""How heavy the tails of the distribution over the entries of each weight's gradient are.
 
-    Kurtosis, 3 for a Gaussian, and Hill's estimate of the exponent of a power law P(|g| > t) ~
-    t^-alpha from the k largest of n entries |g|_1 >= |g|_2 >= ...:
+    They are measured by the kurtosis, which is 3 for a Gaussian, and by Hill's estimate of the
+    exponent of a power law P(|g| > t) ~ t^-alpha from the k largest of n entries
+    |g|_1 >= |g|_2 >= ...:
 
     .. math::
         \kappa = E(g - \bar g)^4 / Var(g)^2, \quad
         1/\hat\alpha = \frac{1}{k} \sum_{i \le k} \log(|g|_i / |g|_{k+1})
 
-    The smaller alpha, the heavier the tail; below 4 there is no fourth moment, and the kurtosis
-    only grows with n. Of Gaussian entries Hill's estimate is 9.0 at the largest hundredth.
+    The smaller alpha is, the heavier the tail. Below 4 there is no fourth moment, and the kurtosis
+    only grows with n. For Gaussian entries Hill's estimate is 9.0 at the largest hundredth.
 
     Args:
-        grads: By weight, such as :func:`gradients` gives; any other pytree of arrays will do.
-        tail_share: k / n.
+        grads: By weight, as :func:`gradients` returns them; any other pytree of arrays will do.
+        tail_share: The fraction k / n.
 
     Returns:
-        Over ``weight``: ``kurtosis``, ``tail_index``, its ``tail_index_error`` (alpha / sqrt(k),
-        for independent entries) and ``num_tail`` k. NaN where all entries are equal, or where
-        fewer than k + 1 differ from 0.
+        A dataset over ``weight``: ``kurtosis``, ``tail_index`` (alpha), its ``tail_index_error``
+        (alpha / sqrt(k), for independent entries) and ``num_tail`` (k). NaN where all entries are
+        equal, or where fewer than k + 1 differ from 0.
 
     Raises:
-        SpecError: for a share outside (0, 1).
+        SpecError: if ``tail_share`` is outside (0, 1).
 
     Accuracy:
-        On 10^6 entries of a power law of alpha = 3 within 4 standard errors
+        Within 4 standard errors on 10^6 entries of a power law with alpha = 3
         (tests/test_diagnostics.py).
 
     Example:
@@ -109,7 +110,7 @@ def gradient_tails(grads: Any, *, tail_share: float = 0.01) -> xr.Dataset:
     import xarray as xr
 
     if not 0 < tail_share < 1:
-        raise problem(SpecError, "tail_share", tail_share, "no share", "give e.g. 0.01")
+        raise problem(SpecError, "tail_share", tail_share, "must be in (0, 1)", "pass e.g. 0.01")
     leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
     rows = {path_name(p).removesuffix("/value"): _tails(leaf, tail_share) for p, leaf in leaves}
     table = np.array(list(rows.values())).reshape(-1, 4)
@@ -132,28 +133,29 @@ def _tails(grad: Array, tail_share: float) -> tuple[float, float, float, int]:
 
 
 def input_dependence(model: nnx.Module, loss: Loss, x: Array, y: Array) -> xr.Dataset:
-    r"""How far the samples' gradients cancel: 1 where they are the same for every input.
+    r"""How far the samples' gradients cancel: 1 where they are equal for all inputs.
 
     .. math:: \sum_w |\sum_i g_{iw}| \, / \, \sum_w \sum_i |g_{iw}|
 
-    g_i is the gradient of the i-th sample's loss, w runs over the entries of a weight. Gradients
-    of n samples that have nothing to do with each other give about n^(-1/2). In training mode a
-    BatchNorm couples the samples; g_i then goes through the statistics of the whole batch. A bias
-    in front of a BatchNorm has no gradient but rounding errors.
+    g_i is the gradient of the i-th sample's loss, and w runs over the entries of a weight.
+    Unrelated gradients of n samples give about n^(-1/2). In training mode a BatchNorm couples the
+    samples; g_i then includes the derivatives through the statistics of the whole batch. A bias in
+    front of a BatchNorm has no gradient except for rounding errors.
 
     Args:
-        model: Any Flax NNX module, in the mode it is in.
+        model: Any Flax NNX module, used in its current mode.
         loss: Maps outputs and targets to the losses of the samples, (n,), such as
             ``optax.softmax_cross_entropy_with_integer_labels``.
         x: Inputs, (n, ...).
         y: Targets, (n, ...).
 
     Returns:
-        Over ``weight``: ``ratio``, and what it is made of, ``of_sum`` and ``of_absolutes``. Takes
-        one pass back through the batch for each sample, one sample's gradient of memory.
+        A dataset over ``weight``: ``ratio``, its numerator ``of_sum`` and its denominator
+        ``of_absolutes``. It takes one backward pass through the batch for each sample, and the
+        memory of one sample's gradient.
 
     Raises:
-        SpecError, DataError: for a loss or targets that do not fit.
+        SpecError, DataError: if the loss or the targets do not fit the model and the inputs.
 
     Example:
         >>> import jax, optax, meanfield_jax as mf
@@ -168,9 +170,9 @@ def input_dependence(model: nnx.Module, loss: Loss, x: Array, y: Array) -> xr.Da
     Source:
         Bjorck, Gomes, Selman & Weinberger 2018 (arXiv:1806.02375), section 3.2.
 
-        Departure: the paper also takes the absolute values of the positions of a convolution one
-        by one; here of samples. With BatchNorm it splits the batch's gradient by the samples whose
-        activations it passes, here it is split by the samples' losses.
+        Departure: the paper also takes absolute values separately for the positions of a
+        convolution, here only for samples. With BatchNorm, it splits the batch's gradient by the
+        samples whose activations it passes through; here it is split by the samples' losses.
     """
     import xarray as xr
 
@@ -198,7 +200,7 @@ def _sums(
     x: Array,
     y: Array,
 ) -> tuple[Params, Params]:
-    """By weight, sums over the entries of |sum_i g_i| and of sum_i |g_i|."""
+    """For each weight, the sums over its entries of |sum_i g_i| and of sum_i |g_i|."""
     gradient = _pullback(apply, params, loss, x, y)
 
     def over_entries(gradient: Params) -> Params:
@@ -227,34 +229,36 @@ def gradient_noise(
     num_batches: int = 100,
     seed: int = 0,
 ) -> xr.Dataset:
-    r"""The noise of a step of SGD, by bound and as measured on random batches.
+    r"""The noise of a step of SGD: its bound, and its value measured on random batches.
 
     .. math::
         E |\eta g_B - \eta g|^2 = \frac{\eta^2}{B} C, \quad C = \frac{1}{n} \sum_i |g_i - g|^2
 
     g_i is the gradient of the i-th sample's loss, g their mean, g_B the mean over a batch of B
-    samples drawn with replacement. It is an equation where samples do not interact. With BatchNorm
-    in training mode a batch has its own statistics, and it is none: g_B is not g on average.
+    samples drawn with replacement. The equation holds where samples do not interact. With BatchNorm
+    in training mode it does not hold: each batch has its own statistics, and the mean of g_B is not
+    g.
 
     Args:
-        model: Any Flax NNX module, in the mode it is in.
+        model: Any Flax NNX module, used in its current mode.
         loss: Maps outputs and targets to the losses of the samples, (n,).
         x: Inputs, (n, ...).
         y: Targets, (n, ...).
-        learning_rate: eta, a number or several.
-        batch_size: B, a whole number or several.
-        num_batches: Batches of each size.
-        seed: Of the batches.
+        learning_rate: eta, one number or several.
+        batch_size: B, one integer or several.
+        num_batches: Number of batches of each size.
+        seed: Seed of the batches.
 
     Returns:
-        Over ``learning_rate`` and ``batch_size``: ``bound``, the right side, ``measured``, the
-        left side, and its ``standard_error``; ``sample_variance`` is C.
+        A dataset over ``learning_rate`` and ``batch_size``: ``bound``, the right-hand side,
+        ``measured``, the left-hand side, and its ``standard_error``; ``sample_variance`` is C.
 
     Raises:
-        SpecError, DataError: for a loss, targets or numbers that do not fit.
+        SpecError, DataError: if the loss, the targets or the numbers cannot be used.
 
     Accuracy:
-        Without BatchNorm measured is bound within 4 standard errors (tests/test_diagnostics.py).
+        Without BatchNorm, ``measured`` equals ``bound`` within 4 standard errors
+        (tests/test_diagnostics.py).
 
     Example:
         >>> import jax, optax, meanfield_jax as mf
@@ -278,7 +282,9 @@ def gradient_noise(
     rates = np.atleast_1d(np.asarray(learning_rate, np.float64))
     sizes = np.atleast_1d(np.asarray(batch_size))
     if not np.all(np.isfinite(rates) & (rates >= 0)):
-        raise problem(SpecError, "learning_rate", rates.tolist(), "not rates", "give e.g. 0.1")
+        raise problem(
+            SpecError, "learning_rate", rates.tolist(), "must be finite and >= 0", "pass e.g. 0.1"
+        )
     for size in sizes.tolist():
         check_positive_int("batch_size", size)
     check_positive_int("num_batches", num_batches)
@@ -303,7 +309,7 @@ def gradient_noise(
 
 @partial(jax.jit, static_argnames="loss")
 def _sample_variance(apply: Functional, params: Params, loss: Loss, x: Array, y: Array):
-    """The mean gradient and the mean squared distance of the samples' gradients to it."""
+    """The mean gradient, and the mean squared distance of the samples' gradients from it."""
     gradient = _pullback(apply, params, loss, x, y)
     mean = gradient(jnp.full(len(x), 1 / len(x)))
 
@@ -317,7 +323,7 @@ def _sample_variance(apply: Functional, params: Params, loss: Loss, x: Array, y:
 def _deviations(
     apply: Functional, params: Params, loss: Loss, x: Array, y: Array, mean: Params, rows: Array
 ) -> Array:
-    """Squared distances of the batches' gradients to the mean one, (batches,)."""
+    """Squared distances of the batches' gradients from the mean gradient, (batches,)."""
 
     def distance(rows: Array) -> Array:
         return _square(_gradient(apply, params, loss, x[rows], y[rows]), mean)
@@ -328,7 +334,7 @@ def _deviations(
 def _pullback(
     apply: Functional, params: Params, loss: Loss, x: Array, y: Array
 ) -> Callable[[Array], Params]:
-    """Maps weights (n,) of the samples' losses to the gradient of their weighted sum."""
+    """The function from weights (n,) of the samples' losses to the gradient of the weighted sum."""
     losses, back = jax.vjp(lambda params: loss(apply(params, x), y), params)
     return lambda weights: back(weights.astype(losses.dtype))[0]
 
@@ -342,15 +348,15 @@ def _square(a: Params, b: Params) -> Array:
 def _prepared(
     model: nnx.Module, loss: Loss, x: Array, y: Array
 ) -> tuple[Functional, Params, Array, Array]:
-    """The model as a function, and the data as arrays; raises for what does not fit."""
+    """The model as a function, and the data as arrays; raises if they do not fit."""
     check_module(model)
     x, y = jnp.asarray(x), jnp.asarray(y)
     if len(x) != len(y):
         cause = f"there are {len(x)} inputs"
-        raise problem(DataError, "y.shape", y.shape, cause, "give a target for each")
+        raise problem(DataError, "y.shape", y.shape, cause, "pass one target for each")
     apply, params = functional(model)
     shape = jax.eval_shape(lambda params: loss(apply(params, x), y), params).shape
     if shape != (len(x),):
         remedy = f"return the samples' losses, {(len(x),)}, not their mean"
-        raise problem(SpecError, "loss", shape, "the shape of what it returns", remedy)
+        raise problem(SpecError, "loss", shape, "the returned shape is wrong", remedy)
     return apply, params, x, y

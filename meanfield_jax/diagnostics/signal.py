@@ -1,4 +1,4 @@
-"""What activations are made of: moments by layer, and the decomposition of their power."""
+"""Moments of activations by layer, and the decomposition of their power."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 def moments(activations: Mapping[str, Array]) -> xr.Dataset:
     r"""Mean and variance of each layer's activations, over samples, positions and channels.
 
-    The variance is that inside the channels, averaged over them, and that of the channels' means:
+    The variance is the sum of the mean variance within a channel and the variance of the channels'
+    means:
 
     .. math:: Var(y) = E_c Var_x(y_c) + Var_c(E_x y_c)
 
     Args:
-        activations: By layer, (samples, *positions, channels), such as :func:`activations` gives.
+        activations: By layer, (samples, *positions, channels), as :func:`activations` returns them.
 
     Returns:
-        ``mean``, ``variance`` and ``channel_variance``, the first term, over ``layer``.
+        A dataset over ``layer``: ``mean``, ``variance`` and ``channel_variance``, the first term.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -53,13 +54,13 @@ def _moments(value: Array) -> tuple[Array, Array, Array]:
 
 
 class Power(NamedTuple):
-    """Where the power of activations is, each a share of E_c E_x[y^2]; they sum to 1.
+    """The power of activations in four parts, as fractions of E_c E_x[y^2] that sum to 1.
 
     Attributes:
-        P1: Channel-wise constants, E_c[(E mu)^2]: the same for all samples and positions.
-        P2: Means of single samples that differ, E_c[Var mu].
+        P1: Constants of the channels, E_c[(E mu)^2]: the same for all samples and positions.
+        P2: Differences between the means of samples, E_c[Var mu].
         P3: The mean standard deviation over positions, E_c[(E sigma)^2].
-        P4: Standard deviations of single samples that differ, E_c[Var sigma].
+        P4: Differences between the standard deviations of samples, E_c[Var sigma].
     """
 
     P1: Array
@@ -69,24 +70,25 @@ class Power(NamedTuple):
 
 
 def power(activation: Array) -> Power:
-    r"""Splits the power of activations into four shares.
+    r"""Splits the power of activations into four parts.
 
-    With mu and sigma the mean and standard deviation of one sample's channel over positions, mean
-    and variance over samples:
+    mu and sigma are the mean and standard deviation of one channel of one sample over positions; E
+    and Var are taken over samples:
 
     .. math:: E_{c,x}[y^2] = E_c[(E\mu)^2 + Var(\mu) + (E\sigma)^2 + Var(\sigma)]
 
-    P1 near 1 is collapse: the layer returns the same whatever its input. For vectors sigma = 0.
-    All layers of a model: ``{path: power(value) for path, value in activations(...).items()}``.
+    P1 near 1 is collapse: the layer returns the same whatever its input. For vectors sigma = 0. For
+    all layers of a model use
+    ``{path: power(value) for path, value in activations(...).items()}``.
 
     Args:
-        activation: (samples, *positions, channels).
+        activation: Activations of a layer, (samples, *positions, channels).
 
     Returns:
-        The shares; NaN where all activations are 0. Can be used under jit, vmap and grad.
+        The parts as fractions; NaN where all activations are 0. Works under jit, vmap and grad.
 
     Raises:
-        DataError: for an array that is no batch.
+        DataError: if the array is not a batch.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -107,7 +109,7 @@ def power(activation: Array) -> Power:
 
 def _checked(activation: Array) -> Array:
     if jnp.ndim(activation) < 2:
-        remedy = "give (samples, channels) or (samples, *positions, channels)"
+        remedy = "pass (samples, channels) or (samples, *positions, channels)"
         shape = jnp.shape(activation)
         raise problem(DataError, "activation.shape", shape, "not a batch of channels", remedy)
     return jnp.asarray(activation)

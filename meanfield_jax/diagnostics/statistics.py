@@ -1,4 +1,4 @@
-"""How far the statistics that a normalization uses are from those of all data."""
+"""How far the statistics used by a normalization are from those of all data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class StatisticsError(NamedTuple):
-    """What :func:`statistics_error` returns.
+    """The errors of means and variances, as :func:`statistics_error` returns them.
 
     Attributes:
-        mean: Of the means, in units of the standard deviation over all data.
-        var: Of the variances, relative.
-        mean_standard_error: Of ``mean``.
-        var_standard_error: Of ``var``.
+        mean: Error of the means, in units of the standard deviation over all data.
+        var: Relative error of the variances.
+        mean_standard_error: Standard error of ``mean``.
+        var_standard_error: Standard error of ``var``.
     """
 
     mean: Array
@@ -37,23 +37,23 @@ class StatisticsError(NamedTuple):
 
 
 def statistics_error(used: tuple[Array, Array], full: tuple[Array, Array]) -> StatisticsError:
-    r"""The error of means and variances, such as a layer uses, against those of all data.
+    r"""The error of means and variances, such as those a layer uses, relative to those of all data.
 
-    Over the channels c, averaged over batches b:
+    It is taken over the channels c and averaged over batches b:
 
     .. math::
         E_b \sqrt{\frac{E_c (\mu_{bc} - \mu_c)^2}{E_c \sigma_c^2}}, \quad
         E_b \sqrt{\frac{E_c (\sigma_{bc}^2 - \sigma_c^2)^2}{E_c \sigma_c^4}}
 
     Args:
-        used: Means and variances, (batches, *channels) each.
-        full: Those of all data, (*channels).
+        used: Means and variances of batches, (batches, *channels) each.
+        full: Mean and variance of all data, (*channels) each.
 
     Returns:
-        Scalars with their standard errors over the batches; NaN for the latter from one batch.
+        Scalars with their standard errors over the batches, which are NaN for a single batch.
 
     Raises:
-        DataError: for shapes that do not fit.
+        DataError: if the shapes do not fit each other.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -67,15 +67,15 @@ def statistics_error(used: tuple[Array, Array], full: tuple[Array, Array]) -> St
         Yao et al. 2020 (arXiv:2002.05712), section 3.
 
         Departure: the error of the mean is relative to the standard deviation, not to the mean,
-        which may be 0: this is what a normalization makes of it.
+        which may be 0; this is the error of the normalized values.
     """
     (mean, var), (full_mean, full_var) = (
         [jnp.asarray(one) for one in pair] for pair in (used, full)
     )
     if not (mean.shape == var.shape and full_mean.shape == full_var.shape == mean.shape[1:]):
         shapes = [one.shape for one in (mean, var, full_mean, full_var)]
-        remedy = "give (batches, *channels) twice and (*channels) twice"
-        raise problem(DataError, "shapes", shapes, "they do not fit", remedy)
+        remedy = "pass (batches, *channels) twice and (*channels) twice"
+        raise problem(DataError, "shapes", shapes, "they do not fit each other", remedy)
     channels = tuple(range(1, mean.ndim))
 
     def over_channels(difference: Array, scale: Array) -> Array:
@@ -99,29 +99,32 @@ def batch_statistics_error(
     layers: Sequence[str] | None = None,
     seed: int = 0,
 ) -> xr.Dataset:
-    """The error of the statistics of batches at each normalization over the batch.
+    """The error of the statistics of batches, for each normalization over the batch.
 
-    A layer's statistics are those it would average in training, read from its running ones after
-    one call, with all layers before it normalizing by statistics of the same batch.
+    A layer's statistics are those that it would average in training. They are read from its running
+    statistics after one call, in which all layers before it normalize by statistics of the same
+    batch.
 
     Args:
-        model: A Flax NNX module with BatchNorm layers, of this package or of Flax, or any other
-            with the attributes ``mean``, ``var``, ``momentum`` and ``use_running_average``.
+        model: A Flax NNX module with BatchNorm layers, from this package or from Flax, or with any
+            other layers with the attributes ``mean``, ``var``, ``momentum`` and
+            ``use_running_average``.
         x: All data, (n, ...), in one call.
-        batch_size: Samples of a batch, drawn without replacement.
-        num_batches: Batches drawn.
-        layers: Paths of layers; None: all.
-        seed: Of the batches.
+        batch_size: Number of samples in a batch, drawn without replacement.
+        num_batches: Number of batches drawn.
+        layers: Paths of layers; None: all layers.
+        seed: Seed of the batches.
 
     Returns:
-        Over ``layer``: what :func:`statistics_error` gives. The model is not changed.
+        A dataset over ``layer`` with the fields of :class:`StatisticsError`. The model is not
+        changed.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense.
+        SpecError, DataError: if an argument cannot be used.
 
     Accuracy:
-        Of Gaussian inputs' first layer 1/sqrt(batch_size) and sqrt(2/batch_size) within 4 standard
-        errors (tests/test_diagnostics.py).
+        In the first layer on Gaussian inputs, 1/sqrt(batch_size) and sqrt(2/batch_size) within 4
+        standard errors (tests/test_diagnostics.py).
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -138,13 +141,13 @@ def batch_statistics_error(
     check_module(model)
     x = check_data(x)
     if not 2 <= batch_size <= len(x):
-        cause = f"not between 2 and the number of samples, {len(x)}"
-        raise problem(SpecError, "batch_size", batch_size, cause, "give one between")
+        cause = f"must be between 2 and the number of samples, {len(x)}"
+        raise problem(SpecError, "batch_size", batch_size, cause, "pass a size in this range")
     full = _by_layer(model, x)
     known = list(full) if layers is None else list(layers)
     if not full or not set(known) <= set(full):
         cause = f"layers with running mean and variance are {', '.join(full) or 'none'}"
-        raise problem(SpecError, "layers", layers, cause, "name some of them")
+        raise problem(SpecError, "layers", layers, cause, "select from these")
     keys = jax.random.split(jax.random.key(seed), num_batches)
     rows = [jax.random.choice(key, len(x), (batch_size,), replace=False) for key in keys]
     drawn = [_by_layer(model, x[row]) for row in rows]
@@ -160,7 +163,7 @@ def batch_statistics_error(
 
 
 def _by_layer(model: nnx.Module, x: Array) -> dict[str, tuple[Array, Array]]:
-    """Mean and variance of one batch at each normalization over it, by path."""
+    """Mean and variance of one batch at each normalization over the batch, by path."""
     copy = nnx.clone(model)
     nnx.update(copy, batch_statistics(model, x))
     blocks, means, variances = repeated_paths(model), {}, {}

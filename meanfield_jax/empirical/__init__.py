@@ -1,1 +1,1 @@
-"""The Fisher information matrix of a real network, and its spectrum by Lanczos."""
+"""The Fisher information matrix of a real network, and its spectrum by the Lanczos method."""

@@ -20,11 +20,11 @@ from meanfield_jax.status import Status, first_failure
 @register_dataclass
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Quadrature nodes and weights of the spectral density, one row a random start.
+    """Quadrature nodes and weights of the spectral density, one row per random start.
 
     Attributes:
-        nodes: (num_draws, num_steps) Ritz values, ascending; 0 after an early end.
-        weights: (num_draws, num_steps) non-negative, each row sums to 1; 0 after an early end.
+        nodes: (num_draws, num_steps), Ritz values, ascending; 0 after an early end.
+        weights: (num_draws, num_steps), non-negative; each row sums to 1; 0 after an early end.
     """
 
     nodes: jax.Array
@@ -32,7 +32,7 @@ class SpectralDensity:
 
     @property
     def status(self) -> jax.Array:
-        """(num_draws,), a :class:`Status` as integer: CONVERGED or NOT_FINITE."""
+        """(num_draws,), a :class:`Status` as an integer: CONVERGED or NOT_FINITE."""
         finite = jnp.isfinite(self.nodes).all(-1)
         return jnp.where(finite, Status.CONVERGED, Status.NOT_FINITE)
 
@@ -47,27 +47,27 @@ class SpectralDensity:
     def density(
         self, grid: Any, *, sigma: float | None = None, relative_sigma: float = 0.0
     ) -> jax.Array:
-        r"""The density per unit eigenvalue, each node widened to a Gaussian.
+        r"""The density per unit eigenvalue, with each node widened to a Gaussian.
 
         .. math:: p(\lambda) = \langle \sum_j w_j N(\lambda; \theta_j, \sigma_j^2) \rangle, \quad
             \sigma_j = \sigma + \sigma_{rel} |\theta_j|
 
         Args:
-            grid: (m,) eigenvalues at which the density is wanted.
-            sigma: absolute width; default 1 % of the range of the nodes, or 0 with a
-                ``relative_sigma``. On a logarithmic grid use both: ``relative_sigma=0.1`` and a
-                ``sigma`` near the smallest grid point, which is the width of the peak at 0.
-            relative_sigma: width in units of the node.
+            grid: Eigenvalues at which to evaluate the density, (m,).
+            sigma: Absolute width; by default 1 % of the range of the nodes, or 0 if
+                ``relative_sigma`` is given. On a logarithmic grid use both: ``relative_sigma=0.1``
+                and a ``sigma`` near the smallest grid point, which is the width of the peak at 0.
+            relative_sigma: Width in units of the node.
 
         Returns:
-            (m,) density; it integrates to 1 over the whole line.
+            The density, (m,); it integrates to 1 over the whole line.
 
         Raises:
-            SpecError: a negative width.
+            SpecError: if a width is negative.
         """
         for name, value in (("sigma", sigma), ("relative_sigma", relative_sigma)):
             if value is not None and value < 0:
-                raise problem(SpecError, name, value, "a width is not negative", "pass 0 or more")
+                raise problem(SpecError, name, value, "must not be negative", "pass 0 or more")
         nodes, weights = self.nodes.ravel(), self.weights.ravel() / self.nodes.shape[0]
         spread = jnp.max(nodes) - jnp.min(nodes)
         scale = jnp.where(spread > 0, spread, 1)
@@ -83,13 +83,13 @@ class SpectralDensity:
         """Returns itself, or raises if a node is not finite (host only).
 
         Raises:
-            RuntimeError: a product with the operator was not finite.
+            RuntimeError: if a product with the operator was not finite.
         """
         failed = first_failure(self.status)
         if failed is None:
             return self
         raise RuntimeError(
-            f"spectral_density: draw {failed.cell[0]} met a product that is not finite; "
+            f"spectral_density: a product in draw {failed.cell[0]} is not finite; "
             "check parameters and inputs for NaN, inf and overflow"
         )
 
@@ -107,7 +107,7 @@ def _density_compiled(op, key, *, num_steps, num_draws):
         )
         return _nodes_and_weights(krylov)
 
-    # one draw after the other: a product costs far more than the loop, and memory stays that of one
+    # one draw after another: a product costs far more than the loop, and memory is that of one draw
     return lax.map(quadrature, jax.random.split(key, num_draws))
 
 
@@ -146,21 +146,23 @@ def spectral_density(
         \Big\langle \sum_j (e_1^T s_j)^2 f(\theta_j) \Big\rangle_{starts}
 
     Args:
-        op: the operator, see ``top_eigenvalues``. Of a Fisher matrix the density is that of its
-            dual: n C eigenvalues, all that are not 0 among them.
-        num_steps: products a draw; a draw resolves about num_steps / 2 outliers and a smooth bulk.
-        num_draws: random starts, one after the other.
-        key: of the starts; default ``jax.random.key(0)``.
+        op: The operator, see ``top_eigenvalues``. For a Fisher matrix the density is that of its
+            dual: n C eigenvalues, which include all that are not 0.
+        num_steps: Products per draw; a draw resolves about num_steps / 2 outliers and a smooth
+            bulk.
+        num_draws: Number of random starts, processed one after the other.
+        key: Random key of the starts; default ``jax.random.key(0)``.
 
     Returns:
         ``SpectralDensity`` with ``density(grid)``, ``mean()`` and ``moment(order)``.
 
     Raises:
-        SpecError: num_steps, num_draws or the operator's dtype cannot be used.
+        SpecError: if num_steps, num_draws or the operator's dtype cannot be used.
 
     Accuracy:
-        A draw integrates polynomials up to degree 2 num_steps - 1 exactly in its own start vector;
-        what remains is the scatter over starts, for the mean sqrt(2 tr A^2 / num_draws) / size.
+        A draw integrates polynomials of degree up to 2 num_steps - 1 exactly for its own start
+        vector. What remains is the scatter over starts, which for the mean is
+        sqrt(2 tr A^2 / num_draws) / size.
 
     Example:
         >>> import jax, jax.numpy as jnp, meanfield_jax as mf
@@ -178,7 +180,7 @@ def spectral_density(
     check_dtype(op)
     for name, value in (("num_steps", num_steps), ("num_draws", num_draws)):
         if value < 1:
-            raise problem(SpecError, name, value, "nothing would be computed", "pass 1 or more")
+            raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
     key = jax.random.key(0) if key is None else key
     run = _density_stepwise if loops_on_host(op, key) else _density_compiled
     return SpectralDensity(*run(op, key, num_steps=num_steps, num_draws=num_draws))

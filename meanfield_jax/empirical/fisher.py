@@ -1,11 +1,11 @@
 """The Fisher information matrix of a network as a linear operator.
 
-F = (1/n) J^T Lambda J on P parameters and its dual (1/n) Lambda^{1/2} J J^T Lambda^{1/2} on all
-outputs of a batch have the same non-zero eigenvalues. The dual's vectors are small (n C = 10^4
-where P = 3 10^6), its dot products exact enough in float32, and re-orthogonalization costs nothing:
-eigenvalues, densities and traces are computed there.
+F = (1/n) J^T Lambda J acts on the P parameters. Its dual (1/n) Lambda^{1/2} J J^T Lambda^{1/2} acts
+on all outputs of a batch and has the same non-zero eigenvalues. The dual's vectors are small
+(n C = 10^4 where P = 3 10^6), so its dot products are accurate enough in float32 and
+re-orthogonalization costs nothing: eigenvalues, densities and traces are computed in the dual.
 
-A product needs one backward and one forward pass through the network linearized once.
+A product takes one backward and one forward pass through the network, which is linearized once.
 """
 
 import dataclasses
@@ -41,44 +41,47 @@ MODES = ("batch", "frozen")
 
 
 def static(default: Any) -> Any:
-    """A field that is part of what is compiled."""
+    """A dataclass field that is static under ``jax.jit``."""
     return dataclasses.field(default=default, metadata=dict(static=True))
 
 
 @register_unchecked
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FisherOperator(SymmetricOperator):
-    """F = (1/n) sum_i J_i^T Lambda_i J_i of any function ``apply(params, x)``, (P, P).
+    """The Fisher matrix F = (1/n) sum_i J_i^T Lambda_i J_i of any function ``apply(params, x)``.
 
-    J_i is the Jacobian of sample i's outputs f. Lambda_i is
+    F is a (P, P) matrix. J_i is the Jacobian of the outputs f of sample i. Lambda_i depends on the
+    likelihood:
 
     * ``"gaussian"`` (squared loss): 1;
     * ``"categorical"`` (cross-entropy): diag(p) - p p^T, p = softmax(f) over the last axis;
     * ``"bernoulli"`` (binary cross-entropy, independent logits): diag(p (1 - p)), p = sigmoid(f).
 
-    Outputs with further axes, (n, T, C) for T tokens, count as T C outputs of a sample: F is a mean
-    over samples and a sum over tokens.
+    Outputs with further axes, such as (n, T, C) for T tokens, count as T C outputs per sample: F is
+    a mean over samples and a sum over tokens.
 
     Args:
-        apply: A pure function of parameters and inputs. Of a Flax Linen module see
-            :meth:`from_linen`, of an NNX model :func:`fisher_operator`.
-        params: Any pytree of real floating-point arrays, P numbers altogether.
-        x: Inputs: an array (n, ...), or any pytree of arrays whose leading axes are the n samples
-            (tokens, masks, several inputs). ``apply`` gets it as it is.
+        apply: A pure function of parameters and inputs. For a Flax Linen module see
+            :meth:`from_linen`, for an NNX model :func:`fisher_operator`.
+        params: Any pytree of real floating-point arrays, P numbers in total.
+        x: Inputs: an array (n, ...), or any pytree of arrays whose leading axes run over the n
+            samples (tokens, masks, several inputs). It is passed to ``apply`` unchanged.
         likelihood: See above.
-        batch_size: Samples linearized at a time, so that memory stays bounded; the network is then
-            evaluated anew in every product. None: all at once.
-        output: Which part of the outputs, where ``apply`` returns a tuple or a dictionary: an index
-            or a key. All others are ignored.
+        batch_size: Number of samples linearized at a time, which bounds the memory; the network is
+            then evaluated again in every product. None: all samples at once.
+        output: Index or key of the output to use, where ``apply`` returns a tuple or a dictionary.
+            All other outputs are ignored.
         mask: By path, 1 for parameters that count and 0 for those that do not; see :meth:`block`.
-        dense: Set by :func:`fisher_operator`: layers with a product of their own.
+        dense: Set by :func:`fisher_operator`: paths of the dense layers whose part of the product
+            is computed from the Gram matrix of their inputs.
 
     Raises:
-        SpecError: for options that cannot be met; DataError for inputs that cannot be used.
+        SpecError: if an option cannot be used.
+        DataError: if the inputs cannot be used.
 
     Accuracy:
-        Products in full precision, in float32 at least, whatever the model's dtype; against dense
-        Jacobians of random models in tests/test_any_model.py.
+        Products are in full precision, in at least float32, whatever the model's dtype; they are
+        compared with dense Jacobians of random models in tests/test_any_model.py.
 
     Example:
         >>> import jax, jax.numpy as jnp, meanfield_jax as mf
@@ -115,7 +118,7 @@ class FisherOperator(SymmetricOperator):
 
     def _check_batch_size(self, batch_size: int) -> None:
         if batch_size < 1:
-            cause, remedy = "not a number of samples", "give a whole number >= 1, or None"
+            cause, remedy = "must be at least 1", "pass a positive integer, or None"
             raise problem(SpecError, "batch_size", batch_size, cause, remedy)
         if couples_samples(self.replace(batch_size=None)) is not False:
             cause = "the outputs depend on the whole batch (BatchNorm in training)"
@@ -139,22 +142,23 @@ class FisherOperator(SymmetricOperator):
 
         Args:
             module: The module.
-            variables: Of ``module.init`` or training: ``params``, and other collections
-                (``batch_stats``), which are held constant.
-            x: As of the class; the module is called with it as :func:`fisher_operator` says.
+            variables: What ``module.init`` or training returned: ``params``, and other collections
+                (such as ``batch_stats``), which are held constant.
+            x: As for the class; it is passed to the module as :func:`fisher_operator` describes.
             statistics: ``"batch"`` or ``"frozen"``, as in :func:`fisher_operator`. Arguments of the
-                module's call by the name of ``train``, ``training``, ``is_training``, ``eval``,
-                ``use_running_average`` and ``deterministic`` are set by it.
-            likelihood: As of the class.
-            batch_size: Likewise.
-            output: Likewise.
-            call: Further arguments of the module's call, by name, before those above.
+                module's call named ``train``, ``training``, ``is_training``, ``eval``,
+                ``use_running_average`` or ``deterministic`` are set accordingly.
+            likelihood: As for the class.
+            batch_size: As for the class.
+            output: As for the class.
+            call: Further keyword arguments of the module's call; they override those above.
 
         Returns:
             The operator.
 
         Raises:
-            SpecError: for variables without ``params``, or in a mode other than asked for.
+            SpecError: if ``variables`` has no ``params``, or if the module would run in a mode
+                other than the one requested.
 
         Example:
             >>> import flax.linen as nn, jax, meanfield_jax as mf
@@ -173,7 +177,7 @@ class FisherOperator(SymmetricOperator):
         check_choice("statistics", statistics, MODES)
         apply, params = linen(module, variables, statistics, call)
         op = cls(apply, params, x, likelihood, batch_size, output)
-        remedy = "set the mode by an argument of the call, such as train=..."
+        remedy = "set the mode with an argument of the call, such as train=..."
         _check_mode(op, statistics, apply.running, apply.moved, remedy)
         return op
 
@@ -182,29 +186,29 @@ class FisherOperator(SymmetricOperator):
         """Shape and dtype of all outputs, (n, ..., C).
 
         Raises:
-            SpecError: if they are none that a Fisher matrix is of.
+            SpecError: if a Fisher matrix is not defined for such outputs.
             DataError: if the function cannot be applied to the inputs.
         """
         try:
-            # tracing the network costs milliseconds, and a search asks more than once
+            # cached: tracing the network costs milliseconds, and a search asks more than once
             found = jax.eval_shape(self.evaluate, self.params, self.x)
         except (SpecError, DataError):
             raise
         except (TypeError, ValueError) as error:
             shapes = jax.tree.map(np.shape, self.x)
-            cause = f"the model cannot be applied to it ({' '.join(str(error).split())[:200]})"
-            raise problem(DataError, "x.shape", shapes, cause, "give what it takes") from error
+            cause = f"the model cannot be applied to x ({' '.join(str(error).split())[:200]})"
+            raise problem(DataError, "x.shape", shapes, cause, "pass valid inputs") from error
         return found
 
     def evaluate(self, params: Any, x: Any, added: Mapping[str, Array] | None = None) -> Array:
-        """The outputs, in float32 at least.
+        """The outputs, in at least float32.
 
-        Products are in full precision wherever the model asks for none.
+        Products are in full precision unless the model itself requests a precision.
 
         Args:
-            params: Like ``self.params``.
-            x: Like ``self.x``, of any number of samples.
-            added: What to add to the outputs of dense layers, by path; None: nothing.
+            params: Parameters, like ``self.params``.
+            x: Inputs, like ``self.x``, with any number of samples.
+            added: Arrays to add to the outputs of dense layers, by path; None adds nothing.
 
         Returns:
             (n, ..., C).
@@ -218,71 +222,71 @@ class FisherOperator(SymmetricOperator):
         outputs = self._picked(found)
         num_samples = jax.tree.leaves(x)[0].shape[0]
         if outputs.ndim == 0 or outputs.shape[0] != num_samples:
-            cause = f"not outputs of {num_samples} samples"
-            remedy = "return (n, ..., C): outputs, not a loss or a mean over the batch"
+            cause = f"the leading axis must run over the {num_samples} samples"
+            remedy = "return outputs (n, ..., C), not a loss or a mean over the batch"
             raise problem(SpecError, "apply(params, x).shape", outputs.shape, cause, remedy)
         if not jnp.issubdtype(outputs.dtype, jnp.floating):
-            remedy = "return logits, or real and imaginary parts"
+            remedy = "return logits, or the real and imaginary parts"
             argument = "apply(params, x).dtype"
-            raise problem(SpecError, argument, str(outputs.dtype), "not real numbers", remedy)
+            raise problem(SpecError, argument, str(outputs.dtype), "must be a real float", remedy)
         if self.likelihood == "categorical" and (outputs.ndim < 2 or outputs.shape[-1] < 2):
-            cause = f"outputs of shape {outputs.shape} are no classes: their softmax is constant"
-            remedy = "use likelihood='bernoulli' for one logit"
+            cause = f"outputs of shape {outputs.shape} have fewer than two classes"
+            remedy = "use likelihood='bernoulli' for a single logit"
             raise problem(SpecError, "likelihood", self.likelihood, cause, remedy)
         return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
     def _picked(self, found: Any) -> Any:
-        """The array that ``output`` names."""
+        """The array that ``output`` selects."""
         if _is_array(found) and self.output is None:
             return found
         names = list(found) if isinstance(found, Mapping) else None
         if names is None and isinstance(found, (tuple, list)):
             names = list(range(len(found)))
-        choices = f"use output= one of {', '.join(map(repr, names))}" if names else "leave it out"
+        choices = f"set output to one of {', '.join(map(repr, names))}" if names else "leave it out"
         try:
             part = found if self.output is None else found[self.output]
         except (KeyError, IndexError, TypeError):
             part = None
         if names is None or not _is_array(part):
-            kind = type(found).__name__ if names else "an array"
+            kind = f"a {type(found).__name__}" if names else "an array"
             cause = f"apply returns {kind}"
             raise problem(SpecError, "output", self.output, cause, choices)
         return part
 
     @property
     def num_samples(self) -> int:
-        """N."""
+        """The number of samples, n."""
         return jax.tree.leaves(self.x)[0].shape[0]
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """The number of parameters, P."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """(n, ..., C)."""
+        """The shape of all outputs, (n, ..., C)."""
         return self.outputs.shape
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(P, P)."""
+        """The shape of the matrix, (P, P)."""
         size = self.num_parameters
         return size, size
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the vectors: that of the outputs, float32 at least."""
+        """Dtype of the vectors: that of the outputs, at least float32."""
         return self.outputs.dtype
 
     @property
     def dual(self) -> "FisherDual":
-        """(1/n) Lambda^{1/2} J J^T Lambda^{1/2}, which has the same non-zero eigenvalues."""
+        """The dual (1/n) Lambda^{1/2} J J^T Lambda^{1/2}, with the same non-zero eigenvalues."""
         return FisherDual(self)
 
     @property
     def paths(self) -> list[str]:
-        """Names of the parameters; any prefix up to a "/" is a block."""
+        """Paths of the parameters; any prefix that ends before a "/" is the path of a block."""
         return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.params)]
 
     def replace(self, **changes: Any) -> Self:
@@ -292,56 +296,58 @@ class FisherOperator(SymmetricOperator):
         return dataclasses.replace(self, **changes)
 
     def unchecked(self, **changes: Any) -> Self:
-        """The same without a check of what is changed."""
+        """A copy with some fields changed, without checking them."""
         kept = {name: value for name, value in self.__dict__.items() if name != "outputs"}
         copy = object.__new__(type(self))
         copy.__dict__.update(kept | changes)
         return copy
 
     def block(self, path: str) -> Self:
-        """The operator of one layer's (or one array's) parameters, the others held constant.
+        """The operator of the parameters of one layer or array, with all others held constant.
 
         Args:
-            path: Such as ``"layers/2"`` or ``"layers/2/kernel"``; see :attr:`paths`.
+            path: Path of the block, such as ``"layers/2"`` or ``"layers/2/kernel"``; see
+                :attr:`paths`.
 
         Returns:
-            An operator of the same shape, whose rows and columns of other parameters are 0. All
-            blocks share what is compiled.
+            An operator of the same shape, in which the rows and columns of all other parameters are
+            0. All blocks use the same compiled program.
 
         Raises:
-            SpecError: if no parameter is below the path.
+            SpecError: if there are no parameters under the path.
         """
         mask = {name: name == path or name.startswith(path + "/") for name in self.paths}
         if not any(mask.values()):
-            remedy = f"use one of {', '.join(self.paths)}, or what stands before a /"
-            raise problem(SpecError, "path", path, "no parameters there", remedy)
+            remedy = f"use one of {', '.join(self.paths)}, or the part before a /"
+            raise problem(SpecError, "path", path, "there are no parameters under it", remedy)
         return self.replace(mask={name: np.float32(counts) for name, counts in mask.items()})
 
     def linearize(self) -> Product:
-        """Evaluates the network once; returns v -> F v, (P,) to (P,)."""
+        """Evaluates the network once and returns the product v -> F v, from (P,) to (P,)."""
         product = self._product()
         return lambda vector: self._flat(product(self._tree(vector)))
 
     def parameter_product(self, vector: Any) -> Any:
-        """F v for a pytree like ``params``, which is what ``op @ vector`` computes of one."""
+        """The product F v for a pytree like ``params``, as ``op @ vector`` computes it."""
         return self._product()(vector)
 
     def __matmul__(self, vector: Any) -> Any:
-        """F v.
+        """The product F v.
 
         Args:
-            vector: (P,), (P, k) for k products at once, or a pytree like ``params``.
+            vector: An array (P,), an array (P, k) for k products at once, or a pytree like
+                ``params``.
 
         Returns:
-            The same shape, or a pytree like ``params``.
+            An array of the same shape, or a pytree like ``params``.
         """
         if _is_array(vector) and not (
             _is_array(self.params) and vector.shape == self.params.shape != self.shape[:1]
         ):
             return super().__matmul__(vector)
         if jax.tree.structure(vector) != jax.tree.structure(self.params):
-            remedy = f"give ({self.num_parameters},) or a pytree like params"
-            cause = "neither flat nor like the parameters"
+            remedy = f"pass an array ({self.num_parameters},) or a pytree like params"
+            cause = "its structure differs from that of params"
             raise problem(SpecError, "vector", type(vector).__name__, cause, remedy)
         return _parameter_product(self, vector)
 
@@ -389,27 +395,27 @@ class FisherOperator(SymmetricOperator):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FisherDual(SymmetricOperator):
-    """The dual of a Fisher matrix, on all outputs of a batch: see :attr:`FisherOperator.dual`.
+    """The dual of a Fisher matrix acts on all outputs of a batch; see :attr:`FisherOperator.dual`.
 
     Attributes:
-        fisher: The operator it is the dual of.
+        fisher: The operator whose dual this is.
     """
 
     fisher: FisherOperator
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n C, n C), C outputs of a sample altogether."""
+        """The shape of the matrix, (n C, n C), where C counts all outputs of a sample."""
         size = math.prod(self.fisher.output_shape)
         return size, size
 
     @property
     def dtype(self) -> jnp.dtype:
-        """As of the operator."""
+        """Dtype of the vectors: that of the Fisher operator."""
         return self.fisher.dtype
 
     def linearize(self) -> Product:
-        """Evaluates the network once; returns u -> A u, (n C,) to (n C,)."""
+        """Evaluates the network once and returns the product u -> A u, from (n C,) to (n C,)."""
         op = self.fisher
         outputs, product = outer(op)
         factor, transposed = _likelihood_factor(op.likelihood, outputs)
@@ -421,13 +427,13 @@ class FisherDual(SymmetricOperator):
         return dual
 
     def to_parameters(self, vectors: Array) -> Array:
-        """Eigenvectors of F from those of the dual, normalized: J^T Lambda^{1/2} u.
+        """Eigenvectors of F from those of the dual: J^T Lambda^{1/2} u, normalized.
 
         Args:
-            vectors: (k, n C).
+            vectors: Eigenvectors of the dual, (k, n C).
 
         Returns:
-            (k, P); NaN for an eigenvalue of 0.
+            Eigenvectors of F, (k, P); NaN where the eigenvalue is 0.
         """
         return _to_parameters(self, vectors)
 
@@ -466,31 +472,34 @@ def fisher_operator(
     """The Fisher information matrix of a Flax NNX model on a batch, as an operator.
 
     Args:
-        model: Any NNX model, of this package or not; its own mode does not matter. Dropout is off.
-        x: Inputs, (n, *input_shape), or any pytree of arrays whose leading axes are the samples. A
-            tuple is spread over the arguments of a model that takes several, a dictionary over the
-            named ones.
-        statistics: ``"batch"``: BatchNorm normalizes by the batch and the statistics' derivatives
-            count, as in training. ``"frozen"``: it uses its running statistics, as constants; set
-            them by training or :func:`calibrate`.
+        model: Any NNX model, from this package or not; its own mode does not matter. Dropout is
+            off.
+        x: Inputs, (n, *input_shape), or any pytree of arrays whose leading axes run over the
+            samples. If the model takes several arguments, a tuple is unpacked into positional
+            arguments and a dictionary into keyword arguments.
+        statistics: ``"batch"``: BatchNorm normalizes by the statistics of the batch, and their
+            derivatives count, as in training. ``"frozen"``: BatchNorm uses its running statistics
+            as constants; set them by training or with :func:`calibrate`.
         likelihood: ``"gaussian"`` (squared loss), ``"categorical"`` (cross-entropy) or
             ``"bernoulli"`` (binary cross-entropy), see :class:`FisherOperator`.
-        batch_size: Samples at a time; only where samples are independent.
-        output: The index or key of the outputs that count, where there are several.
-        call: How the model is called, ``lambda model, x: ...``, where ``x`` alone does not say it.
+        batch_size: Number of samples linearized at a time; only where samples are independent.
+        output: Index or key of the output to use, where the model returns several.
+        call: How to call the model, ``lambda model, x: ...``, where these rules do not fit it.
 
     Returns:
-        The operator, to be given to :func:`top_eigenvalues`, :func:`spectral_density`,
-        :func:`trace` or :func:`layer_table`.
+        The operator, for use with :func:`top_eigenvalues`, :func:`spectral_density`, :func:`trace`
+        or :func:`layer_table`.
 
     Raises:
-        SpecError: where the model would silently be measured in another mode than asked for, or
-            an option cannot be met. DataError: for inputs that cannot be used.
+        SpecError: if the model would silently be measured in a mode other than the one requested,
+            or if an option cannot be used.
+        DataError: if the inputs cannot be used.
 
     Accuracy:
-        Products in full precision; against dense Jacobians in tests/test_any_model.py. A dense
-        layer's product by its inputs' Gram matrix is used only after it was found equal to plain
-        differentiation, at random parameters and inputs.
+        Products are in full precision; they are compared with dense Jacobians in
+        tests/test_any_model.py. A dense layer's part of the product is computed from the Gram
+        matrix of its inputs only after the result was found equal to plain differentiation at
+        random parameters and inputs.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -502,10 +511,10 @@ def fisher_operator(
         (3,)
     """
     if not isinstance(model, nnx.Module):
-        remedy = "give an nnx.Module, or use FisherOperator(apply, params, x)"
+        remedy = "pass an nnx.Module, or use FisherOperator(apply, params, x)"
         raise problem(SpecError, "model", type(model).__name__, "not a Flax NNX model", remedy)
     if statistics not in MODES:
-        cause, remedy = "not a mode of a network", "use 'batch' or 'frozen'"
+        cause, remedy = "a Flax model has no such mode", "use 'batch' or 'frozen'"
         raise problem(SpecError, "statistics", statistics, cause, remedy)
     model = in_mode(model, statistics)
     apply, params = functional(model, call)
@@ -517,7 +526,7 @@ def fisher_operator(
         nnx.update(other, jax.tree.map(lambda leaf: 2 * leaf + 1, running))
         return functional(other, call)[0]
 
-    remedy = "do not pass use_running_average in the call, set it by model.train()/eval()"
+    remedy = "do not pass use_running_average in the call, but use model.train() or model.eval()"
     _check_mode(op, statistics, running, moved, remedy)
     return op.replace(dense=dense_layers(op))
 
@@ -525,20 +534,20 @@ def fisher_operator(
 def _check_mode(
     op: FisherOperator, statistics: str, running: Any, moved: Callable[[], Any], remedy: str
 ) -> None:
-    """Refuses a model that would be measured in another mode than asked for.
+    """Refuses a model that would be measured in a mode other than the one requested.
 
     Args:
-        op: Its operator.
-        statistics: The mode.
+        op: The operator of the model.
+        statistics: The requested mode.
         running: The model's running statistics, any pytree.
-        moved: Makes the function of the model with other running statistics.
-        remedy: What to do about a mode that cannot be set.
+        moved: Returns the function of the model with different running statistics.
+        remedy: What the error recommends if the mode cannot be set.
     """
     leaves = jax.tree.leaves(running)
     if statistics == "batch":
         if leaves and op.num_samples < 2:
-            cause = "a BatchNorm on one sample has no variance"
-            raise problem(DataError, "x.shape", (1,), cause, "give at least 2 samples")
+            cause = "BatchNorm has no variance on a single sample"
+            raise problem(DataError, "x.shape", (1,), cause, "pass at least 2 samples")
         if leaves and couples_samples(op) is False:
             traced = any(isinstance(leaf, Tracer) for leaf in leaves)
             if traced or differ(op, op.replace(apply=moved())):
@@ -547,7 +556,7 @@ def _check_mode(
         return
     if leaves and never_calibrated(running):
         cause = "the running statistics were never set"
-        remedy = "call mf.calibrate(model, x) or train first, or ask for statistics='batch'"
+        remedy = "call mf.calibrate(model, x) or train first, or use statistics='batch'"
         raise problem(SpecError, "statistics", statistics, cause, remedy)
     if couples_samples(op):
         cause = "the model uses batch statistics whatever its mode"
@@ -559,17 +568,17 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _likelihood_factor(likelihood: str, outputs: Array) -> tuple[Product, Product]:
-    """B and B^T with B B^T = Lambda for every sample.
+    """Products with B and with B^T, where B B^T = Lambda for every sample.
 
     Categorical: B = diag(s) (1 - s s^T), s = sqrt(p). Bernoulli: B = diag(sqrt(p (1 - p))).
 
     Returns:
-        Two functions of arrays of the outputs' shape.
+        Two functions that act on arrays of the outputs' shape.
     """
     if likelihood == "gaussian":
         return (lambda u: u), (lambda u: u)
     if likelihood == "bernoulli":
-        # of |f|, so that nothing overflows
+        # computed from |f|, so that nothing overflows
         decay = jnp.exp(-jnp.abs(outputs) / 2)
         root = decay / (1 + decay**2)
         return (lambda u: root * u), (lambda u: root * u)

@@ -1,8 +1,8 @@
-"""What is true of a model whatever its values: asked at random parameters and random inputs.
+"""Structural properties of a model, tested at random parameters and random inputs.
 
-A property of structure, such as "one sample's output depends on the others", may not show at the
-values that a model has: scales of 0, a readout of zeros, two samples alike. At random values close
-to them it does, with probability 1.
+A structural property, such as "one sample's output depends on the others", may not be visible at
+the values that a model has: scales of 0, a readout of zeros, two equal samples. At random values
+close to them it is visible with probability 1.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from meanfield_jax.empirical.fisher import FisherOperator
 
 SIZE = 0.3
-"""Of the random part, in units of an array's root mean square."""
+"""Size of the random part, in units of an array's root mean square."""
 
 NUM_SAMPLES = 8
-"""Of a small batch at which layers are judged."""
+"""Number of samples in the small batch on which layers are tested."""
 
 
 def couples_samples(op: "FisherOperator") -> bool | None:
     """Whether one sample's outputs, or their derivatives, depend on the others in its batch.
 
     Returns:
-        None if the outputs are finite nowhere, so that nothing is known.
+        None if the outputs are nowhere finite, so that nothing is known.
     """
     return _apart(_response(op, 1), _response(op, 2))
 
 
 def differ(op: "FisherOperator", other: "FisherOperator") -> bool | None:
-    """Whether two models' outputs, or their derivatives, differ; else as ``couples_samples``."""
+    """Whether the outputs of two models, or their derivatives, differ; None if not known."""
     return _apart(_response(op, 1), _response(other, 1))
 
 
@@ -52,7 +52,7 @@ def _apart(first: list[np.ndarray], second: list[np.ndarray]) -> bool | None:
 
 
 def _response(op: "FisherOperator", seed: int) -> list[np.ndarray]:
-    """The first sample's outputs and a derivative of them, beside others drawn by the seed."""
+    """The first sample's outputs and a derivative of them; the seed draws the other samples."""
     with jax.ensure_compile_time_eval():
         found = _response_to(_small(op, 4), jax.random.key(seed, impl="unsafe_rbg"))
         return [np.asarray(part) for part in found]
@@ -71,11 +71,11 @@ def _response_to(op: "FisherOperator", key: Array) -> tuple[Array, Array]:
 
 
 def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
-    """The dense layers whose weights need no gradient of their own, see ``products.outer``.
+    """The dense layers whose weight gradient need not be formed, see ``products.outer``.
 
-    Those of ``nnx.Linear`` for which that is cheaper, n < 2 N inputs, if the product is then the
-    one by plain differentiation: it is not where weights are tied, masked, quantized, or used
-    inside of another transformation.
+    These are the ``nnx.Linear`` layers for which this is cheaper (n < 2 N inputs), provided that
+    the product agrees with plain differentiation. It does not where weights are tied, masked,
+    quantized, or used inside another transformation.
 
     Returns:
         Their paths.
@@ -94,16 +94,16 @@ def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
         with jax.ensure_compile_time_eval():
             small = _small(op, NUM_SAMPLES).unchecked(dense=layers)
             plain, apart = (np.asarray(part, float) for part in _products(small))
-    except jax.errors.UnexpectedTracerError:  # used inside of a remat, scan, vmap
+    except jax.errors.UnexpectedTracerError:  # used inside a remat, scan or vmap
         return ()
     error, scale = np.abs(plain - apart).max(), np.abs(plain).max()
-    # NaN fails, too
+    # NaN fails as well
     return layers if error < float(jnp.finfo(op.dtype).eps) ** 0.5 * scale else ()
 
 
 @jax.jit
 def _products(op: "FisherOperator") -> tuple[Array, Array]:
-    """The plain product and the one with the dense layers apart, of the same random vector."""
+    """The plain product and the one that treats dense layers apart, for one random vector."""
     from meanfield_jax.empirical.products import outer
 
     key = jax.random.key(0, impl="unsafe_rbg")
@@ -113,7 +113,7 @@ def _products(op: "FisherOperator") -> tuple[Array, Array]:
 
 
 def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":
-    """The operator of a few samples, all at once; what is being traced is replaced by zeros."""
+    """The operator on a few samples at once; arrays that are being traced become zeros."""
     rows = np.arange(num_samples) % op.num_samples
 
     def known(leaf: Any) -> Any:
@@ -145,7 +145,7 @@ def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":
 
 
 def _near(tree: Any, key: Array) -> Any:
-    """Random arrays near those of a tree; of size 1/sqrt(fan-in) where they are 0."""
+    """Random arrays near those of a tree; where these are 0, of size 1/sqrt(fan-in)."""
     leaves, treedef = jax.tree.flatten(tree)
 
     def moved(leaf: Array, key: Array) -> Array:
@@ -160,7 +160,7 @@ def _near(tree: Any, key: Array) -> Any:
 
 
 def _near_data(x: Any, key: Array) -> Any:
-    """Random inputs like x: numbers in its range, masks as they are."""
+    """Random inputs like x: numbers within its range, masks unchanged."""
     leaves, treedef = jax.tree.flatten(x)
 
     def moved(leaf: Array, key: Array) -> Array:
@@ -175,7 +175,7 @@ def _near_data(x: Any, key: Array) -> Any:
         size = SIZE * leaf.astype(jnp.float32).std()
         noise = jax.random.normal(key, leaf.shape)
         near = leaf + (jnp.where(size > 0, size, 1.0) * noise).astype(leaf.dtype)
-        # a model may not be defined outside of the range of its data
+        # a model may not be defined outside the range of its data
         return jnp.where(size > 0, jnp.clip(near, leaf.min(), leaf.max()), near)
 
     keys = jax.random.split(key, max(1, len(leaves)))

@@ -1,4 +1,4 @@
-"""What an operator can be given: a batch, and parameters."""
+"""Checks of what an operator is given: a batch, and parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,35 +13,35 @@ from meanfield_jax.errors import DataError, SpecError, problem
 
 
 def check_batch(x: Any) -> Any:
-    """The batch as JAX arrays; raises DataError for what cannot be used.
+    """The batch as JAX arrays; raises DataError if it cannot be used.
 
     Args:
-        x: An array, or any pytree of arrays, whose leading axes are the n samples: floating-point
-            numbers, whole numbers (tokens), booleans (masks).
+        x: An array, or any pytree of arrays, whose leading axes run over the n samples:
+            floating-point numbers, integers (tokens), booleans (masks).
 
     Returns:
         The same pytree.
     """
     named = [(_argument("x", path), leaf) for path, leaf in _leaves(x)]
     if not named:
-        raise problem(DataError, "x", x, "no arrays", "give inputs, (n, ...)")
+        raise problem(DataError, "x", x, "contains no arrays", "pass inputs (n, ...)")
     for name, leaf in named:
         if _dtype(leaf) is None:
-            remedy = "give arrays whose leading axis is the samples"
+            remedy = "pass arrays whose leading axis runs over the samples"
             raise problem(DataError, name, type(leaf).__name__, "not an array", remedy)
         shape = np.shape(leaf)
         alone_and_flat = len(shape) == 1 and leaf is x and jnp.issubdtype(_dtype(x), jnp.inexact)
         if len(shape) == 0 or shape[0] == 0 or alone_and_flat:
-            remedy = "give (samples, features) or (samples, height, width, channels)"
+            remedy = "pass (samples, features) or (samples, height, width, channels)"
             raise problem(DataError, f"{name}.shape", shape, "not a batch", remedy)
     sizes = {np.shape(leaf)[0]: name for name, leaf in named}
     if len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
-        cause = f"{one} has {first} samples and {other} {second}"
-        remedy = "give all arrays the same leading axis, and constants to the model"
+        cause = f"{one} has {first} samples and {other} has {second}"
+        remedy = "pass arrays with equal leading axes, and hold constants in the model"
         raise problem(DataError, "x", f"{len(named)} arrays", cause, remedy)
     for name, leaf in named:
-        # NumPy, which computes at once even where everything else is being traced
+        # NumPy computes at once even where everything else is being traced
         if isinstance(leaf, Tracer) or not jnp.issubdtype(_dtype(leaf), jnp.inexact):
             continue
         values = np.asarray(leaf)
@@ -52,24 +52,24 @@ def check_batch(x: Any) -> Any:
 
 
 def check_params(params: Any) -> Any:
-    """The parameters as JAX arrays; raises SpecError for what cannot be differentiated."""
+    """The parameters as JAX arrays; raises SpecError if they cannot be differentiated."""
     if isinstance(params, Mapping) and "params" in params and len(params) > 1:
         others = ", ".join(sorted(map(str, set(params) - {"params"})))
-        cause = f"{others}: no parameters, and they would count as such"
+        cause = f"it holds more than parameters ({others})"
         remedy = "use FisherOperator.from_linen(module, variables, x)"
         raise problem(SpecError, "params", list(map(str, params)), cause, remedy)
     named = _leaves(params)
     if not named:
-        raise problem(SpecError, "params", params, "no parameters", "give a pytree of arrays")
+        raise problem(SpecError, "params", params, "contains no arrays", "pass a pytree of arrays")
     for path, leaf in named:
         dtype = _dtype(leaf)
         name = _argument("params", path)
         if dtype is None:
-            remedy = "give arrays, and hold everything else in the function"
+            remedy = "pass only arrays, and hold everything else in the function"
             raise problem(SpecError, name, type(leaf).__name__, "not an array", remedy)
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            cause = "complex, while a Fisher matrix is one of real parameters"
-            remedy = "make its real and imaginary parts two parameters"
+            cause = "a Fisher matrix is defined for real parameters only"
+            remedy = "make the real and imaginary parts two parameters"
             raise problem(SpecError, f"{name}.dtype", str(dtype), cause, remedy)
         if not jnp.issubdtype(dtype, jnp.floating):
             remedy = "hold it in the function, or convert it with .astype('float32')"
@@ -87,7 +87,7 @@ def _argument(name: str, path: tuple) -> str:
 
 
 def _dtype(leaf: Any) -> Any:
-    """The dtype as JAX has it; None of what is no number."""
+    """The dtype in JAX; None for what is not a number."""
     if isinstance(leaf, (bool, int, float, complex)):
         return jnp.result_type(leaf)
     dtype = getattr(leaf, "dtype", None)

@@ -1,8 +1,8 @@
-"""Lanczos on a symmetric positive semi-definite operator: the top eigenvalues.
+"""Top eigenvalues of a symmetric positive semi-definite operator by the Lanczos method.
 
 An operator is any pytree with ``shape`` (size, size), ``dtype`` and ``linearize() -> matvec``;
-``linearize`` is called once inside the trace and ``matvec`` maps (size,) to (size,). An operator
-with a ``dual`` of the same non-zero eigenvalues is searched there.
+``linearize`` is called once inside the trace, and ``matvec`` maps (size,) to (size,). If an
+operator has a ``dual`` with the same non-zero eigenvalues, the search runs in the dual.
 """
 
 import math
@@ -22,28 +22,28 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.precise import matmul
 from meanfield_jax.status import Status, first_failure
 
-# The probability, over the random start, that an eigenvector overlaps so little with it that its
-# eigenvalue may hide outside the error bounds: 0.05 fails in 0-0.5 % of the runs measured below.
+# The probability, over random starts, that an eigenvector's overlap with the start is so small that
+# its eigenvalue may escape the error bounds: 0.05 fails in 0-0.5 % of the runs measured below.
 _MISS_PROBABILITY = 0.02
-# A remainder below this many eps * lambda_max is rounding.
+# A remainder below this many eps * lambda_max is rounding error.
 _FLOOR = 10.0
-# Up to so many eigenvalues, and up to twice, four times ... as many, share a compiled program.
+# All k up to this number use one compiled program; all k up to two, four ... times it use another.
 _CAPACITY = 10
 
 
 @register_dataclass
 @dataclass(frozen=True)
 class TopEigenvalues:
-    """The largest eigenvalues and what is known about their errors.
+    """The largest eigenvalues, with bounds on their errors.
 
     Attributes:
-        eigenvalues: (k,) descending; NaN if a product was not finite.
-        residual_bounds: (k,) bounds on ||A y - theta y||, absolute: theta is this close to *some*
+        eigenvalues: (k,), descending; NaN if a product was not finite.
+        residual_bounds: (k,), absolute bounds on ||A y - theta y||: theta is this close to *some*
             eigenvalue.
-        error_bounds: (k,) bounds on |lambda_i - theta_i|, absolute, see ``top_eigenvalues``.
-        num_matvecs: (), products with the operator.
-        status: (), a :class:`Status` as integer.
-        eigenvectors: (k, size), orthonormal, or None; of a Fisher matrix in parameter space.
+        error_bounds: (k,), absolute bounds on |lambda_i - theta_i|, see ``top_eigenvalues``.
+        num_matvecs: (), the number of products with the operator.
+        status: (), a :class:`Status` as an integer.
+        eigenvectors: (k, size), orthonormal, or None; for a Fisher matrix, in parameter space.
     """
 
     eigenvalues: jax.Array
@@ -57,7 +57,7 @@ class TopEigenvalues:
         """Returns itself, or raises for the first run that failed (host only).
 
         Raises:
-            RuntimeError: the status is not CONVERGED.
+            RuntimeError: if the status is not CONVERGED.
         """
         failed = first_failure(self.status)
         if failed is None:
@@ -67,18 +67,18 @@ class TopEigenvalues:
         count = int(self.num_matvecs[cell])
         if status == Status.NOT_FINITE:
             raise RuntimeError(
-                f"top_eigenvalues: product {count}{where} with the operator is not finite; "
+                f"top_eigenvalues: product {count} with the operator{where} is not finite; "
                 "check parameters and inputs for NaN, inf and overflow"
             )
         worst = float(jnp.max(self.error_bounds[cell] / jnp.abs(self.eigenvalues[cell])))
         raise RuntimeError(
-            f"top_eigenvalues: not converged after {count} products{where}, worst relative error "
-            f"bound {worst:.1e}; raise max_steps or tol"
+            f"top_eigenvalues: not converged after {count} products{where}, the worst relative "
+            f"error bound is {worst:.1e}; raise max_steps or tol"
         )
 
 
 class _Krylov(NamedTuple):
-    basis: jax.Array  # (steps, size) orthonormal rows, zero where not yet filled
+    basis: jax.Array  # (steps, size) orthonormal rows; rows not computed yet are zero
     projected: jax.Array  # (steps, steps) Q A Q^T
     vector: jax.Array  # (size,) the next basis vector, or zero after a breakdown
     beta: jax.Array  # () norm of the remainder, exactly zero after a breakdown
@@ -88,18 +88,18 @@ class _Search(NamedTuple):
     krylov: _Krylov
     step: jax.Array
     status: jax.Array
-    starts: jax.Array  # (steps,) 1 at random vectors, 0 at products
-    dropped: jax.Array  # (steps,) remainders dropped by fresh starts
+    starts: jax.Array  # (steps,) 1 where the basis vector is random, 0 where it is from a product
+    dropped: jax.Array  # (steps,) norms of the remainders dropped by fresh starts
     fresh: jax.Array  # () whether the next vector is to be random
-    pivot: jax.Array  # () of the elimination of (probe - T) along the present chain
+    pivot: jax.Array  # () current pivot in the elimination of (probe - T) along the current chain
     growth: jax.Array  # () log of the factor by which a hidden eigenvector would have grown
-    alive: jax.Array  # () whether the present chain can still prove that nothing is hidden
+    alive: jax.Array  # () whether the current chain can still prove that nothing is hidden
     found: tuple[jax.Array, ...]  # Ritz values, residuals, error bounds
-    ritz: jax.Array  # (steps, capacity) their vectors in the basis
+    ritz: jax.Array  # (steps, capacity) the Ritz vectors in the basis
 
 
 def _remove(basis, vector):
-    """Twice-iterated classical Gram-Schmidt: coefficients and remainder."""
+    """Twice-iterated classical Gram-Schmidt; returns the coefficients and the remainder."""
     first = matmul(basis, vector)
     vector = vector - matmul(first, basis)
     second = matmul(basis, vector)
@@ -114,7 +114,7 @@ def _random_unit(basis, key):
 
 
 def begin(size, steps, dtype, key):
-    """A random start with room for ``steps`` basis vectors."""
+    """The state at a random start, with room for ``steps`` basis vectors."""
     vector = jax.random.normal(key, (size,), dtype)
     zero = jnp.zeros((), dtype)
     basis, projected = jnp.zeros((steps, size), dtype), jnp.zeros((steps, steps), dtype)
@@ -122,21 +122,21 @@ def begin(size, steps, dtype, key):
 
 
 def expand(matvec, krylov, step):
-    """The Lanczos step: one product, orthogonalized against the whole basis.
+    """One Lanczos step: a product, orthogonalized against the whole basis.
 
-    All coefficients Q A q are kept, not only the two that are non-zero in exact arithmetic: T stays
-    the projection of A onto the basis in spite of rounding and of fresh starts.
+    All coefficients Q A q are kept, not only the two that are non-zero in exact arithmetic, so that
+    T remains the projection of A onto the basis in spite of rounding and fresh starts.
 
     Returns:
         The state with the basis and T one row larger, the next unit vector, (size,), and the norm
-        of the remainder it was made from; both are exactly zero after a breakdown.
+        of the remainder from which it was made; both are exactly zero after a breakdown.
     """
     basis = krylov.basis.at[step].set(krylov.vector)
     product = matvec(krylov.vector)
     row, vector = _remove(basis, product)
     projected = krylov.projected.at[step].set(row).at[:, step].set(row)
     beta, scale = jnp.linalg.norm(vector), jnp.max(jnp.abs(projected))
-    # a basis of the whole space leaves nothing but rounding
+    # once the basis spans the whole space, the remainder is rounding error
     exact = (beta <= _FLOOR * jnp.finfo(beta.dtype).eps * scale) | (step + 1 >= basis.shape[1])
     beta = jnp.where(exact & jnp.isfinite(beta), 0, beta)
     vector = jnp.where(beta == 0, 0, vector / jnp.where(beta == 0, 1, beta))
@@ -144,10 +144,10 @@ def expand(matvec, krylov, step):
 
 
 def _top_ritz(projected, step, capacity):
-    """The largest eigenpairs of the leading block of T, rows not yet filled below all others.
+    """The largest eigenpairs of the leading block of T; rows not computed yet rank last.
 
-    LAPACK on 24 rows is 10 times cheaper than on 90 (and 1000 times where its threads fight with
-    others for the cores), and most searches end there: the block doubles when it is full.
+    LAPACK on 24 rows is 10 times cheaper than on 90 (and 1000 times where its threads compete with
+    others for the cores), and most searches end there. The block doubles when it is full.
 
     Returns:
         Eigenvalues in descending order, (k,), and their eigenvectors as columns, (steps, k).
@@ -172,7 +172,7 @@ def _top_ritz(projected, step, capacity):
 
 
 def _search_step(matvec, op, k, tol, key, state):
-    """One product, the new Ritz pairs with their bounds, and the decision how to go on."""
+    """One product, the new Ritz pairs with their bounds, and the decision how to continue."""
     dtype, size = op.dtype, op.shape[0]
     krylov, step, capacity = state.krylov, state.step, state.ritz.shape[1]
     vector = lax.cond(
@@ -187,7 +187,7 @@ def _search_step(matvec, op, k, tol, key, state):
     theta, ritz, rows = _top_ritz(krylov.projected, step, capacity)
     asked = jnp.arange(capacity) < k
 
-    # what a chain dropped shrinks by the part that later vectors capture
+    # a dropped remainder shrinks by the part of it that later vectors capture
     row = krylov.projected[step]
     kept = jnp.sqrt(jnp.maximum(state.dropped**2 - row**2, 0))
     dropped = kept.at[step].set(krylov.beta)
@@ -195,10 +195,10 @@ def _search_step(matvec, op, k, tol, key, state):
     # the backward error of an eigensolver: 2 eps with LAPACK, several times that on a GPU
     floor = rows * jnp.finfo(dtype).eps * jnp.abs(theta[0])
     allowed = jnp.maximum(tol * theta, floor)
-    # |<v, start>| of a unit vector is above this with probability 1 - _MISS_PROBABILITY
+    # |<v, start>| of a unit vector v exceeds this with probability 1 - _MISS_PROBABILITY
     least_overlap = math.sqrt(math.pi / 2) * _MISS_PROBABILITY / math.sqrt(size)
 
-    # what hides above theta_k in the space of the present chain would have grown to more than one
+    # an eigenvector hidden above theta_k in the current chain's space would have grown beyond 1
     pivot = theta[k - 1] + allowed[k - 1] - row[step] - coupling**2 / state.pivot
     alive = state.alive & (pivot >= 0)
     log_ratio = jnp.log(jnp.abs(pivot) / jnp.where(krylov.beta == 0, 1, krylov.beta))
@@ -213,7 +213,7 @@ def _search_step(matvec, op, k, tol, key, state):
     status = jnp.where(done, Status.CONVERGED, Status.MAX_STEPS)
     status = jnp.where(finite, status, Status.NOT_FINITE).astype(jnp.int32)
 
-    # a fresh start freezes these residuals, so it leaves room for them to fluctuate
+    # a fresh start freezes these residuals, so it waits until they have room to fluctuate
     ready = passed & jnp.all((error <= jnp.maximum(allowed / 2, floor)) | ~asked)
     fresh = (krylov.beta == 0) | (ready & ~alive)
     return _Search(
@@ -233,7 +233,7 @@ def _search_step(matvec, op, k, tol, key, state):
 
 @partial(jax.jit, static_argnames=("size", "dtype", "capacity", "room"))
 def _begin_search(key, *, size, dtype, capacity, room):
-    """A search for ``capacity`` eigenvalues, of which the first k will count."""
+    """A search with room for ``capacity`` eigenvalues, of which only the first k will count."""
     row, zero = jnp.zeros(room, dtype), jnp.zeros((), dtype)
     return _Search(
         krylov=begin(size, room, dtype, key),
@@ -294,44 +294,46 @@ def top_eigenvalues(
     .. math:: A Q - Q T = \beta q e^T, \quad T s_i = \theta_i s_i, \quad
         |\lambda_i - \theta_i| \le \beta |e^T s_i| \max(1, |e_1^T s_i| / c)
 
-    The residual beta |e^T s| says that *an* eigenvalue is near theta, not that it is the i-th one:
-    in a cluster a Ritz value rests on one eigenvalue, or between two, before its neighbor shows.
-    The usual gap-aware bound, residual^2 / gap, takes the gap from the very Ritz values that do not
+    The residual beta |e^T s| shows that *an* eigenvalue is near theta, not that it is the i-th one:
+    in a cluster, a Ritz value stays at one eigenvalue, or between two, before its neighbor appears.
+    The usual gap-aware bound, residual^2 / gap, takes the gap from the same Ritz values that do not
     show the neighbor. A neighbor hidden at distance d from theta would contribute
     d |v^T q_1| / |e_1^T s| to the residual, and its overlap |v^T q_1| with the random start is
     below c = p sqrt(pi / 2) / sqrt(size) only with probability p; hence the last factor.
 
     With k > 1, once the bounds hold, a new random vector orthogonal to the basis starts a second
-    chain, which runs until the same argument excludes a further eigenvalue above the k-th (2-4
-    products if the k-th is well above the rest); then the last factor is 1. It finds the copies of
-    multiple eigenvalues, one copy a chain.
+    chain. It runs until the same argument excludes a further eigenvalue above the k-th (2-4
+    products if the k-th is well above the rest); the last factor is then 1. This finds the copies
+    of multiple eigenvalues, one copy per chain.
 
     Args:
-        op: the operator; as a pytree, so that another one of the same structure does not recompile.
-            Of a Fisher matrix the search is in its dual.
-        k: number of eigenvalues; all up to 10, all up to 20, ... share what is compiled.
-        tol: each error bound is at most tol * eigenvalue; raised to the rounding floor, rows * eps
-            * the largest eigenvalue, where it is smaller. rows (24, 48, ...) is the size of the
-            small eigenproblem.
-        max_steps: most products; default min(size, 80 + 10 k). Memory is size * (rows + 1) numbers,
-            rows the next power of two, or by default 80 + 10 k with k rounded up as above.
-        key: of the random start; default ``jax.random.key(0)``.
-        vectors: whether to return eigenvectors.
+        op: The operator. It enters the compiled program as a pytree, so that another operator of
+            the same structure does not recompile. For a Fisher matrix the search runs in its dual.
+        k: Number of eigenvalues. All k up to 10 use one compiled program, all k up to 20 another,
+            and so on.
+        tol: Each error bound is at most tol * eigenvalue, or at most the rounding floor
+            rows * eps * (largest eigenvalue) where that is larger. rows (24, 48, ...) is the size
+            of the small eigenproblem.
+        max_steps: Maximum number of products; default min(size, 80 + 10 k). Memory is
+            size * (rows + 1) numbers, where rows is the next power of two, or by default 80 + 10 k
+            with k rounded up as above.
+        key: Random key of the start; default ``jax.random.key(0)``.
+        vectors: Whether to return eigenvectors.
 
     Returns:
-        ``TopEigenvalues``. Under jit nothing raises: NOT_FINITE comes with NaN, MAX_STEPS with the
-        best estimates, bounds included.
+        ``TopEigenvalues``. Nothing raises under jit: with status NOT_FINITE the numbers are NaN,
+        with MAX_STEPS they are the best estimates and their bounds.
 
     Raises:
-        SpecError: k, tol, max_steps or the operator's dtype cannot be used.
+        SpecError: if k, tol, max_steps or the operator's dtype cannot be used.
 
     Accuracy:
-        Spectra of size 10^4, ten outliers at 2400 +- 20 % above a bulk of 0-150, tol 1e-4, 200
-        starts each: k = 1 takes 17-18 products in the median (13-21; 10-12 is the median of what
-        would do in hindsight), k = 10 takes 22-23 (21-25). Tolerance and bounds hold in at least
-        99.5 % of the runs, also if the two largest differ by 0.07 %, where the gap-aware test stops
-        between the two in 3 of 4 runs. Median relative error in float32: 1e-7. Tested, at size
-        5000, in ``test_top_eigenvalue_of_fisher_like_spectra``.
+        Measured on spectra of size 10^4 with ten outliers at 2400 +- 20 % above a bulk of 0-150,
+        with tol 1e-4 and 200 starts each: k = 1 takes a median of 17-18 products (13-21; in
+        hindsight a median of 10-12 would do), k = 10 takes 22-23 (21-25). Tolerance and bounds hold
+        in at least 99.5 % of the runs, even if the two largest eigenvalues differ by only 0.07 %,
+        where the gap-aware test stops between the two in 3 of 4 runs. The median relative error in
+        float32 is 1e-7. Tested at size 5000 in ``test_top_eigenvalue_of_fisher_like_spectra``.
 
     Example:
         >>> import jax, jax.numpy as jnp, meanfield_jax as mf
@@ -344,21 +346,22 @@ def top_eigenvalues(
     Source:
         Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13; overlap argument: van Dorsselaer,
         Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2001) 837. Departure: T is
-        the whole projection Q A Q^T, not only its three diagonals.
+        the full projection Q A Q^T, not only its three diagonals.
     """
     solved = getattr(op, "dual", op)
     size = solved.shape[0]
     check_dtype(solved)
     if not 1 <= k <= size:
-        raise problem(SpecError, "k", k, f"the operator has {size} eigenvalues", "use 1 <= k <= it")
+        cause, remedy = f"the operator has {size} eigenvalues", f"pass 1 <= k <= {size}"
+        raise problem(SpecError, "k", k, cause, remedy)
     if not tol > 0:
-        raise problem(SpecError, "tol", tol, "no iteration reaches it", "pass tol > 0, like 1e-4")
+        raise problem(SpecError, "tol", tol, "must be above 0", "pass a value such as 1e-4")
     capacity = _rounded_up(k, _CAPACITY)
     given = 80 + 10 * k if max_steps is None else max_steps
     room = min(size, 80 + 10 * capacity if max_steps is None else _rounded_up(given, 1))
     limit = min(size, given)
     if limit < k:
-        cause = f"k={k} eigenvalues need at least as many products"
+        cause = f"k={k} eigenvalues need at least {k} products"
         raise problem(SpecError, "max_steps", max_steps, cause, "raise max_steps or lower k")
     key = jax.random.key(0) if key is None else key
     sizes = dict(size=size, dtype=solved.dtype, capacity=min(capacity, room), room=room)
@@ -372,14 +375,14 @@ def top_eigenvalues(
 
 
 def _rounded_up(number: int, unit: int) -> int:
-    """The next of unit, 2 unit, 4 unit, ..."""
+    """The number rounded up to one of unit, 2 unit, 4 unit, ..."""
     while unit < number:
         unit *= 2
     return unit
 
 
 def _first(found: TopEigenvalues, k: int) -> TopEigenvalues:
-    """The first k of the eigenvalues that there is room for, without compiling anything."""
+    """The first k of the computed eigenvalues, without compiling anything."""
 
     def cut(array):
         if isinstance(array, Tracer):

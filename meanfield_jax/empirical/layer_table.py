@@ -1,4 +1,4 @@
-"""A Fisher matrix layer by layer: parameters, largest eigenvalue, trace."""
+"""The Fisher matrix layer by layer: parameters, largest eigenvalue and trace of each block."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def layer_table(
     key: Array | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
-    """Every layer's block of the Fisher matrix: how large it is, and what it contributes.
+    """Size, largest eigenvalue and trace of every layer's block of the Fisher matrix.
 
     Args:
-        op: The operator; of a block only the layers in it are listed.
-        tol: Of every largest eigenvalue, see :func:`top_eigenvalues`.
-        num_probes: Of every trace, see :func:`trace`.
-        key: Of random vectors; default ``jax.random.key(0)``.
-        progress: Whether a bar on stderr shows how many layers are done.
+        op: The operator; for a block, only the layers in it are listed.
+        tol: Tolerance of every largest eigenvalue, see :func:`top_eigenvalues`.
+        num_probes: Number of probes for every trace, see :func:`trace`.
+        key: Random key; default ``jax.random.key(0)``.
+        progress: Whether to show on stderr how many layers are done.
 
     Returns:
         A dataset over ``layer`` (the parameters' paths without their last name): ``parameters``
-        (their number), ``lambda_max`` and ``lambda_max_error`` (its bound), ``trace`` and
-        ``trace_error`` (its standard error), and ``fraction``, of the sum of all traces, which is
-        the trace of F.
+        (their number), ``lambda_max`` and ``lambda_max_error`` (its error bound), ``trace`` and
+        ``trace_error`` (its standard error), and ``fraction``, the trace as a fraction of the sum
+        of all traces, which is the trace of F.
 
     Raises:
         SpecError: see :func:`top_eigenvalues` and :func:`trace`.
-        RuntimeError: if a search failed, such as at NaN parameters.
+        RuntimeError: if a search failed, for example because parameters are NaN.
 
     Accuracy:
-        That of the two functions; lambda_max of F is at least the largest block's and at most the
-        sum of all.
+        That of the two functions. lambda_max of F is at least that of the largest block and at most
+        the sum over all blocks.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -62,8 +62,8 @@ def layer_table(
     import xarray as xr
 
     if not isinstance(op, FisherOperator):
-        remedy = "give mf.fisher_operator(model, x) or mf.FisherOperator(apply, params, x)"
-        raise problem(SpecError, "op", type(op).__name__, "no Fisher matrix with layers", remedy)
+        remedy = "pass mf.fisher_operator(model, x) or mf.FisherOperator(apply, params, x)"
+        raise problem(SpecError, "op", type(op).__name__, "must be a FisherOperator", remedy)
     sizes: dict[str, int] = {}
     for path, leaf in zip(op.paths, jax.tree.leaves(op.params), strict=True):
         if op.mask is not None and not op.mask[path]:

@@ -1,8 +1,8 @@
-"""Operators linearized once, and their products one after the other.
+"""Operators that are linearized once, and products with them one after the other.
 
 XLA's CPU backend runs the derivative of a convolution 17 times slower inside a compiled loop than
-outside. There, the loops over products are Python's, each turn a compiled program; elsewhere, and
-under a caller's ``jax.jit``, they are compiled.
+outside. On CPU, loops over products are therefore Python loops in which each step is a compiled
+program; elsewhere, and under a caller's ``jax.jit``, the loops are compiled.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from jax.core import Tracer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linearized:
-    """An operator that was linearized, as a pytree of what its products need.
+    """A linearized operator, as a pytree of what its products need.
 
     Attributes:
-        product: v -> A v, (size,) to (size,).
-        size: Of the vectors.
-        dtype: Likewise.
+        product: The function v -> A v, from (size,) to (size,).
+        size: Size of the vectors.
+        dtype: Dtype of the vectors.
     """
 
     product: Any
@@ -31,22 +31,22 @@ class Linearized:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(size, size)."""
+        """The shape of the matrix, (size, size)."""
         return (self.size, self.size)
 
     def linearize(self) -> Any:
-        """The product."""
+        """The product v -> A v."""
         return self.product
 
 
 def loops_on_host(*trees: Any) -> bool:
-    """Whether loops over products with these operators are better Python's."""
+    """Whether loops over products with these operators should be Python loops."""
     traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
     return jax.default_backend() == "cpu" and not traced
 
 
 def linearized(op: Any) -> Linearized:
-    """The operator, with what its products share computed."""
+    """The operator, with the part common to all its products computed once."""
     if isinstance(op, Linearized):
         return op
     return Linearized(_linearized(op), op.shape[0], op.dtype)
@@ -59,14 +59,14 @@ def _linearized(op: Any) -> Any:
 
 
 def multiply_rows(op: Any, vectors: Array) -> Array:
-    """A v for every row of an array, one after the other: memory stays that of one product.
+    """The product A v for every row v, one after the other, with the memory of one product.
 
     Args:
         op: The operator.
-        vectors: (k, size).
+        vectors: The rows, (k, size).
 
     Returns:
-        (k, size).
+        The products as rows, (k, size).
     """
     if not loops_on_host(op, vectors):
         return _multiply_rows(op, vectors)

@@ -19,10 +19,10 @@ class Linen:
     """A Linen module as a pure function ``apply(params, x)``.
 
     Attributes:
-        constants: Collections of variables that are no parameters, such as ``batch_stats``.
-        arrays: Named arguments of the call that are arrays.
+        constants: Collections of variables that are not parameters, such as ``batch_stats``.
+        arrays: Keyword arguments of the call that are arrays.
         module: The module.
-        options: The other named arguments of the call.
+        options: The other keyword arguments of the call.
     """
 
     constants: dict[str, Any]
@@ -31,7 +31,7 @@ class Linen:
     options: tuple[tuple[str, Any], ...] = dataclasses.field(metadata=dict(static=True))
 
     def __call__(self, params: Any, x: Any) -> Any:
-        """The module's outputs; what it writes to its variables is dropped, dropout is off."""
+        """The module's outputs; dropout is off, and updates of its variables are discarded."""
         named = dict(self.options) | self.arrays
         arguments, keywords = spread_over(inspect.signature(self.module.__call__), x)
         with nn.intercept_methods(_without_dropout):
@@ -50,27 +50,27 @@ class Linen:
         return self.constants.get("batch_stats", {})
 
     def moved(self) -> "Linen":
-        """The function with other running statistics."""
+        """The same function with different running statistics."""
         others = jax.tree.map(lambda leaf: 2 * leaf + 1, self.running)
         return dataclasses.replace(self, constants=self.constants | {"batch_stats": others})
 
 
 def linen(module: Any, variables: Any, statistics: str, call: dict[str, Any]) -> tuple[Linen, Any]:
-    """The module in the mode asked for.
+    """The module as a function in the requested mode.
 
     Returns:
         The function, and the parameters.
 
     Raises:
-        SpecError: if it is no Linen module, or the variables lack ``params``.
+        SpecError: if it is not a Linen module, or the variables lack ``params``.
     """
     if not isinstance(module, nn.Module):
         cause, remedy = "not a Flax Linen module", "use fisher_operator for an NNX model"
         raise problem(SpecError, "module", type(module).__name__, cause, remedy)
     if not isinstance(variables, Mapping) or "params" not in variables:
-        remedy = "give what module.init or training returned: {'params': ..., ...}"
+        remedy = "pass what module.init or training returned: {'params': ..., ...}"
         given = list(variables) if isinstance(variables, Mapping) else type(variables).__name__
-        raise problem(SpecError, "variables", given, "no 'params' there", remedy)
+        raise problem(SpecError, "variables", given, "'params' is missing", remedy)
     constants = {name: tree for name, tree in variables.items() if name != "params"}
     training = statistics == "batch"
     modes = dict.fromkeys(("train", "training", "is_training"), training)

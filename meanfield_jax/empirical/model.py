@@ -1,4 +1,4 @@
-"""Flax models as pure functions of their parameters, and in which mode they are."""
+"""Flax models as pure functions of their parameters, and the mode that they are in."""
 
 import dataclasses
 import inspect
@@ -25,29 +25,30 @@ class Model(nnx.Sequential):
         super().__init__(*network.body.modules(network.input_shape, rngs))
 
     def __call__(self, x: Array) -> Array:
-        """Outputs (samples, C) of inputs (samples, *input_shape)."""
+        """Outputs (samples, C) for inputs (samples, *input_shape)."""
         if x.shape[1:] != self.input_shape:
-            remedy = f"give an array of shape (samples, {', '.join(map(str, self.input_shape))})"
-            raise problem(DataError, "x.shape", x.shape, "not what the network takes", remedy)
+            remedy = f"pass an array of shape (samples, {', '.join(map(str, self.input_shape))})"
+            raise problem(DataError, "x.shape", x.shape, "does not fit the network", remedy)
         return super().__call__(x)
 
 
 def build(network: Network, *, rngs: nnx.Rngs) -> Model:
     """The Flax NNX network with parameters drawn from the declared distributions.
 
-    Weights are N(0, weight_var / fan_in), biases N(0, bias_var), a BatchNorm's scale gamma and
-    offset beta. It starts in training mode; ``model.eval()`` and ``model.train()`` switch.
+    Weights are N(0, weight_var / fan_in) and biases N(0, bias_var); the scale of a BatchNorm starts
+    at gamma and its offset at beta. The model starts in training mode; ``model.eval()`` and
+    ``model.train()`` switch between the modes.
 
     Args:
         network: The specification.
         rngs: Flax's random streams, such as ``nnx.Rngs(0)``.
 
     Returns:
-        A module that maps (samples, *input_shape) to (samples, C), float32, products in full
+        A module that maps (samples, *input_shape) to (samples, C) in float32, with products in full
         float32 precision on every platform.
 
     Raises:
-        SpecError: for numbers that make no sense.
+        SpecError: if the specification contains invalid numbers.
 
     Example:
         >>> import jax.numpy as jnp, meanfield_jax as mf
@@ -66,11 +67,11 @@ class Functional:
     """A Flax NNX model as a pure function ``apply(params, x)``; see :func:`functional`.
 
     Attributes:
-        state: Variables that are no parameters (running statistics), held constant.
-        graphdef: The model's structure, its mode included.
+        state: Variables that are not parameters (running statistics), held constant.
+        graphdef: The model's structure, including its mode.
         treedef: Structure of its parameters.
         names: The parameters' names in the order of ``treedef``.
-        call: Maps the model and the inputs to outputs.
+        call: Function that maps the model and the inputs to outputs.
     """
 
     state: Any
@@ -84,16 +85,16 @@ class Functional:
         return self.call(self._model(params), x)
 
     def with_added(self, params: Params, added: Params, x: Any) -> tuple[Any, Params]:
-        """The outputs with an array added to the products of some Linear layers.
+        """The outputs, with an array added to the products of some Linear layers.
 
         Args:
-            params: As for a call.
-            added: What to add, by path of an ``nnx.Linear``.
+            params: The parameters.
+            added: The arrays to add, by path of an ``nnx.Linear``.
             x: Inputs.
 
         Returns:
-            The outputs, and by path the inputs of every Linear layer that was used once, with
-            parameters of its own and JAX's own product.
+            The outputs, and by path the inputs of every Linear layer that was used exactly once,
+            has its parameters to itself and uses JAX's default product.
         """
         model = self._model(params)
         inputs: dict[str, list[Array]] = {}
@@ -106,7 +107,7 @@ class Functional:
         return outputs, {name: seen[0] for name, seen in inputs.items() if len(seen) == 1}
 
     def _is_plain(self, name: str, module: nnx.Linear) -> bool:
-        """Whether all of the layer's arrays are parameters under its own name, used as usual."""
+        """Whether the layer's arrays are all parameters under its own path, used as usual."""
         arrays = dict(kernel=module.kernel, bias=module.bias)
         named = all(
             value is None or f"{name}/{kind}" in self.names for kind, value in arrays.items()
@@ -130,8 +131,8 @@ def _adding(seen: list[Array], added: Array | float) -> Callable[..., Array]:
 def call_with(model: nnx.Module, x: Any) -> Any:
     """Calls a model on its inputs: ``model(x)``, ``model(*x)`` or ``model(**x)``.
 
-    A tuple is spread over the positional arguments, and a dictionary over the named ones, of a
-    model that takes several.
+    If the model takes several arguments, a tuple is unpacked into positional arguments and a
+    dictionary into keyword arguments.
 
     Returns:
         What the model returns.
@@ -141,7 +142,7 @@ def call_with(model: nnx.Module, x: Any) -> Any:
 
 
 def spread_over(signature: inspect.Signature, x: Any) -> tuple[tuple, dict[str, Any]]:
-    """Inputs as positional and named arguments of a function that has this signature."""
+    """The inputs as positional and keyword arguments of a function with this signature."""
     taken = [
         parameter
         for parameter in signature.parameters.values()
@@ -158,13 +159,13 @@ def spread_over(signature: inspect.Signature, x: Any) -> tuple[tuple, dict[str, 
 def functional(
     model: nnx.Module, call: Callable[[Any, Any], Any] | None = None
 ) -> tuple[Functional, Params]:
-    """The pure function ``apply(params, x)`` of a Flax NNX model in its present mode.
+    """The pure function ``apply(params, x)`` of a Flax NNX model in its current mode.
 
     Args:
         model: Any NNX module that maps a batch to outputs.
-        call: How, as in ``lambda model, x: model(x["tokens"], mask=x["mask"])``; default
-            ``model(x)``, or ``model(*x)`` of a tuple and ``model(**x)`` of a dictionary where the
-            model takes several arguments.
+        call: How to call it, as in ``lambda model, x: model(x["tokens"], mask=x["mask"])``; by
+            default ``model(x)``, or ``model(*x)`` for a tuple and ``model(**x)`` for a dictionary
+            where the model takes several arguments.
 
     Returns:
         ``apply``, a pytree that can be passed through ``jax.jit``, and the parameters as a
@@ -192,7 +193,7 @@ def path_name(path: tuple) -> str:
 
 
 def in_mode(model: nnx.Module, statistics: str) -> nnx.Module:
-    """A copy of the model that uses batch ("batch") or running statistics ("frozen").
+    """A copy of the model that uses batch statistics ("batch") or running ones ("frozen").
 
     Dropout is off in both. The model's own mode does not matter.
 
@@ -210,9 +211,9 @@ def in_mode(model: nnx.Module, statistics: str) -> nnx.Module:
 
 
 def calibrate(model: nnx.Module, x: Array) -> None:
-    """Sets the running statistics of every BatchNorm to those of one batch, exactly.
+    """Sets the running statistics of every BatchNorm to exactly those of one batch.
 
-    Afterwards evaluation mode gives on ``x`` what training mode gives.
+    Afterwards, evaluation mode gives the same outputs on ``x`` as training mode.
 
     Args:
         model: An NNX model with BatchNorm layers (of this package or of Flax); changed in place.
@@ -222,7 +223,7 @@ def calibrate(model: nnx.Module, x: Array) -> None:
 
 
 def batch_statistics(model: nnx.Module, x: Array) -> nnx.State:
-    """The running statistics as they would be if they were those of this batch."""
+    """The running statistics that the model would have if they were those of this batch."""
     copy = in_mode(model, "batch")
     modules: list[Any] = [module for _, module in nnx.iter_modules(copy)]
     for module in modules:
@@ -240,8 +241,8 @@ def _statistics_after(graphdef, state, x: Array):
 
 
 def never_calibrated(statistics: Any) -> bool:
-    """Whether running statistics are still the zeros and ones they started from."""
+    """Whether the running statistics are still the zeros and ones that they started from."""
     leaves = jax.tree.leaves(statistics)
     if any(isinstance(leaf, Tracer) for leaf in leaves):
-        return False  # nobody knows
+        return False  # not known while tracing
     return all(np.all((leaf == 0) | (leaf == 1)) for leaf in map(np.asarray, leaves))

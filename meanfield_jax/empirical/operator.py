@@ -1,4 +1,4 @@
-"""Symmetric positive semi-definite operators, with the products of NumPy, SciPy and lineax."""
+"""Symmetric positive semi-definite operators, for use with NumPy, SciPy and lineax."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 Product = Callable[[Array], Array]
 
 LARGEST_DENSE = 20_000
-"""Rows of the largest matrix that ``to_dense`` forms: 1.6 GB in float32."""
+"""Number of rows of the largest matrix that ``to_dense`` forms: 1.6 GB in float32."""
 
 
 class SymmetricOperator:
-    """A symmetric positive semi-definite matrix that is known by its products.
+    """A symmetric positive semi-definite matrix that is known only by its products.
 
-    Whoever derives from it is a pytree with ``shape``, ``dtype`` and ``linearize()``.
+    Derived classes are pytrees with ``shape``, ``dtype`` and ``linearize()``.
     """
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(size, size)."""
+        """The shape of the matrix, (size, size)."""
         raise NotImplementedError
 
     @property
@@ -41,46 +41,46 @@ class SymmetricOperator:
         raise NotImplementedError
 
     def linearize(self) -> Product:
-        """Does once what all products share; returns v -> A v, (size,) to (size,)."""
+        """Does the work common to all products; returns v -> A v, from (size,) to (size,)."""
         raise NotImplementedError
 
     def __matmul__(self, vector: Any) -> Any:
-        """A v.
+        """The product A v.
 
         Args:
-            vector: (size,), or (size, k) for k products at once.
+            vector: An array (size,), or (size, k) for k products at once.
 
         Returns:
             An array of the same shape.
         """
         vector, size = jnp.asarray(vector, self.dtype), self.shape[0]
         if vector.ndim not in (1, 2) or vector.shape[0] != size:
-            remedy = f"give ({size},) or ({size}, k)"
-            raise problem(SpecError, "vector.shape", vector.shape, "not a vector of it", remedy)
+            remedy = f"pass an array ({size},) or ({size}, k)"
+            raise problem(SpecError, "vector.shape", vector.shape, "does not fit", remedy)
         rows = vector[None] if vector.ndim == 1 else vector.T
         products = multiply_rows(self, rows)
         return products[0] if vector.ndim == 1 else products.T
 
     def to_dense(self) -> Array:
-        """The matrix.
+        """The matrix as an array.
 
         Returns:
             An array, (size, size).
 
         Raises:
-            SpecError: for more than 20,000 rows.
+            SpecError: if the matrix has more than 20,000 rows.
         """
         size = self.shape[0]
         if size > LARGEST_DENSE:
-            cause, remedy = "too large a matrix to be formed", "use products, or op.dual"
+            cause, remedy = "the matrix is too large to be formed", "use products, or op.dual"
             raise problem(SpecError, "shape", self.shape, cause, remedy)
         return multiply_rows(self, jnp.eye(size, dtype=self.dtype))
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
-        """For ``scipy.sparse.linalg.eigsh`` and its kin; products are compiled once.
+        """The operator for ``scipy.sparse.linalg.eigsh`` and the like; compiled once.
 
         Returns:
-            A linear operator on NumPy arrays, its own transpose.
+            A linear operator on NumPy arrays, which is its own transpose.
         """
         import scipy.sparse.linalg
 
@@ -95,10 +95,10 @@ class SymmetricOperator:
         return create(self.shape, dtype=np.dtype(self.dtype), **products)
 
     def to_lineax(self) -> lineax.FunctionLinearOperator:
-        """For ``lineax.linear_solve``: tagged as positive semi-definite.
+        """The operator for ``lineax.linear_solve``, tagged as positive semi-definite.
 
         Returns:
-            A linear operator on arrays (size,). F itself is singular: a solver needs damping.
+            A linear operator on arrays (size,). F itself is singular, so a solver needs damping.
         """
         import lineax
 
@@ -108,9 +108,9 @@ class SymmetricOperator:
 
 
 def register_unchecked(cls: type) -> type:
-    """Makes a dataclass a pytree that is put together again without ``__post_init__``.
+    """Registers a dataclass as a pytree that is rebuilt without calling ``__post_init__``.
 
-    So checks are made once, of what a user gives, and not whenever a transformation rebuilds it.
+    Checks thus run once, on what a user passes, and not whenever a transformation rebuilds it.
 
     Returns:
         The class.

@@ -1,4 +1,4 @@
-"""Products with the Jacobian of a network on a batch: all at once, in batches, by layer."""
+"""Products with the Jacobian of a network: on the whole batch, in parts, or layer by layer."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,12 +17,12 @@ Product = Callable[[Array], Array]
 
 
 class Jacobian(NamedTuple):
-    """J of all outputs in all parameters, linearized once.
+    """The Jacobian J of all outputs with respect to all parameters, linearized once.
 
     Attributes:
-        outputs: (n, ..., C).
+        outputs: The outputs, (n, ..., C).
         forward: v -> J v, from a pytree like the parameters to the outputs' shape.
-        backward: u -> J^T u, the other way.
+        backward: u -> J^T u, from the outputs' shape to a pytree like the parameters.
     """
 
     outputs: Array
@@ -31,7 +31,7 @@ class Jacobian(NamedTuple):
 
 
 def jacobian(op: "FisherOperator") -> Jacobian:
-    """J of the operator's function; of a block, the columns of other parameters are 0."""
+    """The Jacobian of the operator's function; outside a block its columns are 0."""
     of_all = _whole(op) if op.batch_size is None else _in_batches(op, op.batch_size)
     if op.mask is None:
         return of_all
@@ -56,10 +56,10 @@ def _whole(op: "FisherOperator") -> Jacobian:
 
 
 def _in_batches(op: "FisherOperator", batch_size: int) -> Jacobian:
-    """The network is evaluated anew in every product.
+    """The Jacobian in batches, for which the network is evaluated again in every product.
 
-    The last batch is filled up with copies of the last sample, which count for nothing: a network
-    may not be defined at zeros.
+    The last batch is padded with copies of the last sample, which do not count; zeros are not used,
+    because a network may not be defined there.
 
     Returns:
         The Jacobian.
@@ -98,13 +98,13 @@ def _in_batches(op: "FisherOperator", batch_size: int) -> Jacobian:
 
 
 def outer(op: "FisherOperator") -> tuple[Array, Product]:
-    """J J^T; the layers ``op.dense`` apart, as (H H^T + 1) delta.
+    """The product with J J^T, in which the layers ``op.dense`` contribute (H H^T + 1) delta.
 
-    H are a layer's inputs and delta the derivatives in its outputs: the gradient of its weights,
-    which is larger, is never formed.
+    H are the inputs of such a layer and delta the derivatives with respect to its outputs. The
+    gradient of its weights, which is larger, is never formed.
 
     Returns:
-        The outputs, and u -> J J^T u.
+        The outputs, and the function u -> J J^T u.
     """
     if not op.dense:
         outputs, forward, backward = jacobian(op)
@@ -132,7 +132,7 @@ def outer(op: "FisherOperator") -> tuple[Array, Product]:
 
 
 def _dense_layers(op: "FisherOperator", params: dict[str, Array]) -> tuple[dict, dict]:
-    """By layer, zeros to be added to its outputs, and H H^T + 1 of its inputs, (n, n)."""
+    """By layer, zeros to add to its outputs, and H H^T + 1 for its inputs H, (n, n)."""
     assert isinstance(op.apply, Functional)
     with precise.by_default():
         _, inputs = op.apply.with_added(op.params, {}, op.x)

@@ -1,4 +1,4 @@
-"""The trace of an operator, with an error bar."""
+"""The trace of an operator, with its standard error."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +23,9 @@ class Trace:
 
     Attributes:
         value: (), the sum of all eigenvalues.
-        standard_error: (), of ``value``; 0 where it is exact.
-        num_matvecs: (), products with the operator.
-        status: (), a :class:`Status` as integer: CONVERGED or NOT_FINITE.
+        standard_error: (), the standard error of ``value``; 0 where it is exact.
+        num_matvecs: (), the number of products with the operator.
+        status: (), a :class:`Status` as an integer: CONVERGED or NOT_FINITE.
     """
 
     value: Array
@@ -37,13 +37,13 @@ class Trace:
         """Returns itself, or raises if a product was not finite (host only).
 
         Raises:
-            RuntimeError: the status is not CONVERGED.
+            RuntimeError: if the status is not CONVERGED.
         """
         failed = first_failure(self.status)
         if failed is None:
             return self
         raise RuntimeError(
-            f"trace: a product{failed.where} with the operator is not finite; "
+            f"trace: a product with the operator{failed.where} is not finite; "
             "check parameters and inputs for NaN, inf and overflow"
         )
 
@@ -56,7 +56,7 @@ def _signs(key: Array, *, num_probes: int, size: int, dtype: Any) -> tuple[Array
 
 @jax.jit
 def _without_sketched(images: Array, probes: Array) -> Array:
-    """An orthonormal basis of the images, and the probes without their part in it, as rows."""
+    """An orthonormal basis of the images, and the probes projected out of its span, as rows."""
     frame = jnp.linalg.qr(images.T)[0].T
     return jnp.concatenate([frame, probes - matmul(matmul(probes, frame.T), frame)])
 
@@ -82,25 +82,25 @@ def trace(op: Any, *, num_probes: int = 20, key: Array | None = None) -> Trace:
 
     .. math:: \mathrm{tr} A = \mathrm{tr} Q^T A Q + E[g^T A g], \quad g = (1 - Q Q^T) z
 
-    Q is an orthonormal basis of A times random signs, which catches the large eigenvalues; their
-    part is exact. The rest is the mean over ``num_probes`` further vectors of random signs z, whose
-    scatter is the standard error.
+    Q is an orthonormal basis of A times vectors of random signs. It captures the large eigenvalues,
+    whose contribution is exact. The rest is a mean over ``num_probes`` further vectors z of random
+    signs; their scatter gives the standard error.
 
     Args:
-        op: The operator, see :func:`top_eigenvalues`; of a Fisher matrix the trace is found in its
-            dual.
-        num_probes: Random vectors, twice; three products each. Up to 3 ``num_probes`` rows the
-            trace is exact.
-        key: Of the random signs; default ``jax.random.key(0)``.
+        op: The operator, see :func:`top_eigenvalues`; for a Fisher matrix the trace is computed in
+            its dual.
+        num_probes: Number of random vectors in each of the two sets, at three products each. For up
+            to 3 ``num_probes`` rows the trace is exact.
+        key: Random key of the signs; default ``jax.random.key(0)``.
 
     Returns:
         Value, standard error and status.
 
     Raises:
-        SpecError: for fewer than two probes, or an operator of another dtype than float32 or 64.
+        SpecError: for fewer than two probes, or if the operator's dtype is not float32 or float64.
 
     Accuracy:
-        Unbiased; the standard error is the scatter over seeds (100 of them, in
+        Unbiased; the standard error agrees with the scatter over seeds (100 of them, in
         tests/test_fisher_use.py).
 
     Example:
@@ -118,8 +118,8 @@ def trace(op: Any, *, num_probes: int = 20, key: Array | None = None) -> Trace:
     op = getattr(op, "dual", op)
     check_dtype(op)
     if num_probes < 2:
-        remedy = "give 2 or more"
-        raise problem(SpecError, "num_probes", num_probes, "no error could be told", remedy)
+        remedy = "pass 2 or more, which the standard error needs"
+        raise problem(SpecError, "num_probes", num_probes, "must be at least 2", remedy)
     key, size = jax.random.key(0) if key is None else key, op.shape[0]
     if size <= 3 * num_probes:
         matrix = multiply_rows(op, jnp.eye(size, dtype=op.dtype))

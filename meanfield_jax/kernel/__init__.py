@@ -1,1 +1,1 @@
-"""The state that travels through the layers, and the Gaussian expectations they take."""
+"""The kernel that is propagated through the layers, and the Gaussian expectations they need."""

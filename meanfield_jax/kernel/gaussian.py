@@ -1,9 +1,8 @@
 """Expectations of an activation function over a pair of jointly Gaussian pre-activations.
 
-A :class:`Nonlinearity` is a function with what is known about it: its derivative, where it has
-kinks, and, where one exists, the closed form of its expectations.
-:func:`expectations` is the one entry: it takes the closed form when it holds (zero mean), and
-quadrature split at the kinks otherwise.
+A :class:`Nonlinearity` is a function with its known properties: its derivative, its kinks and, if
+one exists, the closed form of its expectations. :func:`expectations` uses the closed form where it
+holds (zero mean), and otherwise quadrature that is split at the kinks.
 """
 
 import dataclasses
@@ -20,20 +19,20 @@ from jax import Array
 from meanfield_jax.kernel import safe
 
 NUM_NODES = 192
-"""Nodes of a smooth function on each axis; half as many on each piece between kinks."""
+"""Nodes per axis for a smooth function; half as many on each piece between kinks."""
 
 NUM_TERMS = 80
 """Terms of Mehler's series."""
 
 CHUNK = 128
-"""Entries of a kernel integrated at a time: a bound on memory."""
+"""Entries of a kernel integrated at a time, which bounds the memory."""
 
 CUTOFF = 8.5
-"""Where the standard Gaussian is cut: the mass beyond is 2e-17."""
+"""Where the standard Gaussian is cut off: the mass beyond is 2e-17."""
 
 
 class Moments(NamedTuple):
-    """The expectations a layer rule needs, each of the shape of the covariance.
+    """The expectations that a layer rule needs, each of the shape of the covariance.
 
     Attributes:
         product: E[phi(u) phi(v)].
@@ -50,12 +49,12 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Nonlinearity:
-    """A scalar function with what the theory has to know about it.
+    """A scalar function with the properties that the theory needs.
 
     Attributes:
         function: Elementwise function of an array, built from JAX operations.
         kinks: Points where the function or its derivative jumps; quadrature is split there.
-        closed_form: Maps (variance_a, variance_b, covariance) to :class:`Moments` for zero means.
+        closed_form: Maps (variance_a, variance_b, covariance) to :class:`Moments`, for zero means.
     """
 
     function: Callable[[Array], Array]
@@ -78,12 +77,12 @@ def expectations(
     covariance: Array,
     mean: Array | None,
 ) -> Moments:
-    """E[phi phi], E[phi' phi'], E[phi' phi' x y], E[phi' phi' x^2]; u, v Gaussian, equal means.
+    """E[phi phi], E[phi' phi'], E[phi' phi' x y], E[phi' phi' x^2] at Gaussian u, v of equal mean.
 
     Args:
         phi: The activation function.
         variance_a: Var(u), broadcastable to the shape of ``covariance``.
-        variance_b: Var(v), likewise.
+        variance_b: Var(v), broadcastable to the shape of ``covariance``.
         covariance: Cov(u, v).
         mean: E[u] = E[v], a scalar; None where it is exactly 0.
 
@@ -91,10 +90,11 @@ def expectations(
         The moments, of the shape of ``covariance``.
 
     Accuracy:
-        Closed forms: rounding. Quadrature, relative, for variances up to 9 (beyond, smooth
-        functions turn into kinks; see :func:`quadrature_error`): 1e-10 for tanh, erf, gelu, silu;
-        with kinks 1e-11 for correlations up to .5 and 1e-5 at .999 (tests/test_gaussian.py). The
-        product's derivative with respect to the covariance is Price's theorem, also at c = 1.
+        Closed forms are exact up to rounding. The relative error of the quadrature for variances up
+        to 9 is 1e-10 for tanh, erf, gelu and silu, and with kinks 1e-11 for correlations up to .5
+        and 1e-5 at .999 (tests/test_gaussian.py). At larger variances, smooth functions turn into
+        kinks; see :func:`quadrature_error`. The derivative of the product with respect to the
+        covariance is given by Price's theorem, also at c = 1.
 
     Source:
         Closed forms: Cho & Saul 2009 (ReLU), Williams 1997 (erf).
@@ -122,17 +122,18 @@ def batch_expectations(
 ) -> Moments:
     """The same for a matrix over a batch: the variances are (..., n, 1) and (..., 1, n).
 
-    Without a closed form by Mehler's series: with a_k the coefficients of phi(mean + std x) in
-    normalized Hermite polynomials, E[phi phi] = sum_k a_k(std_a) a_k(std_b) c^k. It costs
-    ``NUM_TERMS`` operations an entry where quadrature costs 40,000.
+    Without a closed form it uses Mehler's series: E[phi phi] = sum_k a_k(std_a) a_k(std_b) c^k,
+    where a_k are the coefficients of phi(mean + std x) in normalized Hermite polynomials. It costs
+    ``NUM_TERMS`` operations per entry, where quadrature costs 40,000.
 
     Returns:
         The moments, of the shape of ``covariance``, (..., n, n).
 
     Accuracy:
-        Off the diagonal, whose entries (correlation 1) are :func:`variance_expectations`. Smooth
-        functions, variances up to 4: 1e-6 at any correlation. Relative, with a kink: 1e-4 up to a
-        correlation of .9, 2 % at .99 (derivatives; the product is a hundred times better).
+        The values hold off the diagonal; for the entries on it (correlation 1) use
+        :func:`variance_expectations`. For smooth functions and variances up to 4 the error is 1e-6
+        at any correlation. With a kink the relative error is 1e-4 up to a correlation of .9 and 2 %
+        at .99 (for derivatives; the product is a hundred times better).
 
     Source:
         Mehler 1866; in this use Daniely, Frostig & Singer 2016 (arXiv:1602.05897).
@@ -168,12 +169,13 @@ def variance_expectations(phi: Nonlinearity, variance: Array, mean: Array | None
 
 
 def hermite_coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Array, ...]:
-    """Of phi, phi', phi' x and phi' x^2 of mean + std x, (terms, *std.shape) each.
+    """Hermite coefficients of phi, phi', phi' x and phi' x^2 at mean + std x.
 
-    In normalized Hermite polynomials of x ~ N(0, 1); the first coefficient is the expectation.
+    They refer to normalized Hermite polynomials of x ~ N(0, 1); the first is the expectation.
 
     Returns:
-        The coefficients of the four functions, in this order; terms = ``NUM_TERMS``.
+        The coefficients of the four functions, in this order, (terms, *std.shape) each, with
+        terms = ``NUM_TERMS``.
     """
     x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
     u = mean + std[..., None] * x
@@ -194,14 +196,15 @@ def mehler(first: Sequence[Array], second: Sequence[Array], correlation: Array) 
 
     Args:
         first: Coefficients of each f, (terms, ...).
-        second: Of each g, likewise.
-        correlation: Of the Gaussian x and y, of the shape that the coefficients broadcast to.
+        second: Coefficients of each g, (terms, ...).
+        correlation: Correlation of the Gaussian x and y, of the shape to which the coefficients
+            broadcast.
 
     Returns:
         The sum, of the shape of ``correlation``.
 
     Accuracy:
-        As :func:`batch_expectations`.
+        That of :func:`batch_expectations`.
     """
 
     def term(total: Array, both) -> tuple[Array, None]:
@@ -214,7 +217,7 @@ def mehler(first: Sequence[Array], second: Sequence[Array], correlation: Array) 
 def quadrature_error(
     phi: Nonlinearity, variance: float, correlation: float = 0.5, mean: float = 0.0
 ) -> float:
-    """Estimated relative error of the quadrature at one point: the change from 2/3 of the nodes."""
+    """Relative error of the quadrature at one point, estimated from using 2/3 of the nodes."""
     std, c, offset = (jnp.asarray(value, float) for value in (variance**0.5, correlation, mean))
     fine = _quadrature(phi, NUM_NODES, std, std, c, offset)
     coarse = _quadrature(phi, 2 * NUM_NODES // 3, std, std, c, offset)
@@ -223,7 +226,7 @@ def quadrature_error(
 
 
 def clipped(correlation: Array) -> Array:
-    """The value within [-1, 1]; rounding beyond the ends does not cut the derivative."""
+    """The value clipped to [-1, 1]; rounding beyond the ends does not change the derivative."""
     return correlation + jax.lax.stop_gradient(jnp.clip(correlation, -1.0, 1.0) - correlation)
 
 
@@ -231,7 +234,7 @@ def clipped(correlation: Array) -> Array:
 def _quadrature(
     phi: Nonlinearity, num_nodes: int, std_a: Array, std_b: Array, correlation: Array, mean: Array
 ) -> Moments:
-    """Iterated integral over x and the part w of y that is independent of x."""
+    """Iterated integral over x and over the part w of y that is independent of x."""
     rest = safe.sqrt(1.0 - correlation**2)
     x, weight_x = _nodes(_kinks(phi, mean, std_a), num_nodes)
     outer_mean = mean + (std_b * correlation)[..., None] * x
@@ -255,7 +258,7 @@ def _quadrature(
 
 @_quadrature.defjvp
 def _quadrature_jvp(phi, num_nodes, primals, tangents):
-    """Price's theorem for the product and c, which the nodes do not see at c = 1."""
+    """The derivative of the product in c by Price's theorem; the nodes do not see it at c = 1."""
     *fixed, correlation, mean = primals
     *fixed_dot, correlation_dot, mean_dot = tangents
     rule = _quadrature.fun
@@ -263,7 +266,7 @@ def _quadrature_jvp(phi, num_nodes, primals, tangents):
     def at_fixed_correlation(std_a, std_b, mean):
         return rule(phi, num_nodes, std_a, std_b, correlation, mean)
 
-    # by itself, not as a by-product of the next line: higher derivatives come through here again
+    # computed separately, not by the next line, so that higher derivatives use this rule again
     moments = _quadrature(phi, num_nodes, *primals)
     _, dots = jax.jvp(at_fixed_correlation, (*fixed, mean), (*fixed_dot, mean_dot))
     _, along = jax.jvp(
@@ -282,7 +285,7 @@ def _kinks(phi: Nonlinearity, mean: Array, std: Array) -> Array:
     some = std > 0
     scale = jnp.where(some, std, 1.0)
     points = jnp.stack([(kink - mean) / scale for kink in phi.kinks], -1)
-    # a deterministic value has its kink on the side where the piece with all the mass stays
+    # for a deterministic value, the kink is put on the side that leaves all mass in one piece
     points = jnp.where(some[..., None], points, jnp.sign(points) * CUTOFF)
     return jnp.clip(points, -CUTOFF, CUTOFF)
 
@@ -290,8 +293,8 @@ def _kinks(phi: Nonlinearity, mean: Array, std: Array) -> Array:
 def _nodes(kinks: Array, num_nodes: int) -> tuple[Array, Array]:
     """Nodes and Gaussian weights, (..., nodes): Gauss-Legendre on the pieces between kinks.
 
-    Without kinks equally spaced: for an analytic function times a Gaussian nothing converges
-    faster.
+    Without kinks the nodes are equally spaced: nothing converges faster for an analytic function
+    times a Gaussian.
 
     Returns:
         Nodes, in units of the standardized variable, and weights, which include the density.
@@ -375,4 +378,4 @@ NONLINEARITIES: dict[str, Nonlinearity] = {
     "silu": Nonlinearity(jax.nn.silu),
     "identity": Nonlinearity(_identity, closed_form=_identity_moments),
 }
-"""The activation functions that can be named; ``leaky_relu`` has slope 0.1."""
+"""The activation functions that have a name; ``leaky_relu`` has slope 0.1."""

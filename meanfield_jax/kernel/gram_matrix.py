@@ -1,4 +1,4 @@
-"""Matrices over the samples of a batch: one entry for every pair of them."""
+"""Matrices over the samples of a batch, with one entry for every pair of samples."""
 
 import dataclasses
 import functools
@@ -34,9 +34,9 @@ class GramMatrix(Matrix):
 
     Attributes:
         entries: (n, n) for vectors, (pairs of positions, n, n) for maps.
-        pairs: The pairs of positions kept; None for vectors.
-        images: The images themselves before the first layer, else None: windows are taken from
-            them, and their own ``entries`` are never formed.
+        pairs: The pairs of positions that are kept; None for vectors.
+        images: The images before the first layer, else None. Windows are then taken from the
+            images, and their own ``entries`` are never computed.
     """
 
     iid = False
@@ -73,7 +73,7 @@ class GramMatrix(Matrix):
 
     @property
     def keeps_deviations(self) -> bool:
-        return self.pairs is None  # of maps they would take as much memory again
+        return self.pairs is None  # for maps they would double the memory
 
     def diagonal(self) -> Array:
         """The entries of a value with itself, ([positions,] n)."""
@@ -118,8 +118,8 @@ class GramMatrix(Matrix):
             The centred matrix.
 
         Accuracy:
-            Exact if all pairs of positions are kept; otherwise a position's mean runs over those
-            that it is kept with.
+            Exact if all pairs of positions are kept; otherwise the mean of a position runs over the
+            positions with which it is kept.
         """
         matrix = self.entries
         if self.pairs is None or not over_positions:
@@ -149,7 +149,7 @@ class GramMatrix(Matrix):
 
         Accuracy:
             Exact where statistics are over samples; to second order in 1/participation ratio where
-            they are over positions, too.
+            they are also over positions.
         """
         fixed = lax.stop_gradient(self.entries)
         if self.pairs is None:
@@ -190,8 +190,8 @@ class GramMatrix(Matrix):
         """See :meth:`Matrix.means`.
 
         Returns:
-            Two matrices; where positions are averaged, the second is one number, the mean over the
-            classes of positions that are kept with each other.
+            Two matrices; where positions are averaged, the second is a single number, the mean over
+            the classes of positions that are kept with each other.
         """
         matrix, pairs = self.entries, self.pairs
         if pairs is None or not over_positions:
@@ -206,7 +206,7 @@ class GramMatrix(Matrix):
         return self.replaced(first), self.replaced(jnp.concatenate(totals).mean())
 
     def position_means(self) -> tuple[Self, Self, Self]:
-        """See :meth:`Matrix.position_means`: pairs that are kept stand for those left out.
+        """See :meth:`Matrix.position_means`; the pairs kept represent those left out.
 
         Returns:
             The three means.
@@ -254,7 +254,7 @@ class GramMatrix(Matrix):
             The matrix at the new positions.
 
         Raises:
-            SpecError: pairs of positions are needed that were left out.
+            SpecError: if pairs of positions are needed that were left out.
         """
         assert self.pairs is not None
         side, stride, padding, positions = window
@@ -277,7 +277,7 @@ class GramMatrix(Matrix):
         left_out = len(self.pairs.first)
         if padding == "CIRCULAR" and any((at == left_out).any() for at in places):
             cause = "windows that wrap around need pairs of positions that are not kept"
-            remedy = "use 'SAME', or maps whose sides the strides divide"
+            remedy = "use 'SAME', or maps with sides that are multiples of the strides"
             raise problem(SpecError, "Conv.padding", padding, cause, remedy)
         parts = [jnp.take(self.entries, at, 0, mode="fill", fill_value=0) for at in places]
         return self.replaced(functools.reduce(jnp.add, parts) / side**2, pairs=pairs)
@@ -293,7 +293,7 @@ class GramMatrix(Matrix):
 
 
 def gram(x: Array, pairs: Positions | None) -> GramMatrix:
-    """x_a x_b per feature, for all pairs of samples (and the pairs of positions)."""
+    """Mean products x_a x_b over features, for all pairs of samples (and of positions)."""
     return GramMatrix(_products(x, pairs), pairs)
 
 
@@ -306,7 +306,7 @@ def _products(x: Array, pairs: Positions | None) -> Array:
 
 
 def _under_window(numbers: np.ndarray, shape: Shape, window: Window) -> list[np.ndarray]:
-    """The positions, (2, pairs) as row and column, under each place of the window at others."""
+    """For each place in the window at these positions, the position under it, (2, pairs)."""
     side, stride, padding, positions = window
     corners = [
         stride * index - pad_width(size, side, stride, padding)[0]
@@ -320,14 +320,14 @@ def _under_window(numbers: np.ndarray, shape: Shape, window: Window) -> list[np.
 
 
 def _square(matrix: Array, places: np.ndarray) -> Array:
-    """The matrices over all samples at the positions of each class, (classes, size, size)."""
+    """The matrices over all samples and positions of each class, (classes, size, size)."""
     classes, members, _ = places.shape
     size = members * matrix.shape[-1]
     return matrix[places].transpose(0, 1, 3, 2, 4).reshape(classes, size, size)
 
 
 def _pieces(squares: Array, places: np.ndarray) -> Array:
-    """The pairs of positions of such matrices, (classes, members, members, n, n)."""
+    """The inverse of ``_square``: pairs of positions, (classes, members, members, n, n)."""
     classes, members, _ = places.shape
     blocks = squares.reshape(classes, members, -1, members, squares.shape[-1] // members)
     return blocks.transpose(0, 1, 3, 2, 4)

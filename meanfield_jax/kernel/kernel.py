@@ -1,7 +1,7 @@
-"""The kernel that travels through the layers: what the values of one unit have in common.
+"""The kernel that is propagated through the layers: covariance and tangent of a unit's values.
 
-Covariance and tangent are matrices over pairs of values, see matrix.py; everything here holds for
-i.i.d. samples and for a batch of data alike.
+Both are matrices over pairs of values, see matrix.py; everything here holds for i.i.d. samples as
+well as for a batch of data.
 """
 
 import dataclasses
@@ -22,30 +22,30 @@ M = TypeVar("M", bound=Matrix)
 
 PUBLISHED = "wei2019"
 STATISTICS = ("batch", "frozen", PUBLISHED)
-"""What BatchNorm's mean and deviation are taken to be; theory, see :class:`BatchNorm`."""
+"""How BatchNorm's mean and standard deviation are treated; for theory see :class:`BatchNorm`."""
 
 MOST_FLUCTUATION = 15.0
-"""E[1 / variance] E[variance] that is too much: rare draws decide. In two directions it is infinite
-(and computed as 37), in three of equal variance 3."""
+"""E[1 / variance] E[variance] from which on rare draws dominate. For two directions it is infinite
+(and computed as 37), for three of equal variance it is 3."""
 
 LOSS = 0.01
-"""Relative error of a variance, by cancellation, that is too much."""
+"""Relative error of a variance, caused by cancellation, from which on the result is a failure."""
 
 
 class Projection(NamedTuple):
-    """What a norm's variance does to the tangent as it depends on the parameters.
+    """How a norm changes the tangent because its variance depends on the parameters.
 
-    With z_hat = H z / s, dz_hat = (1/s) (1 - z_hat z_hat^T / n) H dz: the tangent T of H z / s
-    turns into T - (z_hat v^T + v z_hat^T) + w z_hat z_hat^T, v = T z_hat / n, w = z_hat^T v / n.
-    Averages over z_hat are taken where the next layer is known.
+    With z_hat = H z / s and dz_hat = (1/s) (1 - z_hat z_hat^T / n) H dz, the tangent T of H z / s
+    becomes T - (z_hat v^T + v z_hat^T) + w z_hat z_hat^T, where v = T z_hat / n and
+    w = z_hat^T v / n. Averages over z_hat are taken where the next layer is known.
 
     Attributes:
         correlation: E[z_hat_a z_hat_b], a matrix.
-        cross: E[z_hat_a v_b], likewise.
-        own: E[z_hat_b v_b], a matrix, or what broadcasts to one.
-        weight: w, likewise.
-        factor: By how much products of functions of z_hat_a and z_hat_b exceed those of Gaussian
-            ones: not 1 where each of the two has a deviation of its own; None for 1.
+        cross: E[z_hat_a v_b], a matrix.
+        own: E[z_hat_b v_b], a matrix, or an array that broadcasts to one.
+        weight: w, a matrix, or an array that broadcasts to one.
+        factor: Factor by which E[f(z_hat_a) f(z_hat_b)] exceeds its Gaussian value. It is not 1
+            where the two are divided by different sample deviations; None for 1.
     """
 
     correlation: Any
@@ -55,18 +55,18 @@ class Projection(NamedTuple):
     factor: Any
 
     def scaled(self, fraction: Array | float) -> Self:
-        """The projection of a variance that depends so much less on the parameters."""
+        """The projection of a variance that depends on the parameters by only this fraction."""
         cross, own, weight = (part * fraction for part in (self.cross, self.own, self.weight))
         return self._replace(cross=cross, own=own, weight=weight)
 
     def of_function(self, moments: Any) -> tuple[Any, Any]:
         """E[phi' phi' w z_hat_a z_hat_b] and E[phi' phi' z_hat_a v_b].
 
-        v_b is Gaussian together with the two z_hat: it is regressed on them, and the rest drops
-        out. The regression on z_hat_b comes first, which leaves nothing on the diagonal.
+        v_b is jointly Gaussian with the two z_hat: it is regressed on them, and the remainder drops
+        out. The regression on z_hat_b comes first, so that nothing remains on the diagonal.
 
         Args:
-            moments: Of the function phi.
+            moments: Moments of the function phi.
 
         Returns:
             The two matrices.
@@ -94,19 +94,20 @@ class Kernel(Generic[M]):
 
     Attributes:
         covariance: Around ``mean``.
-        tangent: <grad z_a, grad z_b> per unit over all parameters so far, without ``scale`` and
-            ``projection``.
-        scale: The correlation E[z_hat_a z_hat_b] where a norm's trainable scale was just passed,
-            else None: the scale's tangent is z_hat_a z_hat_b, random until averaged.
-        projection: What a norm just passed takes off the tangent as its variance depends on the
+        tangent: <grad z_a, grad z_b> per unit over all parameters so far, without the contributions
+            of ``scale`` and ``projection``.
+        scale: The correlation E[z_hat_a z_hat_b] right after a norm with a trainable scale, else
+            None. The tangent of the scale is z_hat_a z_hat_b, which is random until averaged.
+        projection: How the norm just passed changes the tangent because its variance depends on the
             parameters, or None.
         mean: E[z], equal for all samples and positions, (); None where it is exactly 0.
-        deviation: The covariance up to what centring removes, without cancellation: less the
-            constant of a bias, or that of centred inputs; None where it is ``covariance`` itself.
-        tangent_deviation: The same of ``tangent``.
-        status: A :class:`Status` as integer: CONVERGED unless a normalization failed.
-        fluctuation: On a batch the largest E[1 / variance] E[variance] of what was normalized over
-            it; None for i.i.d. samples, whose number says that.
+        deviation: The covariance without a constant that subtracting a mean removes (from a bias,
+            or from the mean of the inputs), so that there is no cancellation; None where it equals
+            ``covariance``.
+        tangent_deviation: The same for ``tangent``.
+        status: A :class:`Status` as an integer: CONVERGED unless a normalization failed.
+        fluctuation: On a batch, the largest E[1 / variance] E[variance] of the values normalized
+            over it; None for i.i.d. samples, for which it depends only on their number.
         channels: Units per position (width), a number.
         statistics: ``"batch"``, ``"frozen"`` or ``"wei2019"``.
     """
@@ -138,12 +139,12 @@ class Kernel(Generic[M]):
         return dataclasses.replace(self, **changes)
 
     def after(self, covariance: Matrix, tangent: Matrix, **changes: Any) -> Self:
-        """The kernel after a layer that z_hat does not survive; its mean is 0 unless given."""
+        """The kernel after a layer: mean 0 and no bookkeeping of the last norm, unless given."""
         rest = dict.fromkeys(("scale", "projection", "mean", "deviation", "tangent_deviation"))
         return self.replace(covariance=covariance, tangent=tangent, **(rest | changes))
 
     def with_numbers(self) -> Self:
-        """The same with numbers in place of what is known to be 0, for a scan over layers."""
+        """The same kernel with arrays in place of None, as a scan over layers requires."""
         covariance = self.covariance + 0.0
         zero, one = covariance.full(0.0), covariance.full(1.0)
         parts = Projection(zero, zero, zero, zero, one)
@@ -166,7 +167,7 @@ class Kernel(Generic[M]):
 
     @property
     def effective_tangent(self) -> M:
-        """The tangent where nothing correlated with z_hat follows: its parts averaged."""
+        """The tangent if nothing correlated with z_hat follows, so that its parts are averaged."""
         tangent = self._projected_tangent
         return tangent if self.scale is None else tangent + self.scale
 
@@ -179,7 +180,7 @@ class Kernel(Generic[M]):
 
     @property
     def deviations(self) -> tuple[M | None, M | None]:
-        """``deviation`` and ``tangent_deviation`` where they are kept at all."""
+        """``deviation`` and ``tangent_deviation`` if they are kept at all, else None."""
         if not self.covariance.keeps_deviations:
             return None, None
         return self._loose_covariance, self._loose_tangent
@@ -193,30 +194,30 @@ class Kernel(Generic[M]):
         return self.effective_tangent if self.tangent_deviation is None else self.tangent_deviation
 
     def centred(self, over_positions: bool) -> M:
-        """The covariance of values whose mean over the batch was subtracted."""
+        """The covariance of the values after their mean over the batch is subtracted."""
         return self._loose_covariance.centred(over_positions)
 
     def centred_tangent(self, over_positions: bool) -> M:
-        """The tangent of such values."""
+        """The tangent of the values after their mean over the batch is subtracted."""
         return self._loose_tangent.centred(over_positions)
 
     def with_variance(self, var: Array, eps: Array | float) -> Self:
-        """The kernel with the status of a variance that comes from centring."""
+        """The kernel, with status CANCELLATION if this variance is lost to rounding."""
         size = jnp.abs(self._loose_covariance.diagonal()).max()
         rounding = jnp.finfo(var.dtype).eps * size
         lost = jnp.where(rounding > LOSS * (jnp.mean(var) + eps), Status.CANCELLATION, 0)
         return self.replace(status=first_failure_of(self.status, lost))
 
     def with_fluctuation(self, factor: Array, var: Array, eps: Array | float) -> Self:
-        """The kernel with the status of a normalization over a batch.
+        """The kernel, with status FEW_DIRECTIONS if a variance over the batch fluctuates too much.
 
         Args:
             factor: E[1 / variance] E[variance] over random weights.
             var: The variance.
-            eps: What is added to it; where it is far above the variance nothing is random.
+            eps: The constant added to it; where it is far above the variance, nothing is random.
 
         Returns:
-            The kernel; unchanged for i.i.d. samples, whose number was checked.
+            The kernel; unchanged for i.i.d. samples, whose number was already checked.
         """
         if self.fluctuation is None:
             return self
@@ -240,13 +241,13 @@ class Kernel(Generic[M]):
         return self.after(product, tangent)
 
     def windowed(self, window: Window) -> Self:
-        """The values under a moving window, taken together as one vector.
+        """The kernel of the values under a moving window, taken together as one vector.
 
         Args:
-            window: Of the convolution.
+            window: The window of the convolution.
 
         Returns:
-            The kernel of these vectors at the new positions, with side^2 times the channels.
+            The kernel of these vectors at the new positions, with side^2 times as many channels.
         """
         moment = self.moment.windows(window)
         inputs = self.covariance.of_inputs
@@ -254,11 +255,11 @@ class Kernel(Generic[M]):
         return self.after(moment, tangent, channels=window.side**2 * self.channels)
 
     def flattened(self) -> Self:
-        """After a flatten head: independent weights for each position, equal positions only."""
+        """The kernel after a flatten head with independent weights: only equal positions count."""
         return self._pooled("flattened", self.positions[0] * self.positions[1])
 
     def pooled(self) -> Self:
-        """After a mean over positions: the average over all pairs of them."""
+        """The kernel after a mean over positions: the average over all pairs of positions."""
         return self._pooled("pooled", 1)
 
     def _pooled(self, average: str, num_positions: int) -> Self:
@@ -284,11 +285,11 @@ def iid_inputs(
     all_positions: bool,
     dtype: jnp.dtype,
 ) -> Kernel[PairMatrix]:
-    """Inputs whose features are independent N(0, 1): unit covariance with itself, 0 otherwise.
+    """The kernel of inputs with independent N(0, 1) features: covariance 1 with itself, else 0.
 
     Args:
         positions: (height, width), or () for vectors.
-        channels: Features of a position.
+        channels: Number of features at each position.
         num_samples: n, or None for the limit n -> infinity.
         statistics: One of :data:`STATISTICS`.
         all_positions: Whether to keep pairs of distinct positions.
@@ -309,12 +310,12 @@ def iid_inputs(
 
 
 def batch_inputs(x: Array, statistics: str, modulus: int) -> Kernel[GramMatrix]:
-    """A batch as it is: second moments over the features of a sample (the channels of a position).
+    """The kernel of a batch: second moments over the features (the channels of a position).
 
     Args:
-        x: (n, features) or (n, height, width, channels).
+        x: The batch, (n, features) or (n, height, width, channels).
         statistics: One of :data:`STATISTICS`.
-        modulus: Of the pairs of positions to keep, see :class:`Positions`.
+        modulus: Modulus of the pairs of positions to keep, see :class:`Positions`.
 
     Returns:
         The kernel before the first layer; its tangent is 0.
@@ -348,5 +349,5 @@ def _inputs(covariance: M, zero: M, channels: Array | float, statistics: str) ->
 
 
 def first_failure_of(status: Array, other: Array) -> Array:
-    """The first failure of two statuses."""
+    """The first of two statuses that is a failure, else CONVERGED."""
     return jnp.where(status == Status.CONVERGED, other, status).astype(status.dtype)

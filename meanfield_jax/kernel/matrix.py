@@ -1,9 +1,9 @@
-"""Matrices over pairs of values: what covariances and tangents are made of.
+"""Matrices over pairs of values, in which covariances and tangents are stored.
 
-A unit takes one value for every sample and every position of a map. Layer rules act on the entries
-of the matrix over all pairs of these values by the algebra below, and never ask how it is stored:
-:class:`PairMatrix` keeps the two different entries of a matrix over exchangeable (i.i.d.) samples,
-:class:`GramMatrix` (gram_matrix.py) one entry for every pair of samples of a batch.
+A unit has one value for every sample and every position of a map. Layer rules act on the matrix
+over all pairs of these values through the algebra below, whatever its storage: :class:`PairMatrix`
+keeps the two different entries of a matrix over exchangeable (i.i.d.) samples, :class:`GramMatrix`
+(gram_matrix.py) keeps one entry for every pair of samples of a batch.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ class Window(NamedTuple):
     """The moving window of a convolution.
 
     Attributes:
-        side: Side of the square.
-        stride: Its step.
+        side: Side of the square window.
+        stride: Step of the window.
         padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
-        positions: The shape of the map after it.
+        positions: Shape of the map after the convolution.
     """
 
     side: int
@@ -44,18 +44,18 @@ class Window(NamedTuple):
 class Matrix(ABC):
     """A matrix over all pairs (a, b) of values; operators act entry by entry.
 
-    "A number of each value" is an array of the shape of :meth:`diagonal`.
+    "One number per value" means an array of the shape of :meth:`diagonal`.
     """
 
     iid: ClassVar[bool]
-    """Whether samples are exchangeable, and all positions alike but for borders."""
+    """Whether samples are exchangeable, with all positions equivalent except at borders."""
 
-    # NumPy's scalars leave products with a matrix to the matrix
+    # NumPy scalars then leave products with a matrix to the matrix
     __array_ufunc__ = None
 
     @abstractmethod
     def map(self, function: Callable[..., Array], *others: Any) -> Self:
-        """A function of the entries, and of others': matrices, or arrays that broadcast."""
+        """Applies a function to the entries and to others: matrices, or arrays that broadcast."""
 
     def __add__(self, other: "Matrix | Number") -> Self:
         return self.map(operator.add, other)
@@ -73,11 +73,11 @@ class Matrix(ABC):
 
     @property
     def of_inputs(self) -> bool:
-        """Whether its windows are taken from the inputs themselves."""
+        """Whether windows are taken from the inputs themselves."""
         return False
 
     def full(self, value: float) -> Self:
-        """The matrix of one number."""
+        """The matrix in which all entries are this number."""
         return self.map(lambda entry: jnp.full_like(entry, value))
 
     def variances(self) -> tuple[Array, Array]:
@@ -97,12 +97,12 @@ class Matrix(ABC):
     @property
     @abstractmethod
     def T(self) -> Self:
-        """The matrix with the members of every pair exchanged."""
+        """The matrix with the two members of every pair exchanged."""
 
     @property
     @abstractmethod
     def keeps_deviations(self) -> bool:
-        """Whether the matrices that centring needs to be exact are worth their memory."""
+        """Whether to spend memory on the matrices that make subtracting a mean exact."""
 
     @abstractmethod
     def diagonal(self) -> Array:
@@ -110,7 +110,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def of_members(self, values: Array) -> tuple[Array, Array]:
-        """A number of each value, as that of the first and the second member of every pair.
+        """One number per value, arranged by the first and by the second member of every pair.
 
         Returns:
             Two arrays that broadcast to the entries.
@@ -118,11 +118,11 @@ class Matrix(ABC):
 
     @abstractmethod
     def batch_mean(self, values: Array, over_positions: bool) -> Array:
-        """A number of each value, averaged over samples (and positions), of the same shape."""
+        """One number per value, averaged over samples (and positions); the same shape."""
 
     @abstractmethod
     def sample_mean(self, values: Array) -> Array:
-        """A number of each value, averaged over the positions of a sample, of the same shape."""
+        """One number per value, averaged over the positions of a sample; the same shape."""
 
     @abstractmethod
     def sum(self) -> Array:
@@ -130,15 +130,15 @@ class Matrix(ABC):
 
     @abstractmethod
     def totals(self) -> tuple[Array, Array]:
-        """Sums over the entries of one sample and of two, at equal positions."""
+        """Sums over entries at equal positions: of one sample with itself, and of two samples."""
 
     @abstractmethod
     def averages(self) -> tuple[Array, Array]:
-        """Averages over the entries of one sample and of two, at equal positions."""
+        """Averages of entries at equal positions: of one sample with itself, and of two samples."""
 
     @abstractmethod
     def centred(self, over_positions: bool) -> Self:
-        """H M H, H = 1 - 11^T/n: the matrix of values whose batch mean was subtracted.
+        """H M H, H = 1 - 11^T/n: the matrix of the values after their batch mean is subtracted.
 
         Args:
             over_positions: Whether the mean runs over samples and positions, or over samples only.
@@ -149,30 +149,30 @@ class Matrix(ABC):
 
     @abstractmethod
     def alike(self, over_positions: bool) -> Number:
-        """1 for pairs of values that share what BatchNorm has one of, else 0; broadcasts."""
+        """1 for pairs of values that BatchNorm normalizes by the same statistics, else 0."""
 
     @abstractmethod
     def on_sphere(self, over_positions: bool) -> SphereAverages:
-        """Averages over Gaussian values with this covariance, divided by their own deviation.
+        """Averages over Gaussian values with this covariance, divided by their sample deviation.
 
         Args:
             over_positions: Whether the deviation is over samples and positions, or samples only.
 
         Returns:
-            Two matrices and the factor between them; derivatives are those of this matrix alone.
+            Two matrices and the factor between them, with the derivatives of this matrix itself.
         """
 
     @abstractmethod
     def has_products(self, over_positions: bool) -> bool:
-        """Whether :meth:`product` and :meth:`means` are known."""
+        """Whether :meth:`product` and :meth:`means` are available."""
 
     @abstractmethod
     def product(self, other: Any, over_positions: bool) -> Self:
-        """The product with another matrix over m: values that share statistics, m of them."""
+        """The product with another matrix over the m values with the same statistics, over m."""
 
     @abstractmethod
     def means(self, over_positions: bool) -> "tuple[Matrix | Number, Matrix | Number]":
-        """Means over the first member of a pair, and over both, of values that share statistics.
+        """Means over a pair's first member, and over both, among values with the same statistics.
 
         Returns:
             Two matrices, or arrays, that broadcast to the entries.
@@ -180,7 +180,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def position_means(self) -> tuple[Self, Self, Self]:
-        """Means of every entry over the positions of its second member, its first, and both."""
+        """Means of every entry over the positions of its second member, of its first, of both."""
 
     @abstractmethod
     def own_product(self, other: Any) -> Self:
@@ -192,8 +192,8 @@ class Matrix(ABC):
 
         Args:
             phi: The function.
-            mean: Of all values, (); None where it is 0.
-            factor: A matrix that covariances of different values are divided by; None for 1.
+            mean: Mean of all values, (); None where it is 0.
+            factor: A matrix by which covariances of different values are divided; None for 1.
 
         Returns:
             Four matrices.
@@ -201,7 +201,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def windows(self, window: Window) -> Self:
-        """The matrix of vectors under a moving window, per number in them."""
+        """The matrix of the vectors under a moving window, averaged over their components."""
 
     @abstractmethod
     def flattened(self) -> Self:
@@ -213,7 +213,7 @@ class Matrix(ABC):
 
 
 def static() -> Any:
-    """A field that is part of the structure."""
+    """A dataclass field that is part of the pytree's structure."""
     return dataclasses.field(metadata=dict(static=True))
 
 
@@ -224,16 +224,16 @@ class PairMatrix(Matrix):
 
     In convolutional maps every entry is an array over positions. A flatten head gives distinct
     positions independent weights, so that only equal positions are coupled and the axes are
-    (height, width). Where distinct positions are coupled (a mean over positions), they are
+    (height, width). Where distinct positions are coupled (a mean over positions), the axes are
     (height, width, height, width).
 
-    Separate arrays rather than one with an axis of length two: an order of magnitude faster where
-    thousands of networks are vmapped.
+    The two entries are separate arrays rather than one array with an axis of length two, which is
+    an order of magnitude faster when thousands of networks are vmapped.
 
     Attributes:
-        same: Of one sample with itself.
-        other: Of two samples.
-        inverse_samples: 1/n for the n samples that BatchNorm averages over; 0 is the limit.
+        same: Entry of one sample with itself.
+        other: Entry of two samples.
+        inverse_samples: 1/n for the n samples over which BatchNorm averages; 0 is the limit.
         all_positions: Whether pairs of distinct positions are kept.
     """
 
@@ -281,7 +281,7 @@ class PairMatrix(Matrix):
         return jnp.diagonal(square).reshape(height, width)
 
     def diagonal(self) -> Array:
-        """The entries of a value with itself, a number of each position."""
+        """The entries of a value with itself, one number per position."""
         return self._at_equal_positions(self.same)
 
     def of_members(self, values: Array) -> tuple[Array, Array]:
@@ -317,7 +317,7 @@ class PairMatrix(Matrix):
             The centred matrix.
 
         Accuracy:
-            Exact, but for one case: a mean over positions when only equal positions are kept
+            Exact, with one exception: where only equal positions are kept, a mean over positions
             takes the entries of unequal positions to be those of two samples.
         """
         if not (over_positions and self.positions):
@@ -336,10 +336,11 @@ class PairMatrix(Matrix):
         return jnp.eye(size, dtype=self.dtype).reshape(self.same.shape)
 
     def on_sphere(self, over_positions: bool) -> SphereAverages:
-        """See :meth:`Matrix.on_sphere`: the variance of n values follows chi^2 (n - 1 of them).
+        """See :meth:`Matrix.on_sphere`: a variance is chi^2 with m - 1 degrees of freedom.
 
         Returns:
-            The matrix itself twice, and (1 - 1/m) / (1 - 3/m) for the m values of a variance.
+            The matrix itself twice, and (1 - 1/m) / (1 - 3/m), where m is the number of values in
+            a variance.
         """
         fraction = self.inverse_samples
         if over_positions and self.positions:

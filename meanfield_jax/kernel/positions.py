@@ -1,4 +1,4 @@
-"""Which pairs of positions of a map are kept, and where each of them is stored."""
+"""The pairs of positions of a map that are kept, and where each of them is stored."""
 
 import dataclasses
 import functools
@@ -11,13 +11,13 @@ import numpy as np
 class Positions:
     """The pairs (p, q) of positions of a map that are kept: those equal modulo ``modulus``.
 
-    1 keeps all pairs, a modulus of at least the map's size the equal ones only. A convolution of
-    stride s takes pairs equal modulo s M to pairs equal modulo M, so what a network's output needs
-    is closed under its layers. Positions are numbered row by row.
+    A modulus of 1 keeps all pairs, a modulus of at least the map's size only the equal ones. A
+    convolution of stride s maps pairs equal modulo s M to pairs equal modulo M, so that the pairs
+    that a network's output needs are closed under its layers. Positions are numbered row by row.
 
     Attributes:
         shape: (height, width).
-        modulus: Pairs kept differ by multiples of it in both directions.
+        modulus: The two positions of a pair differ by multiples of it in both directions.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Positions:
 
     @functools.cached_property
     def classes(self) -> list[np.ndarray]:
-        """The positions of each class; pairs are within a class."""
+        """The positions of each class; both positions of a pair are in the same class."""
         height, width = self.shape
         numbers = np.arange(self.size).reshape(self.shape)
         step = self.modulus
@@ -39,17 +39,17 @@ class Positions:
 
     @functools.cached_property
     def first(self) -> np.ndarray:
-        """(pairs,) the first position of each pair."""
+        """The first position of each pair, (pairs,)."""
         return np.concatenate([np.repeat(members, len(members)) for members in self.classes])
 
     @functools.cached_property
     def second(self) -> np.ndarray:
-        """(pairs,) the second position of each pair."""
+        """The second position of each pair, (pairs,)."""
         return np.concatenate([np.tile(members, len(members)) for members in self.classes])
 
     @functools.cached_property
     def places(self) -> list[np.ndarray]:
-        """The pairs of each class as a square of places in the list."""
+        """For each class, the places of its pairs in the list of pairs, as a square array."""
         ends = np.cumsum([len(members) ** 2 for members in self.classes])
         return [
             np.arange(end - len(members) ** 2, end).reshape(len(members), len(members))
@@ -58,44 +58,45 @@ class Positions:
 
     @functools.cached_property
     def groups(self) -> list[np.ndarray]:
-        """``places`` of the classes of each size together, (classes, members, members) each."""
+        """``places`` grouped by size of the class, (classes, members, members) each."""
         sizes = sorted({len(square) for square in self.places})
         return [np.stack([sq for sq in self.places if len(sq) == size]) for size in sizes]
 
     @functools.cached_property
     def equal(self) -> np.ndarray:
-        """(positions,) the place of each pair (p, p)."""
+        """The place of each pair (p, p), (positions,)."""
         places = np.flatnonzero(self.first == self.second)
         return places[np.argsort(self.first[places])]
 
     @functools.cached_property
     def swapped(self) -> np.ndarray:
-        """(pairs,) the place of (q, p) for each (p, q)."""
+        """The place of (q, p) for each pair (p, q), (pairs,)."""
         return np.concatenate([square.T.ravel() for square in self.places])
 
     @functools.cached_property
     def partners(self) -> np.ndarray:
-        """(pairs,) with how many positions the first one of each pair is kept."""
+        """The number of positions with which the first one of each pair is kept, (pairs,)."""
         return np.concatenate([np.full(at.size, len(at)) for at in self.places])
 
     @functools.cached_property
     def weights(self) -> np.ndarray:
-        """(pairs,) how much each stands for in the mean over all pairs; 1 in sum.
+        """The weight of each pair in the mean over all pairs, (pairs,); they sum to 1.
 
-        The pairs (p, p) stand for themselves, the others share the rest.
+        The pairs (p, p) represent only themselves; the remaining weight is divided equally among
+        the others.
         """
         own = np.where(self.partners > 1, 1 / self.size, 1.0)
         others = (1 - own) / np.maximum(self.partners - 1, 1)
         return np.where(self.first == self.second, own, others) / self.size
 
     def find(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Places of the pairs of position arrays (y, x) stacked first; len(first) where none is."""
+        """Places of pairs, given as arrays with (y, x) stacked first; len(first) if not kept."""
         table = self._table
         return table[_number(rows, self.shape), _number(columns, self.shape)]
 
     @functools.cached_property
     def _table(self) -> np.ndarray:
-        # one row and column more, for positions outside the map
+        # one extra row and column for positions outside the map
         table = np.full((self.size + 1,) * 2, len(self.first), np.int32)
         table[self.first, self.second] = np.arange(len(self.first), dtype=np.int32)
         return table

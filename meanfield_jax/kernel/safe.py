@@ -1,7 +1,7 @@
 """Square root, arcsine and division whose derivatives stay finite at the edge of their domain.
 
 Kernels reach the edge exactly: the correlation of a sample with itself is 1, and a BatchNorm with
-gamma = 0 has no variance. The textbook forms return the right value there and NaN derivatives.
+gamma = 0 has variance 0. The textbook forms return the right value there but NaN derivatives.
 """
 
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from jax import Array, lax
 
 
 def sqrt(x: Array) -> Array:
-    """Square root of max(x, 0); the derivative is 0 where x <= 0, of every order."""
+    """Square root of max(x, 0); where x <= 0, derivatives of every order are 0."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 def geometric_mean(a: Array, b: Array) -> Array:
-    """sqrt(a b) of two numbers >= 0 whose product may be out of range; exactly a where b is a."""
+    """sqrt(a b) for a, b >= 0, even if their product is out of range; exactly a where a = b."""
     size = lax.stop_gradient(jnp.maximum(a, b))
     return size * sqrt(divide(a, size) * divide(b, size))
 

@@ -1,12 +1,12 @@
 r"""Averages over a Gaussian vector divided by its own length.
 
-BatchNorm divides a unit's values z on a batch, (n,), by their own deviation |z| / sqrt(n), not by
-the expected one. Averages of f(z) / |z|^2 are mixtures of Gaussian ones:
+BatchNorm divides a unit's values z on a batch, (n,), by their sample deviation |z| / sqrt(n), not
+by its expectation. Averages of f(z) / |z|^2 are mixtures of Gaussian averages:
 
 .. math:: E[f(z) / |z|^2] = \int_0^\infty \det(1 + 2 s C)^{-1/2} E_{N(0, G(s))}[f] ds, \quad
     G(s) = C (1 + 2 s C)^{-1}
 
-and likewise with a further 1 / |z|^2 and a further s.
+With a further factor 1 / |z|^2, the integrand has a further factor s.
 """
 
 from typing import Any, NamedTuple
@@ -19,21 +19,21 @@ from jax import Array, lax
 from meanfield_jax.precise import matmul
 
 RANK = 16
-"""Eigenvectors told apart; the other eigenvalues of C count by their sum and sum of squares."""
+"""Eigenvectors treated separately; of the other eigenvalues only sum and sum of squares count."""
 
 ITERATIONS = 8
 
 LEAST_VALUES = 4
-"""Values that a variance must be over: the inverse variance of fewer has no expectation."""
+"""Fewest values in a variance: the inverse variance of fewer values has no expectation."""
 
 
 class SphereAverages(NamedTuple):
-    """Averages over a Gaussian vector z divided by its own length; arrays or matrices.
+    """Averages over a Gaussian vector z divided by its own length, as arrays or matrices.
 
     Attributes:
-        first: E[z_hat z_hat^T], n E[z z^T / |z|^2].
-        factor: The expected inverse variance over the inverse of the expected variance.
-        second: E[z z^T / |z|^4] in units that make it ``first`` where variances do not fluctuate.
+        first: E[z_hat z_hat^T] = n E[z z^T / |z|^2].
+        factor: The expected inverse variance, divided by the inverse of the expected variance.
+        second: E[z z^T / |z|^4], in units in which it is ``first`` if variances do not fluctuate.
     """
 
     first: Any
@@ -45,28 +45,29 @@ def on_sphere(covariance: Array) -> SphereAverages:
     """E[z z^T / |z|^2], E[1 / |z|^2], E[z z^T / |z|^4] in units of C, of 1 / trace C, of both.
 
     Args:
-        covariance: C of z, (..., n, n), positive semi-definite.
+        covariance: The covariance C of z, (..., n, n), positive semi-definite.
 
     Returns:
-        The three averages in this order, as ``first``, (..., n, n), ``factor``, (..., 1, 1), and
+        The three averages in this order: ``first``, (..., n, n), ``factor``, (..., 1, 1), and
         ``second``, (..., n, n).
 
     Accuracy:
-        Exact for up to 16 eigenvalues above a bulk of equal ones. Eigenvalues that fall like
-        k^-0.3 to k^-2, n = 40: 1e-4 of E[1 / |z|^2], 5e-3 of the largest eigenvalue in the matrices
-        (tested). Needs four eigenvalues: with fewer, 1 / |z|^2 has no expectation.
+        Exact for up to 16 eigenvalues above a bulk of equal ones. For eigenvalues that fall like
+        k^-0.3 to k^-2 with n = 40, the error is 1e-4 of E[1 / |z|^2], and 5e-3 of the largest
+        eigenvalue in the matrices (tested). At least four eigenvalues must be non-zero: with fewer,
+        1 / |z|^2 has no expectation.
     """
     size = covariance.shape[-1]
     values, vectors = _dominant(covariance)
     trace = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None]
     shares = values / trace
     rounding = 10 * size * jnp.finfo(shares.dtype).eps
-    # the factor of an eigenvalue of 0 has no bound, and would make rounding count
+    # the factor of an eigenvalue of 0 is unbounded, and would amplify rounding errors
     shares = jnp.where(shares > rounding, shares, 0)
     sum_rest = jnp.maximum(1 - shares.sum(-1), 0)
     squares = jnp.sum(covariance**2, (-2, -1)) / trace[..., 0] ** 2
     squares_rest = jnp.maximum(squares - jnp.sum(shares**2, -1), 0)
-    # equal eigenvalues with this sum and this sum of squares
+    # a bulk of equal eigenvalues with this sum and this sum of squares
     some = (sum_rest > rounding) & (squares_rest > 0)
     level = jnp.where(some, squares_rest / jnp.where(some, sum_rest, 1), 0)
     number = jnp.where(some, sum_rest**2 / jnp.where(some, squares_rest, 1), 0)
@@ -102,8 +103,8 @@ def _dominant(matrix: Array) -> tuple[Array, Array]:
     return function(matrix)
 
 
-# one matrix after the other: two batched QR at a time wait for each other for ever on a CPU with
-# two cores (jaxlib 0.10.1)
+# one matrix after the other: two batched QR at a time deadlock on a CPU with two cores
+# (jaxlib 0.10.1)
 @jax.custom_batching.sequential_vmap
 def _dominant_of_one(matrix: Array) -> tuple[Array, Array]:
     size = matrix.shape[-1]

@@ -1,6 +1,6 @@
-"""Expectations of a smooth function read off a table: for grids of many thousand networks.
+"""Expectations of a smooth function from a table, for grids of many thousands of networks.
 
-Quadrature in two dimensions costs 40,000 evaluations of the function an entry, the table a
+Quadrature in two dimensions costs 40,000 evaluations of the function per entry; the table costs a
 hundred multiplications, whatever the function.
 """
 
@@ -17,42 +17,43 @@ from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import CUTOFF, Moments, Nonlinearity, clipped
 
 ORDER = 10
-"""Coefficients of a cell's polynomial in either direction."""
+"""Coefficients of a cell's polynomial in each of the two directions."""
 
 SCALE, WIDTH, NUM_VARIANCES = 8.0, 0.25, 82
 """Cells of equal width in log(1 + SCALE variance), up to a variance of 1e8."""
 
 HALVINGS = 11
 MIDDLE = 0.25
-"""The cells in c: |c| <= MIDDLE, and of either sign so many, each half as far from |c| = 1."""
+"""Cells in c: |c| <= MIDDLE, and HALVINGS for each sign, each half as far from |c| = 1."""
 
 NUM_CORRELATIONS = 1 + 2 * HALVINGS
 
 NUM_TERMS = 512
-"""Terms of Mehler's series for the table, and nodes of their coefficients."""
+"""Terms of Mehler's series for the table, and quadrature nodes for their coefficients."""
 
 
 def is_smooth(phi: Nonlinearity) -> bool:
-    """Whether :func:`tabulated` helps: no closed form, no kinks."""
+    """Whether :func:`tabulated` is useful: the function has no closed form and no kinks."""
     return phi.closed_form is None and not phi.kinks
 
 
 @functools.lru_cache(maxsize=32)
 def tabulated(phi: Nonlinearity) -> Nonlinearity:
-    """The same function with a table for its closed form, in which both variances are equal.
+    """The same function with a table as its closed form, for equal variances.
 
-    Piecewise polynomials in the variance and the correlation of E[phi phi] and its companions,
-    made from Mehler's series sum_k a_k(std)^2 c^k.
+    The table represents E[phi phi] and the other moments by piecewise polynomials in the variance
+    and the correlation, computed from Mehler's series sum_k a_k(std)^2 c^k.
 
     Args:
         phi: A function without kinks.
 
     Returns:
-        The function; its ``closed_form`` uses ``variance_a`` for both.
+        The function; its ``closed_form`` uses ``variance_a`` for both variances.
 
     Accuracy:
         1e-9 of the value at c = 1 for variances up to 9 (tanh, gelu, silu;
-        tests/test_fixed_point.py). Beyond, smooth functions turn into kinks: 1e-4 at any variance.
+        tests/test_fixed_point.py). At larger variances smooth functions turn into kinks: 1e-4 at
+        any variance.
     """
     tables = _tables(phi)
     offset = float(_values(phi.function, np.zeros(1))[0] ** 2)
@@ -67,7 +68,7 @@ def tabulated(phi: Nonlinearity) -> Nonlinearity:
 
     @product.defjvp
     def product_jvp(primals, tangents):
-        """In c by Price's theorem, which keeps the digits that a polynomial's derivative loses."""
+        """In c by Price's theorem, which keeps digits that the polynomial's derivative loses."""
         (variance, c), (variance_dot, c_dot) = primals, tangents
         _, along = jax.jvp(lambda variance: read(0, variance, c), (variance,), (variance_dot,))
         return product(variance, c), along + read(1, variance, c) * c_dot
@@ -81,7 +82,7 @@ def tabulated(phi: Nonlinearity) -> Nonlinearity:
 
 
 def _place(variance: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
-    """The cell of a point, and where in it the point is, from -1 to 1 in both directions."""
+    """The cell of a point, and its coordinates in the cell, from -1 to 1 in both directions."""
     s = jnp.log1p(SCALE * variance) / WIDTH
     row = jnp.clip(jnp.floor(jax.lax.stop_gradient(s)), 0, NUM_VARIANCES - 1)
     side = jnp.where(c >= 0, 1.0, -1.0)
@@ -90,14 +91,14 @@ def _place(variance: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
     column = jnp.clip(halvings, 0, HALVINGS)
     last = jnp.where(column == HALVINGS, 1.0, 0.0)
     scaled = rest * 2.0 ** (column - last) - (1 - last)
-    # one cell for both signs in the middle, where odd functions have their fixed points
+    # the middle is one cell for both signs, because odd functions have their fixed points there
     at = (2 * (s - row) - 1, jnp.where(column == 0, c / MIDDLE, 2 * scaled - 1))
     cell = row * NUM_CORRELATIONS + column + jnp.where((side < 0) & (column > 0), HALVINGS, 0.0)
     return cell.astype(int), at
 
 
 def _polynomial(coefficients: Array, x: Array, y: Array) -> Array:
-    """The sum over coefficients_ij x^i y^j."""
+    """The sum over i and j of coefficients_ij x^i y^j."""
     rows = jnp.sum(coefficients * _powers(y)[..., None, :], -1)
     return jnp.sum(rows * _powers(x), -1)
 

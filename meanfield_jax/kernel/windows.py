@@ -7,11 +7,11 @@ from jax import Array, lax
 
 
 def windows(x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: str) -> list[Array]:
-    """The array under each place of a one-dimensional window, as strided slices.
+    """The parts of an array under each place of a one-dimensional window, as strided slices.
 
     Args:
         x: Any array.
-        axes: Axes along which the window moves, all together.
+        axes: Axes along which the window moves, on all of them at once.
         kernel: Length of the window.
         stride: Step of the window.
         padding: One of ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``.
@@ -34,7 +34,7 @@ def windows(x: Array, axes: tuple[int, ...], kernel: int, stride: int, padding: 
 
 
 def pad_width(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
-    """What is added before and after an axis of this size."""
+    """The padding before and after an axis of this size."""
     if padding == "VALID":
         return 0, 0
     if padding == "CIRCULAR":

@@ -1,1 +1,1 @@
-"""From a specification to order parameters, Fisher statistics and learning rates."""
+"""Mean-field theory: order parameters, Fisher statistics and learning rates of a network."""

@@ -1,4 +1,4 @@
-"""``analyze``: mean-field theory of a network, and its result."""
+"""The mean-field theory of a network: the function ``analyze`` and its result."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 CAUSES = {
     Status.NOT_FINITE: "numbers overflow; compute in float64, or use smaller scales and variances",
     Status.FEW_DIRECTIONS: (
-        "the batch varies in too few directions for a normalization over it, and the mean of 1 / "
-        "variance over random weights is infinite; give more features and samples, none of which "
-        "outweighs all others, or measure a draw with fisher_operator"
+        "the batch varies in too few directions to be normalized over, so the mean of 1 / variance "
+        "over random weights is infinite; pass more features and samples, none of which outweighs "
+        "all others, or measure a draw with fisher_operator"
     ),
     Status.CANCELLATION: (
         "the batch is so nearly constant that its variance is lost to rounding; "
@@ -45,15 +45,15 @@ CAUSES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Theory:
-    """What mean-field theory says of a network; a pytree, made by :func:`analyze`.
+    """What mean-field theory predicts for a network; a pytree, returned by :func:`analyze`.
 
     Attributes:
         fisher: Statistics of the Fisher information matrix.
         order_parameters: q, q_xy, ... by layer.
         kernel: Covariance and tangent of the outputs.
         network: The specification.
-        status: A :class:`Status` as integer: CONVERGED, NOT_FINITE (overflow), FEW_DIRECTIONS or
-            CANCELLATION. Unless it is CONVERGED the numbers of ``fisher`` are NaN.
+        status: A :class:`Status` as an integer: CONVERGED, NOT_FINITE (overflow), FEW_DIRECTIONS or
+            CANCELLATION. Unless it is CONVERGED, the numbers in ``fisher`` are NaN.
     """
 
     fisher: Fisher
@@ -66,7 +66,7 @@ class Theory:
         """Returns itself, or raises for the first network that failed (host only).
 
         Raises:
-            RuntimeError: the status is not CONVERGED.
+            RuntimeError: if the status is not CONVERGED.
         """
         failed = first_failure(self.status)
         if failed is None:
@@ -77,7 +77,7 @@ class Theory:
         """The largest stable learning rate of heavy-ball gradient descent on the squared loss.
 
         Args:
-            momentum: mu, in [0, 1).
+            momentum: The momentum mu, in [0, 1).
 
         Returns:
             2 (1 + mu) / lambda_max, see :func:`meanfield_jax.theory.learning_rate.eta_max`.
@@ -85,14 +85,14 @@ class Theory:
         return eta_max(self.fisher.lambda_max, momentum)
 
     def to_xarray(self, momentum: float = 0.9) -> xr.Dataset:
-        """All numbers as a labelled data set; units and symbols in the attributes.
+        """All numbers as a labelled dataset, with the specification in its attributes.
 
         Args:
-            momentum: Momentum of ``eta_max``.
+            momentum: Momentum used for ``eta_max``.
 
         Returns:
-            A data set with the dimensions ``layer`` (Dense and Conv) and ``block`` (every layer
-            with parameters), ready for ``to_netcdf``.
+            A dataset with the dimensions ``layer`` (Dense and Conv) and ``block`` (every layer with
+            parameters), ready for ``to_netcdf``.
         """
         import xarray as xr
 
@@ -133,51 +133,51 @@ def analyze(
 ) -> Theory:
     """Mean-field theory of a network, in one pass, on i.i.d. inputs or on a batch of data.
 
-    For a network f: inputs -> C outputs and n inputs it predicts the Fisher information matrix
+    For a network f with C outputs and for n inputs, it predicts the Fisher information matrix
     F = (1/n) sum_i sum_k grad f_k(x_i) grad f_k(x_i)^T of the squared loss (1/2n) sum ||f - y||^2:
-    C outliers T_same/n + (n-1)/n T_other, a bulk (T_same - T_other)/n, the trace C T_same.
-    Compiled once for each structure; the numbers of the network (gamma, weight_var, ...) can be
-    vmapped over and differentiated in, twice. Put large grids into ``jax.jit``, and deep networks
-    into :class:`Repeat`, which compiles in the time of one block.
+    C outliers T_same/n + (n-1)/n T_other, a bulk (T_same - T_other)/n, and the trace C T_same. The
+    theory is compiled once for each structure; it can be vmapped over the numbers of the network
+    (gamma, weight_var, ...) and differentiated in them, twice. Put large grids into ``jax.jit``,
+    and deep networks into :class:`Repeat`, which compiles in the time of one block.
 
     Args:
         network: The specification.
-        data: A batch, (n, *input_shape): theory of these very inputs in place of i.i.d. ones, with
-            the whole spectrum in ``theory.fisher.eigenvalues``. Costs O(n^2) memory (n = 4000
-            vectors: 5.1 GB) and O(n^3) time; sharded along n over a mesh with automatic axes
-            (``jax.sharding.AxisType.Auto``), it is computed on all devices.
-        statistics: What is differentiated through a BatchNorm: ``"batch"`` (a network in training,
-            what decides stability), ``"frozen"`` (in evaluation), ``"wei2019"`` (as published).
-        num_samples: For i.i.d. inputs (of unit variance) n, the batch; None for the limit
+        data: A batch, (n, *input_shape). The theory is then that of these inputs instead of i.i.d.
+            ones, with the whole spectrum in ``theory.fisher.eigenvalues``. It takes O(n^2) memory
+            (n = 4000 vectors: 5.1 GB) and O(n^3) time. Data sharded along n over a mesh with
+            automatic axes (``jax.sharding.AxisType.Auto``) are processed on all devices.
+        statistics: How a BatchNorm is differentiated: ``"batch"`` (as in training, which determines
+            stability), ``"frozen"`` (as in evaluation), ``"wei2019"`` (as published).
+        num_samples: The batch size n for i.i.d. inputs (of unit variance); None for the limit
             n -> infinity, where the bulk vanishes.
-        likelihood: ``"gaussian"``, as above, or ``"categorical"``, F of softmax outputs p and the
-            cross-entropy: (1/n) sum_i J_i^T (diag p_i - p_i p_i^T) J_i.
-        probabilities: The p of a categorical likelihood, (n, C): those of a draw,
-            ``jax.nn.softmax(model(x))``. None: flat, 1/C.
-        throw: Whether a batch that cannot be normalized is an error. Under jit, or if False, only
-            ``status`` says so, and the numbers are NaN.
+        likelihood: ``"gaussian"``, as above, or ``"categorical"``, the F of softmax outputs p and
+            the cross-entropy: (1/n) sum_i J_i^T (diag p_i - p_i p_i^T) J_i.
+        probabilities: The p of a categorical likelihood, (n, C), such as those of a draw,
+            ``jax.nn.softmax(model(x))``. None: uniform, 1/C.
+        throw: Whether a batch that cannot be normalized raises an error. Under jit, or if False,
+            only ``status`` reports it, and the numbers are NaN.
 
     Returns:
-        The theory; float64 under ``jax.enable_x64()``, else float32. Overflow is told by
+        The theory, in float64 under ``jax.enable_x64()``, else in float32. Overflow is reported by
         ``theory.status`` and raised by ``theory.raise_if_failed()``.
 
     Raises:
-        SpecError: for numbers or options that make no sense.
-        DataError: for data that does not fit the network or the memory, varies in two directions
-            or fewer where a BatchNorm normalizes it, or is too nearly constant for its dtype.
+        SpecError: if a number or an option cannot be used.
+        DataError: if the data do not fit the network or the memory, vary in two directions or
+            fewer where a BatchNorm normalizes them, or are too nearly constant for their dtype.
 
     Accuracy:
-        On Gaussian inputs, FC 784-1000x3-10 with BatchNorm, n = 1000, train mode: mean of the C
-        outliers within 0.3 % (benchmarks/accuracy.py). Corrections are O(1/width); a vanilla
-        network's draws scatter by about sqrt(depth C / width). On data (FC 784-1000x3-10 on 400
-        MNIST images, conv 30-60-90 on 128 of CIFAR-10, benchmarks/real_data.py): outliers within
-        1 % in training and 4 % in evaluation, the trace within 2 %. The wide limit leaves out that
-        eigenvalues repel each other by about n C / width: eigenvalues 2-6 come out 4-12 % low (FC)
-        and up to 31 % (narrow conv), and see ``Fisher.within_domain`` for deep networks.
-        On small or very correlated batches ReLU-like functions after a BatchNorm are exact to
-        O(1/PR^2), others to O(1/PR), PR the participation ratio of the batch's covariance.
-        Conv with BatchNorm over channels averages over positions by an even sample of them where
-        memory is short (strides), see ``Positions``.
+        On Gaussian inputs, FC 784-1000x3-10 with BatchNorm, n = 1000, train mode: the mean of the C
+        outliers is within 0.3 % (benchmarks/accuracy.py). Corrections are O(1/width); the draws of
+        a vanilla network scatter by about sqrt(depth C / width). On data (FC 784-1000x3-10 on 400
+        MNIST images, conv 30-60-90 on 128 CIFAR-10 images, benchmarks/real_data.py): outliers are
+        within 1 % in training and 4 % in evaluation, the trace within 2 %. The wide limit neglects
+        that eigenvalues repel each other by about n C / width: eigenvalues 2-6 come out 4-12 % low
+        (FC) and up to 31 % low (narrow conv). For deep networks see ``Fisher.within_domain``.
+        On small or very correlated batches, ReLU-like functions after a BatchNorm are exact to
+        O(1/PR^2) and others to O(1/PR), where PR is the participation ratio of the batch's
+        covariance. If memory is short, Conv with BatchNorm over channels averages over an even
+        sample of the positions (strides), see ``Positions``.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -214,14 +214,14 @@ def analyze(
 
 
 def _check_status(network: Network, status: Array, data: Any) -> None:
-    """Raises where a batch, or a network, cannot be normalized, if that is known."""
+    """Raises if a batch, or a network, cannot be normalized, unless the status is being traced."""
     if isinstance(status, Tracer):
         return
     if data is not None and normalizes_over_batch(network.body):
         values = np.asarray(data)
         if (values == values[:1]).all():
-            cause = "all samples are equal, which leaves a BatchNorm nothing to divide by"
-            raise problem(DataError, "data.shape", values.shape, cause, "give samples that differ")
+            cause = "all samples are equal, so the variance that BatchNorm divides by is 0"
+            raise problem(DataError, "data.shape", values.shape, cause, "pass samples that differ")
     failed = first_failure(status, Status.CONVERGED, Status.NOT_FINITE)
     if failed is None:
         return
@@ -232,34 +232,34 @@ def _check_status(network: Network, status: Array, data: Any) -> None:
 
 
 def _checked_data(network: Network, data: Any, num_samples) -> Array:
-    """The batch in the dtype of the theory; errors name what does not fit."""
+    """The batch in the dtype of the theory; raises if it does not fit."""
     if num_samples is not None:
-        cause, remedy = "data has its own number of samples", "leave it out"
+        cause, remedy = "data determines the number of samples", "leave it out"
         raise problem(SpecError, "num_samples", num_samples, cause, remedy)
     x = check_data(data)
     if x.shape[1:] != network.input_shape:
-        remedy = f"give (samples, {', '.join(map(str, network.input_shape))})"
-        raise problem(DataError, "data.shape", x.shape, "not the network's inputs", remedy)
+        remedy = f"pass (samples, {', '.join(map(str, network.input_shape))})"
+        raise problem(DataError, "data.shape", x.shape, "does not fit the network", remedy)
     least = least_samples(network.body)
     if len(x) < least:
-        cause = f"theory needs {least} samples or more for this network"
-        raise problem(DataError, "data.shape", x.shape, cause, "give more samples")
+        cause = f"the theory of this network needs {least} samples or more"
+        raise problem(DataError, "data.shape", x.shape, cause, "pass more samples")
     return x.astype(result_type(float, *jax.tree.leaves(network)))
 
 
 def least_samples(layer: Layer) -> int:
-    """Samples that theory needs: with BatchNorm 4."""
+    """The smallest number of samples that the theory allows: 4 with BatchNorm, else 1."""
     return LEAST_VALUES if normalizes_over_batch(layer) else 1
 
 
 def check_num_samples(layer: Layer, num_samples) -> None:
-    """Raises SpecError where a known number of samples is too small for the layer."""
+    """Raises SpecError if the number of samples is known and too small for the layer."""
     if num_samples is None or isinstance(num_samples, Tracer):
         return
     if not np.all(np.asarray(num_samples) >= 1):
-        remedy = "give a whole number >= 1, or None for the limit"
-        raise problem(SpecError, "num_samples", num_samples, "not a number of samples", remedy)
+        remedy = "pass a positive integer, or None for the limit"
+        raise problem(SpecError, "num_samples", num_samples, "must be at least 1", remedy)
     least = least_samples(layer)
     if not np.all(np.asarray(num_samples) >= least):
-        cause = "a BatchNorm's inverse variance has no expectation on so few samples"
-        raise problem(SpecError, "num_samples", num_samples, cause, f"give at least {least}")
+        cause = "the inverse variance in a BatchNorm has no expectation for so few samples"
+        raise problem(SpecError, "num_samples", num_samples, cause, f"pass at least {least}")

@@ -1,4 +1,4 @@
-"""Exploding gradients with BatchNorm on a small batch, exactly."""
+"""The exact growth of gradients with BatchNorm on a small batch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +9,10 @@ from meanfield_jax.kernel.gaussian import Nonlinearity
 from meanfield_jax.layers import Activation
 
 NUM_NODES = 256
-"""Of Gauss-Legendre on each piece between kinks."""
+"""Gauss-Legendre nodes on each piece between kinks."""
 
 REACH = 8.0
-"""In standard deviations, where the weight of a component is cut on large batches."""
+"""Where the density of a component is cut off on large batches, in standard deviations."""
 
 
 def batch_growth(
@@ -22,24 +22,25 @@ def batch_growth(
     gamma: float | Array = 1.0,
     beta: float | Array = 0.0,
 ) -> Array:
-    r"""The growth of squared gradients per block [Dense, BatchNorm, activation], batch of n.
+    r"""The growth of squared gradients per block [Dense, BatchNorm, activation] on a batch of n.
 
-    A unit's normalized values on the batch are sqrt(n) u, u uniform on the unit sphere of the
-    n - 1 dimensions orthogonal to (1, ..., 1). With phi taken at gamma sqrt(n) u + beta,
+    A unit's normalized values on the batch are sqrt(n) u, where u is uniform on the unit sphere of
+    the n - 1 dimensions orthogonal to (1, ..., 1). With phi evaluated at gamma sqrt(n) u + beta,
+    the growth is
 
     .. math:: \frac{n \gamma^2}{n-3} \frac{E[\phi_a'^2 (1 - 1/n - u_a^2)]
         + E[\phi_a' \phi_b' (1/n + u_a u_b)]}{E[\phi_a^2] - E[\phi_a \phi_b]}
 
     for two samples a, b of the batch. The variances of weights and biases drop out, and eps = 0.
-    :func:`fixed_point` has the same as ``growth``, for any block, but with u taken to be Gaussian:
-    exact for n -> infinity and, with beta = 0, for functions that are linear on either side of
-    0; 15 % too large for tanh at n = 8.
+    :func:`fixed_point` returns the same quantity as ``growth`` for any block, but with u taken to
+    be Gaussian. That is exact for n -> infinity and, with beta = 0, for functions that are linear
+    on each side of 0; it is 15 % too large for tanh at n = 8.
 
     Args:
         activation: A name, or an :class:`Activation`.
-        num_samples: n, at least 4: of fewer Gaussian values the inverse variance diverges.
+        num_samples: n, at least 4: for fewer Gaussian values the mean inverse variance diverges.
         gamma: Scale of the BatchNorm.
-        beta: Its offset.
+        beta: Offset of the BatchNorm.
 
     Returns:
         The growth, (); differentiable in gamma and beta.
@@ -48,8 +49,8 @@ def batch_growth(
         SpecError: for fewer than 4 samples.
 
     Accuracy:
-        1e-9 relative for gamma up to 3; ReLU on a batch of 4 1e-8, of more 1e-12 (against the
-        closed form, tests/test_fixed_point.py).
+        1e-9 relative for gamma up to 3. For ReLU 1e-8 on a batch of 4 and 1e-12 on larger ones
+        (compared with the closed form, tests/test_fixed_point.py).
 
     Example:
         >>> import meanfield_jax as mf
@@ -57,24 +58,24 @@ def batch_growth(
         1.7882
 
     Source:
-        Yang et al. 2019 (arXiv:1902.08129), sections 3 and 4. Departure: one formula for all
+        Yang et al. 2019 (arXiv:1902.08129), sections 3 and 4. Departure: a single formula for all
         functions, from the Jacobian (sqrt(n)/|Hz|) (H - u u^T) of the normalized values.
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 4:
-        cause = "a BatchNorm's inverse variance has no expectation on so few samples"
-        raise problem(SpecError, "num_samples", num_samples, cause, "give a whole number >= 4")
+        cause = "the inverse variance in a BatchNorm has no expectation for fewer than 4 samples"
+        raise problem(SpecError, "num_samples", num_samples, cause, "pass an integer >= 4")
     phi = (Activation(activation) if isinstance(activation, str) else activation).nonlinearity
     gamma, beta = jnp.asarray(gamma, float), jnp.asarray(beta, float)
     share = 1 / num_samples
-    # x and y are sqrt(n) u_a and sqrt(n) u_b
+    # x and y stand for sqrt(n) u_a and sqrt(n) u_b
     c = -1 / (num_samples - 1)
     kinks = _kinks(phi, gamma, beta)
-    # b's kink enters and leaves the range that a leaves to b
+    # where the kink of b enters and leaves the range of values that b can take, given a
     reach = jnp.sqrt((1 - c**2) * jnp.maximum(num_samples - 1 - kinks**2, 0))
     kinks = jnp.concatenate([kinks, c * kinks - reach, c * kinks + reach], -1)
     x, weight = _component(kinks, num_samples - 1)
     slope_a, value_a = phi.derivative(gamma * x + beta), phi.function(gamma * x + beta)
-    # given x, y = c x + rest, the rest a component of the sphere that is left
+    # given x, y = c x + rest, where the rest is a component on the remaining sphere
     left = num_samples - 1 - x**2
     radius = jnp.sqrt(left * (1 - c**2) / (num_samples - 2))
     w, inner = _component(_kinks(phi, gamma * radius, beta + gamma * c * x), num_samples - 2)
@@ -91,17 +92,17 @@ def batch_growth(
 
 
 def _kinks(phi: Nonlinearity, scale: Array, mean: Array) -> Array:
-    """Where scale x + mean is a kink, (..., kinks)."""
+    """The values of x at which scale x + mean is a kink, (..., kinks)."""
     shape = jnp.broadcast_shapes(scale.shape, mean.shape)
     points = [jnp.broadcast_to((kink - mean) / scale, shape) for kink in phi.kinks]
     return jnp.stack(points, -1) if points else jnp.zeros((*shape, 0))
 
 
 def _component(kinks: Array, dimension: int) -> tuple[Array, Array]:
-    """Nodes and weights of a component of a uniform vector of length sqrt(dimension).
+    """Nodes and weights for one component of a uniform vector of length sqrt(dimension).
 
-    Its density (1 - x^2/d)^((d-3)/2) becomes cos(t)^(d-2) with x = sqrt(d) sin(t), which has no
-    singularity for d >= 2; integrated between the kinks.
+    With x = sqrt(d) sin(t) the density (1 - x^2/d)^((d-3)/2) becomes cos(t)^(d-2), which has no
+    singularity for d >= 2; it is integrated between the kinks.
 
     Returns:
         Nodes and weights, (..., nodes) each; the weights add up to 1.

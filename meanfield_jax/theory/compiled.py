@@ -1,4 +1,4 @@
-"""What is compiled for: a structure. Its numbers, widths among them, are arguments."""
+"""Compilation once per structure; the numbers of a network, including widths, are arguments."""
 
 from typing import TypeVar
 
@@ -16,13 +16,13 @@ L = TypeVar("L", bound=Layer)
 
 
 def known_numbers(network: Spec) -> Spec:
-    """The network in the form that is compiled for.
+    """The network in the form for which the theory is compiled.
 
-    Offsets that are known to be 0 become None, and with them the need for quadrature. Whole numbers
-    and NumPy's become floats, so that 1, 1.0 and ``np.float64(1)`` share a program.
+    Offsets that are known to be 0 become None, which avoids quadrature. Integers and NumPy numbers
+    become floats, so that 1, 1.0 and ``np.float64(1)`` use the same program.
 
     Returns:
-        A specification of the same structure and the same theory.
+        A specification of the same structure and with the same theory.
     """
 
     def known(path, leaf):
@@ -36,7 +36,7 @@ def known_numbers(network: Spec) -> Spec:
 
 
 def without_widths(layer: L) -> tuple[L, tuple[float, ...]]:
-    """The layer with every width 1, and the widths as numbers: networks of one depth are alike."""
+    """The layer with every width set to 1, and its widths, so that only depth needs compiling."""
     widths = []
 
     def change(inner: Layer) -> Layer:
@@ -49,7 +49,7 @@ def without_widths(layer: L) -> tuple[L, tuple[float, ...]]:
 
 
 def with_widths(layer: L, widths: tuple[Array, ...]) -> L:
-    """The layer with these widths, which may be traced, for its rules."""
+    """The layer with these widths, which may be traced; for use in the layer's rules only."""
     given = iter(widths)
     return layer.changed(
         lambda inner: inner.replace(width=next(given)) if inner.is_weights else inner
@@ -57,10 +57,10 @@ def with_widths(layer: L, widths: tuple[Array, ...]) -> L:
 
 
 def compiled(function, static: tuple[str, ...] = ()):
-    """The function under jit, on CPU without fusion.
+    """The function under jit, without fusion on CPU.
 
-    XLA fuses every number there with all layers before it: 15 layers compile in 30 s instead of
-    1 s, and a batch takes three times as long. Many networks under one vmap gain from fusion.
+    On CPU, XLA fuses every number with all layers before it: 15 layers compile in 30 s instead of
+    1 s, and a batch takes three times as long. Many networks under one vmap benefit from fusion.
 
     Returns:
         A function of the same arguments, given by position.

@@ -11,21 +11,21 @@ import jax.numpy as jnp
 from jax import Array
 
 MOST_FLUCTUATION = 5 / 3
-"""``variance_fluctuation`` above which ``lambda_max`` is not trusted: that of five directions."""
+"""Largest ``variance_fluctuation`` for which ``lambda_max`` is trusted: that of five directions."""
 
 MARGIN = 2.0
-"""How far above ``bulk_high`` the edge of the bulk may be, measured at finite width: 1.3 to 2.2."""
+"""Allowance for the bulk's edge in units of ``bulk_high``; 1.3 to 2.2 measured at finite width."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Contributions:
-    """What each layer's parameters contribute to the outlier; all together they sum up to it.
+    """What each layer's parameters contribute to the outlier; all contributions sum to it.
 
     Attributes:
-        weights: Of the weights, (layers,); their sum is the bound of Wei et al. 2019.
-        biases: Of the biases, (layers,).
-        norm: Of a BatchNorm's scale and offset, (layers,).
+        weights: Contributions of the weights, (layers,); their sum is the bound of Wei et al. 2019.
+        biases: Contributions of the biases, (layers,).
+        norm: Contributions of a BatchNorm's scale and offset, (layers,).
         layers: Paths of the layers with parameters.
     """
 
@@ -38,32 +38,34 @@ class Contributions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fisher:
-    """The spectrum of F = (1/n) sum_i sum_k grad f_k(x_i) grad f_k(x_i)^T, by its statistics.
+    """Statistics of the spectrum of F = (1/n) sum_i sum_k grad f_k(x_i) grad f_k(x_i)^T.
 
-    In the wide limit the eigenvalues of F are those of T/n, T the n x n tangent kernel of one
-    output, each C times. All trainable parameters count. With a categorical likelihood
-    F = (1/n) sum_i J_i^T S_i J_i, S_i = diag(p_i) - p_i p_i^T of the class probabilities p_i.
+    In the wide limit the eigenvalues of F are those of T/n, each C times, where T is the n x n
+    tangent kernel of one output. All trainable parameters count. With a categorical likelihood
+    F = (1/n) sum_i J_i^T S_i J_i, where S_i = diag(p_i) - p_i p_i^T for class probabilities p_i.
 
     Attributes:
         tangent_same: T for one sample with itself, <grad f_k(x), grad f_k(x)>; on data the mean.
         tangent_other: T for two samples; on data the mean.
         inverse_samples: 1/n; 0 in the limit.
-        contributions: The outlier by layer.
-        bulk_contributions: ``bulk`` by layer, (layers,).
-        draw_width: (layers,) how far the C outliers of one draw spread, see ``outlier_high``.
-        information: (C,) eigenvalues of the mean S_i, ascending; ones for a Gaussian likelihood.
-        num_parameters: P.
+        contributions: Contributions to the outlier by layer.
+        bulk_contributions: Contributions to ``bulk`` by layer, (layers,).
+        draw_width: By layer, relative width of the range of the C outliers in one draw, (layers,);
+            see ``outlier_high``.
+        information: Eigenvalues of the mean S_i, ascending, (C,); ones for a Gaussian likelihood.
+        num_parameters: The number of parameters, P.
         eigenvalues: On data, descending: the n eigenvalues of T/n, each of which F has C times, or
-            with a categorical likelihood all n C of F. None for i.i.d. inputs, whose T has two:
-            one large and n - 1 of (T_same - T_other)/n.
+            with a categorical likelihood all n C eigenvalues of F. None for i.i.d. inputs, where
+            T/n has a large eigenvalue and n - 1 equal to (T_same - T_other)/n.
         multiplicity: How many times F has each of ``eigenvalues``.
-        variance_fluctuation: The largest E[1 / variance] E[variance] over random weights of what is
-            normalized over a batch of data: r / (r - 2) if it varies in r directions alike.
+        variance_fluctuation: The largest E[1 / variance] E[variance], over random weights, of the
+            values that are normalized over a batch of data: r / (r - 2) if they vary equally in r
+            directions.
 
     Accuracy:
-        Where the S_i differ, ``eigenvalues`` couples the largest 1000 / C eigenvectors of T; each
-        of the others, u, is multiplied by the eigenvalues of sum_i u_i^2 S_i (first order). The
-        trace is exact.
+        Where the S_i differ, ``eigenvalues`` couples the largest 1000 / C eigenvectors of T. The
+        eigenvalue of every other eigenvector u is multiplied by the eigenvalues of sum_i u_i^2 S_i
+        (first order). The trace is exact.
 
     Source:
         Karakida, Akaho & Amari 2019 (arXiv:1806.01316), theorems 1 and 2.
@@ -98,9 +100,9 @@ class Fisher:
 
     @property
     def outlier(self) -> Array:
-        """The large eigenvalue, on average over draws; of multiplicity C (flat classes: C - 1).
+        """The large eigenvalue, averaged over draws; its multiplicity is C (uniform p: C - 1).
 
-        For i.i.d. inputs T_same/n + (n-1)/n T_other, times the largest of ``information``.
+        For i.i.d. inputs it is T_same/n + (n-1)/n T_other, times the largest of ``information``.
         """
         if self.eigenvalues is not None:
             return self.eigenvalues[..., 0]
@@ -110,7 +112,7 @@ class Fisher:
 
     @property
     def bulk(self) -> Array:
-        """The mean of all but the C largest; for i.i.d. inputs (T_same - T_other)/n."""
+        """The mean of all but the C largest eigenvalues; for i.i.d. inputs (T_same - T_other)/n."""
         if self.eigenvalues is not None:
             return self.eigenvalues[..., self._num_outliers :].mean(-1)
         small = self.inverse_samples * (self.tangent_same - self.tangent_other)
@@ -122,14 +124,15 @@ class Fisher:
 
         .. math:: \sum_l f_l (1 + \sqrt{C \sum_{m > l} 1/N_m})^2
 
-        f_l is the contribution of layer l, N_m the width entering the random layer m after it: the
-        product of their weights acts on C outputs like a product of Wishart matrices.
+        f_l is the contribution of layer l, and N_m is the width entering the random layer m after
+        it. The product of these layers' weights acts on C outputs like a product of Wishart
+        matrices.
         """
         return (self._contributions * (1 + self.draw_width) ** 2).sum(-1)
 
     @property
     def outlier_low(self) -> Array:
-        """The smallest of the C outliers in one draw, with 1 - sqrt(...) in ``outlier_high``."""
+        """The smallest of the C outliers in one draw: ``outlier_high`` with 1 - sqrt(...)."""
         return (self._contributions * jnp.maximum(1 - self.draw_width, 0) ** 2).sum(-1)
 
     @property
@@ -138,12 +141,12 @@ class Fisher:
 
         .. math:: \sum_l b_l (1 + \sqrt{2 C \sum_{m > l} 1/N_m})^2
 
-        b_l are ``bulk_contributions``. It is ``outlier_high`` for one sample's C outputs, seen
-        through the half of the units that a rectifier lets pass (hence the 2).
+        b_l are ``bulk_contributions``. This is ``outlier_high`` for the C outputs of one sample,
+        transmitted by the half of the units that a rectifier lets pass (hence the 2).
 
         Accuracy:
-            Samples repel each other, too, which is left out: the measured edges of networks that
-            the bulk limits are 1.3 to 2.2 times as high (see ``within_domain``).
+            The repulsion between samples is neglected: in networks limited by the bulk, the
+            measured edge is 1.3 to 2.2 times as high (see ``within_domain``).
         """
         return (self.bulk_contributions * (1 + math.sqrt(2) * self.draw_width) ** 2).sum(-1)
 
@@ -151,22 +154,24 @@ class Fisher:
     def within_domain(self) -> Array:
         """Whether ``lambda_max`` can be trusted: the outliers are above twice all else.
 
-        ``outlier_high`` against ``bulk_high``; on data, too, ``outlier`` against the kernel's
-        second eigenvalue, which spreads in one draw as ``outlier`` does. Deep, narrow networks and
-        small batches are outside: finite width lifts their bulk to the outliers or beyond them. So
-        are data with several strong directions, whose eigenvalues repel.
+        ``outlier_high`` is compared with ``bulk_high``, and on data also ``outlier`` with the
+        kernel's second eigenvalue, which varies within one draw as ``outlier`` does. Deep, narrow
+        networks and small batches are outside the domain, because finite width lifts their bulk to
+        the outliers or beyond. So are data with several strong directions, because their
+        eigenvalues repel each other.
 
         Accuracy:
             ReLU networks with BatchNorm (benchmarks/domain.py), 48 on Gaussian inputs and 40 on
-            MNIST: where it is true, every draw's lambda_max was within 3.2 and 1.4 % of the
-            predicted one; where it is false, the median draw's .99 to 2.2 and .79 to 1.6 times it.
-            False for FC 3072-500x3-10 on 400 CIFAR-10 images, measured 1.16 times the predicted.
+            MNIST: where it is true, every draw's lambda_max was within 3.2 % and 1.4 % of the
+            prediction; where it is false, that of the median draw was .99 to 2.2 and .79 to 1.6
+            times the prediction. It is false for FC 3072-500x3-10 on 400 CIFAR-10 images, where the
+            measured lambda_max was 1.16 times the prediction.
         """
         within = [fraction <= most for fraction, most, _ in self._domain]
         return functools.reduce(operator.and_, within)
 
     def domain_reason(self) -> str:
-        """Why ``lambda_max`` cannot be trusted, in words, for one network; "" where it can."""
+        """The reason why ``lambda_max`` cannot be trusted, for one network; "" if it can."""
         return "; ".join(
             text.format(float(fraction), most)
             for fraction, most, text in self._domain
@@ -175,19 +180,19 @@ class Fisher:
 
     @property
     def _domain(self) -> list[tuple[Array, float, str]]:
-        """Fractions, how large each may be, and what a larger one means."""
+        """Ratios, the largest trusted value of each, and what a larger one means."""
         found = [
             (
                 self.bulk_high / self.outlier_high,
                 1 / MARGIN,
-                "the bulk reaches {:.2f} of the outliers (trusted up to {:.2f}), and finite width "
+                "the bulk reaches {:.2f} of the outliers (trusted up to {:.2f}), so finite width "
                 "may lift it above them: make the network wider or less deep, or the batch larger",
             ),
             (
                 jnp.asarray(self.variance_fluctuation),
                 MOST_FLUCTUATION,
                 "E[1 / variance] E[variance] of a normalization is {:.2f} (trusted up to {:.2f}): "
-                "give data that vary in more directions",
+                "use data that vary in more directions",
             ),
         ]
         if self.eigenvalues is not None:
@@ -218,7 +223,7 @@ class Fisher:
 
     @property
     def trace(self) -> Array:
-        """Sum of all eigenvalues, C T_same; an upper bound of lambda_max."""
+        """Sum of all eigenvalues, C T_same; an upper bound on lambda_max."""
         return self.information.sum(-1) * self.tangent_same
 
     @property

@@ -1,4 +1,4 @@
-"""Where a deep network of equal blocks ends up, and how fast: fixed points and depth scales."""
+"""Fixed points and depth scales of a deep network of equal blocks."""
 
 import dataclasses
 from typing import NamedTuple
@@ -21,19 +21,20 @@ from meanfield_jax.theory.compiled import known_numbers
 MAX_STEPS = 100
 
 MARGIN = 16.0
-"""Slopes closer to 1 than this, in units of sqrt(eps), are taken to be 1."""
+"""Slopes closer to 1 than this, in units of sqrt(eps), count as 1."""
 
 LARGEST_CHANGE = 16.0
-"""Of q in one step, as a factor."""
+"""Largest factor by which q may change in one step."""
 
 
 class DepthScales(NamedTuple):
     """Layers over which a distance to the fixed point, or a gradient, changes by a factor e.
 
     Attributes:
-        xi_q: Of q, -1/log |chi_q|.
-        xi_c: Of the correlation, -1/log |chi_c|.
-        xi_gradient: Of squared gradients, 1/|log growth|; they explode where growth is above 1.
+        xi_q: Depth scale of q, -1/log |chi_q|.
+        xi_c: Depth scale of the correlation, -1/log |chi_c|.
+        xi_gradient: Depth scale of squared gradients, 1/|log growth|; gradients explode where
+            growth is above 1.
     """
 
     xi_q: Array
@@ -44,18 +45,19 @@ class DepthScales(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedPoint:
-    """The fixed point of a block and the slopes there; NaN where there is none.
+    """The fixed point of a block and the slopes there; NaN if there is none.
 
     Attributes:
         q: q*, the second moment of a pre-activation.
         c: c*, the correlation of two inputs' pre-activations; 1 where q* is 0.
-        chi_q: d q'/d q, by which a small deviation of q is multiplied in a block.
-        chi_c: d q_xy'/d q_xy at c*, likewise for the correlation.
-        chi_1: The same at c = 1 (and q*): above 1 equal inputs drift apart (chaos), below 1
+        chi_q: d q'/d q, the factor by which one block multiplies a small deviation of q.
+        chi_c: d q_xy'/d q_xy at c*, the same factor for the correlation.
+        chi_1: The same at c = 1 (and q*): above 1 similar inputs drift apart (chaos), below 1
             different ones become equal (order).
-        growth: By which squared gradients are multiplied going back through a block: the largest
-            eigenvalue of the block's map of tangents. Without normalization over the batch chi_1.
-        status: A :class:`Status` as integer: CONVERGED, MARGINAL or NO_FIXED_POINT.
+        growth: The factor by which the backward pass through one block multiplies squared
+            gradients: the largest eigenvalue of the block's map of tangents. Without normalization
+            over the batch it is chi_1.
+        status: A :class:`Status` as an integer: CONVERGED, MARGINAL or NO_FIXED_POINT.
     """
 
     q: Array
@@ -68,58 +70,59 @@ class FixedPoint:
 
     @property
     def depth_scales(self) -> DepthScales:
-        """In layers (blocks); infinite where marginal, 0 where one block is enough."""
+        """Depth scales in layers (blocks); infinite where marginal, 0 where one block is enough."""
         xi_q, xi_c, xi_gradient = (
             1 / jnp.abs(jnp.log(jnp.abs(slope))) for slope in (self.chi_q, self.chi_c, self.growth)
         )
         return DepthScales(xi_q, xi_c, xi_gradient)
 
     def raise_if_failed(self) -> "FixedPoint":
-        """Returns itself, or raises where there is no fixed point (host only).
+        """Returns itself, or raises if there is no fixed point (host only).
 
         Raises:
-            RuntimeError: q grows without bound.
+            RuntimeError: if q grows without bound.
         """
         failed = first_failure(self.status, Status.CONVERGED, Status.MARGINAL)
         if failed is None:
             return self
         raise RuntimeError(
             f"no fixed point{failed.where}: q grows without bound; "
-            "use a smaller weight_var, or normalize"
+            "use a smaller weight_var, or add a normalization"
         )
 
 
 def fixed_point(
     block: Layer, *, statistics: str = "batch", num_samples: int | Array | None = None
 ) -> FixedPoint:
-    r"""The fixed point of a block repeated without end, and its Jacobian's eigenvalues there.
+    r"""The fixed point of a block repeated infinitely often, and its Jacobian's eigenvalues there.
 
     .. math:: q^* = V(q^*), \quad c^* = C(q^*, c^*), \quad
         \chi_q = V'(q^*), \quad \chi_c = \partial_c C(q^*, c^*), \quad
         \chi_1 = \partial_c C(q^*, 1)
 
-    for [Dense, Activation]: V(q) = bias_var + weight_var E[phi(sqrt(q) z)^2]. The maps are the
-    block's own rule, whatever it is made of, and the slopes are their derivatives. The signal
-    starts at q = 1, c = 0; where there are several fixed points, the one is found that q moves
-    towards. Can be jitted, vmapped and differentiated (implicitly) in the block's numbers.
+    For [Dense, Activation], V(q) = bias_var + weight_var E[phi(sqrt(q) z)^2]. The maps V and C are
+    the block's own rule, whatever it consists of, and the slopes are their derivatives. The signal
+    starts at q = 1, c = 0; if there are several fixed points, the result is the one towards which q
+    moves. It can be jitted, vmapped and differentiated (implicitly) in the block's numbers.
 
     Args:
         block: A layer on vectors with at least one Dense, such as
-            ``Sequential((Dense(1000), BatchNorm(), Activation("tanh")))``. Wherever it starts, the
-            state is quoted after its last random weights, at the pre-activations.
-        statistics: As in :func:`analyze`; matters with BatchNorm.
-        num_samples: n, the batch of a BatchNorm; None for the limit n -> infinity.
+            ``Sequential((Dense(1000), BatchNorm(), Activation("tanh")))``. Wherever the block
+            starts, the state refers to the pre-activations after its last random weights.
+        statistics: As in :func:`analyze`; matters only with BatchNorm.
+        num_samples: The batch size n of a BatchNorm; None for the limit n -> infinity.
 
     Returns:
-        q*, c*, slopes and status, () each; in the dtype of the block's numbers.
+        q*, c*, slopes and status, () each, in the dtype of the block's numbers.
 
     Raises:
-        SpecError: for a block that cannot be repeated, or numbers that make no sense.
+        SpecError: if the block cannot be repeated, or one of its numbers cannot be used.
 
     Accuracy:
-        Of the quadrature; 1e-8 of q*, c* and the slopes for tanh, erf, gelu, silu and relu at
-        variances up to 9 (tests/test_fixed_point.py), worse by 1/(1 - slope) near marginality,
-        where c* within sqrt(eps) of 1 is taken to be 1. q* above 1/sqrt(eps) counts as none.
+        That of the quadrature: 1e-8 of q*, c* and the slopes for tanh, erf, gelu, silu and relu at
+        variances up to 9 (tests/test_fixed_point.py). It is worse by 1/(1 - slope) near
+        marginality, where a c* within sqrt(eps) of 1 counts as 1. A q* above 1/sqrt(eps) counts as
+        no fixed point.
 
     Example:
         >>> import meanfield_jax as mf
@@ -129,8 +132,8 @@ def fixed_point(
         0.4180 1.0000 0.9386 15.79
 
     Source:
-        Poole et al. 2016 (arXiv:1606.05340), Schoenholz et al. 2017 (arXiv:1611.01232), whose
-        xi_q, xi_c these are. Gradient growth with BatchNorm: Yang et al. 2019 (arXiv:1902.08129).
+        Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:1611.01232), who define
+        xi_q and xi_c. Gradient growth with BatchNorm: Yang et al. 2019 (arXiv:1902.08129).
     """
     check_choice("statistics", statistics, STATISTICS)
     check_numbers(block)
@@ -139,10 +142,10 @@ def fixed_point(
 
 
 def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> FixedPoint:
-    """The fixed point of a block in the form of :func:`known_numbers`, its numbers not checked.
+    """The fixed point of a block in the form of :func:`known_numbers`, without checks of numbers.
 
     Returns:
-        As :func:`fixed_point`.
+        The same as :func:`fixed_point`.
     """
     block = _ending_in_weights(block)
     dtype = jnp.result_type(float, *jax.tree.leaves(block))
@@ -150,8 +153,8 @@ def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> Fix
     after = jax.eval_shape(lambda: block.propagate(start)[0])
     after = after.replace(deviation=None, tangent_deviation=None)
     if jax.tree.structure(after) != jax.tree.structure(start):
-        cause = "a norm right after its last random weights sits inside another layer"
-        raise problem(SpecError, "block", block, cause, "put it outside, after that layer")
+        cause = "the norm right after its last random weights is inside another layer"
+        raise problem(SpecError, "block", block, cause, "move it outside, after that layer")
     found = _found(block, start)
     none = found.status == Status.NO_FIXED_POINT
     values = jax.tree.map(lambda value: jnp.where(none, jnp.nan, value), found)
@@ -159,11 +162,11 @@ def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> Fix
 
 
 def _ending_in_weights(block: Layer) -> Sequential:
-    """The block begun elsewhere: after its last random weights."""
+    """The same repeated block, but starting after its last random weights."""
     layers = _flat(block)
     ends = [i + 1 for i, la in enumerate(layers) if isinstance(la, Residual) or la.ends_in_weights]
     if not ends or any(isinstance(inner, Conv) for _, inner in walk(block)):
-        cause, remedy = "no block of layers on vectors with random weights", "put a Dense into it"
+        cause, remedy = "must act on vectors and have random weights", "use Dense, and no Conv"
         raise problem(SpecError, "block", block, cause, remedy)
     return Sequential((*layers[ends[-1] :], *layers[: ends[-1]]))
 
@@ -175,18 +178,18 @@ def _flat(block: Layer) -> tuple[Layer, ...]:
 
 
 def _checked_width(block: Layer) -> int:
-    """The units at the end of the block, at which it must be able to begin again."""
+    """The number of units at the end of the block, which must be able to start again from them."""
     width = [inner.width for _, inner in walk(block) if inner.is_weights][-1]
     after = block.output(Signal((width,), gaussian=True))
     if after != Signal((width,), gaussian=True):
-        cause = f"it turns ({width},) into {after.shape}"
-        raise problem(SpecError, "block", block, cause, "let it end with the shape it begins with")
+        cause = f"it maps shape ({width},) to {after.shape}"
+        raise problem(SpecError, "block", block, cause, "make the two shapes equal")
     return width
 
 
 @jax.jit
 def _found(block: Layer, start: Kernel[PairMatrix]) -> FixedPoint:
-    """The fixed point, with numbers also where there is none: those at the largest q."""
+    """The fixed point; if there is none, the numbers are those at the largest q."""
     import lineax as lx
     import optimistix as optx
 
@@ -194,7 +197,7 @@ def _found(block: Layer, start: Kernel[PairMatrix]) -> FixedPoint:
     largest = eps**-0.5
     solution = optx.fixed_point(
         _improved,
-        # Newton's error after a step of this size is its square
+        # after a Newton step of this size, the error is its square
         optx.FixedPointIteration(rtol=eps**0.5, atol=16 * eps),
         (jnp.ones((), start.dtype), jnp.zeros((), start.dtype)),
         (block, start),
@@ -215,7 +218,7 @@ def _found(block: Layer, start: Kernel[PairMatrix]) -> FixedPoint:
 
 
 class Moments(NamedTuple):
-    """Second moments of one sample, and of two."""
+    """Second moments of one sample (same) and of two (other)."""
 
     same: Array
     other: Array
@@ -224,7 +227,7 @@ class Moments(NamedTuple):
 def _slopes(
     block: Layer, start: Kernel[PairMatrix], q: Array, c: Array
 ) -> tuple[Moments, Array, Array]:
-    """The second moments after the block, and each one's derivative in itself."""
+    """The second moments after the block, and the derivative of each in its own input."""
 
     def after(moments: Moments) -> Moments:
         covariance = start.covariance.replaced(*moments)
@@ -238,12 +241,12 @@ def _slopes(
 
 
 def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
-    """One step: where the block leads, and on, as far as its slope there says.
+    """One step in the direction of the block's map, with a length that depends on its slope.
 
-    Newton's step in each variable but for its direction, which is always the block's own:
-    (V(q) - q) / |1 - V'(q)|. So fixed points that repel are no goal, and one that attracts slowly
-    is reached as fast as any. Away from the solution the step's size is a constant to derivatives,
-    which then are those of V(q) = q.
+    This is Newton's step in each variable, except for its direction, which is always that of the
+    map: (V(q) - q) / |1 - V'(q)|. Repelling fixed points are therefore avoided, and one that
+    attracts slowly is reached as fast as any other. Derivatives treat the length factor as a
+    constant, so that they are those of V(q) = q.
 
     Returns:
         The next q and c.
@@ -255,12 +258,12 @@ def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
     correlation = safe.divide(after.other, after.same)
     slope_c = slope_xy * safe.divide(q, after.same)
     q_new = _step(q, after.same, slope_q, q + eps)
-    # factor by factor, since q may have to go through many orders of magnitude
+    # limited to a factor per step, since q may have to change by many orders of magnitude
     bounds = jnp.minimum(LARGEST_CHANGE * q, eps**-0.5), q / LARGEST_CHANGE
     q_new = _clipped(q_new, bounds[1], bounds[0])
     c_new = _clipped(_step(c, correlation, slope_c, jnp.ones_like(c)), -1.0, 1.0)
     c_new = _clipped(c_new, jnp.where(c_new > 1 - eps**0.5, 1.0, -1.0), 1.0)
-    # c = 1 is a fixed point also where it repels, and a step may overshoot while q still moves
+    # c = 1 is a fixed point even where it repels, and a step may overshoot while q still changes
     repelled = (c == 1) & (slope_c > 1 + MARGIN * eps**0.5)
     return q_new, jnp.where(repelled, 0.0, c_new)
 
@@ -273,12 +276,12 @@ def _step(value: Array, after: Array, slope: Array, scale: Array) -> Array:
 
 
 def _clipped(value: Array, lower: Array | float, upper: Array | float) -> Array:
-    """Within the bounds, with the derivative it would have without."""
+    """The value clipped to the bounds, with the derivative of the unclipped value."""
     return value + lax.stop_gradient(jnp.clip(value, lower, upper) - value)
 
 
 def _growth(block: Layer, start: Kernel[PairMatrix], q: Array, c: Array) -> Array:
-    """The largest eigenvalue of the block's map of tangents, whose entries are not negative."""
+    """The largest eigenvalue of the block's map of tangents, a non-negative matrix."""
 
     def tangents(tangent: Moments) -> Moments:
         covariance = start.covariance.replaced(q, q * c)
@@ -286,6 +289,6 @@ def _growth(block: Layer, start: Kernel[PairMatrix], q: Array, c: Array) -> Arra
         found = block.propagate(kernel)[0].effective_tangent
         return Moments(found.same, found.other)
 
-    # the map is affine: its own parameters add to what comes in
+    # the map is affine: the block's own parameters add to the incoming tangent
     (a, b), (d, e) = jax.jacfwd(tangents)(Moments(jnp.zeros_like(q), jnp.zeros_like(q)))
     return (a + e) / 2 + safe.sqrt((a - e) ** 2 / 4 + b * d)

@@ -1,4 +1,4 @@
-"""The largest stable learning rate of an eigenvalue, and the eigenvalue of a learning rate."""
+"""The largest stable learning rate for a given largest eigenvalue."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,24 +9,24 @@ from meanfield_jax.errors import SpecError, problem
 
 
 def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
-    """eta_max = 2 (1 + momentum) / lambda_max.
+    """The largest stable learning rate, eta_max = 2 (1 + momentum) / lambda_max.
 
     Heavy-ball gradient descent on a quadratic is stable if and only if eta < eta_max.
 
     Args:
-        lambda_max: Largest eigenvalue of the Fisher matrix (of the Hessian), any shape.
-        momentum: mu of the heavy ball, 0 <= mu < 1.
+        lambda_max: Largest eigenvalue of the Fisher matrix (or the Hessian), any shape.
+        momentum: Momentum mu of the heavy ball, 0 <= mu < 1.
 
     Returns:
         The learning rate, of the broadcast shape.
 
     Raises:
-        SpecError: if a momentum is outside [0, 1), or an eigenvalue is 0, for which every learning
-            rate is stable (under jit the result is then infinite).
+        SpecError: if a momentum is outside [0, 1), or if an eigenvalue is 0, for which every
+            learning rate is stable (under jit the result is then infinite).
 
     Accuracy:
-        Exact for the squared loss near a minimum; cross-entropy's curvature is smaller, and the
-        rate then no bound.
+        Exact for the squared loss near a minimum. The curvature of the cross-entropy is smaller,
+        and the rate is then not a bound.
 
     Example:
         >>> import jax.numpy as jnp, meanfield_jax as mf
@@ -39,15 +39,15 @@ def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
     if not isinstance(momentum, Tracer):
         value = np.asarray(momentum)
         if not np.all((value >= 0) & (value < 1)):
-            raise problem(SpecError, "momentum", momentum, "outside [0, 1)", "give e.g. 0.9")
+            raise problem(SpecError, "momentum", momentum, "outside [0, 1)", "pass e.g. 0.9")
     if not isinstance(lambda_max, Tracer) and np.any(np.asarray(lambda_max) <= 0):
         smallest = float(np.nanmin(np.asarray(lambda_max)))
-        cause = "no curvature: the outputs do not depend on the parameters, every rate is stable"
-        remedy = "look for weights of 0, dead units or a gamma of 0"
+        cause = "no curvature: the outputs do not depend on the parameters, any rate is stable"
+        remedy = "check for weights of 0, dead units or a gamma of 0"
         raise problem(SpecError, "lambda_max", smallest, cause, remedy)
     return stable_rate(lambda_max, momentum)
 
 
 def stable_rate(lambda_max: float | Array, momentum: float | Array) -> Array:
-    """``eta_max`` of many cells, whose numbers are not checked: infinite where lambda_max is 0."""
+    """``eta_max`` for many cells, without checks: infinite where lambda_max is 0."""
     return 2 * (1 + momentum) / jnp.asarray(lambda_max)

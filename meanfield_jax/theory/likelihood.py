@@ -1,4 +1,4 @@
-"""Whose Fisher matrix: of the squared loss, or of softmax outputs and the cross-entropy."""
+"""Likelihoods of the Fisher matrix: squared loss, or softmax outputs with cross-entropy."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from meanfield_jax.precise import einsum
 LIKELIHOODS = ("gaussian", "categorical")
 
 COUPLED = 1000
-"""Size of the matrix in which a categorical likelihood couples kernel eigenvectors and classes."""
+"""Size of the matrix that couples kernel eigenvectors and classes of a categorical likelihood."""
 
 
 def class_information(
     network: Network, likelihood: str, probabilities: Array | None, num_samples: int | None
 ) -> Array | None:
-    """The S = diag p - p p^T of every sample, (n or 1, C, C); None for a Gaussian likelihood."""
+    """S = diag p - p p^T for every sample, (n or 1, C, C); None for a Gaussian likelihood."""
     check_choice("likelihood", likelihood, LIKELIHOODS)
     if likelihood == "gaussian":
         if probabilities is not None:
-            cause, remedy = "a Gaussian likelihood has none", "use likelihood='categorical'"
+            cause, remedy = "a Gaussian likelihood uses none", "use likelihood='categorical'"
             raise problem(SpecError, "probabilities", "(given)", cause, remedy)
         return None
     (num_outputs,) = network.output_shape
@@ -34,25 +34,25 @@ def class_information(
         return _covariance(jnp.full((1, num_outputs), 1 / num_outputs, dtype))
     p, known = jnp.asarray(probabilities, dtype), not isinstance(probabilities, Tracer)
     if p.ndim != 2 or p.shape[1] != num_outputs or num_samples not in (None, p.shape[0]):
-        remedy = f"give ({num_samples or 'samples'}, {num_outputs}), rows of softmax outputs"
+        remedy = f"pass ({num_samples or 'samples'}, {num_outputs}), rows of softmax outputs"
         raise problem(SpecError, "probabilities.shape", p.shape, "does not fit", remedy)
     if known:
         given = np.asarray(probabilities)
         if not (np.all(given >= 0) and np.allclose(given.sum(1), 1, atol=1e-3)):
-            remedy = "give softmax outputs, not logits"
-            raise problem(SpecError, "probabilities", "(array)", "rows do not sum to 1", remedy)
+            remedy = "pass softmax outputs, not logits"
+            raise problem(SpecError, "probabilities", "(array)", "rows must sum to 1", remedy)
     return _covariance(p)
 
 
 def mean_information(num_outputs: int, classes: Array | None, dtype: Any) -> dict[str, Any]:
-    """Eigenvalues of the mean information of an output vector, and their multiplicity in F."""
+    """Eigenvalues of the mean information of the outputs, and the multiplicity in F."""
     if classes is None:
         return dict(information=jnp.ones(num_outputs, dtype), multiplicity=num_outputs)
     return dict(information=jnp.linalg.eigvalsh(classes.mean(0)), multiplicity=1)
 
 
 def of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Array:
-    """The eigenvalues of F from those of one output's T/n; ascending."""
+    """The eigenvalues of F from those of T/n for one output, ascending."""
     if classes is None:
         return eigenvalues
     num_samples, num_outputs = len(vectors), classes.shape[-1]

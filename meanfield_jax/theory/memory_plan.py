@@ -1,4 +1,4 @@
-"""Which pairs of positions the theory of a batch keeps, as the device's memory allows."""
+"""Which pairs of positions the theory of a batch keeps, depending on the device's memory."""
 
 import functools
 import math
@@ -17,26 +17,27 @@ from meanfield_jax.network import walk
 from meanfield_jax.theory.compiled import with_widths
 
 MAX_ENTRIES = 2**28
-"""Most numbers of one matrix over a batch and the pairs of its positions."""
+"""Largest number of entries of a matrix over a batch and the pairs of its positions."""
 
 LIVE = {1: 75, 3: 35}
-"""How many of the largest matrix live at a time, measured: for vectors, for images."""
+"""Peak memory in units of the largest matrix (measured), for vectors and for images."""
 
 
 def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
-    """Which pairs of positions to keep: all that count if memory allows, else an even sample.
+    """The pairs of positions to keep: all that count if memory allows, else an even sample.
 
     Args:
         body: The layers, without widths.
         widths: Their widths.
         x: The batch.
-        statistics: Of the BatchNorms.
+        statistics: How the BatchNorms are differentiated.
 
     Returns:
         The modulus of :class:`Positions`; 1 keeps every pair.
 
     Raises:
-        DataError: not even the pairs of equal positions fit, or the device's memory is too small.
+        DataError: if not even the pairs of equal positions fit, or if the device's memory is too
+            small.
     """
     layers = [inner for _, inner in walk(body)]
     strides = math.prod(inner.stride for inner in layers)
@@ -58,13 +59,14 @@ def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
         modulus *= 2
     if size > MAX_ENTRIES:
         cause = (
-            f"{x.shape[0]} samples take {size:.1e} numbers a layer, of at most {MAX_ENTRIES:.1e}"
+            f"{x.shape[0]} samples take {size:.1e} numbers per layer, above the {MAX_ENTRIES:.1e}"
+            " allowed"
         )
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(MAX_ENTRIES / size))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     if size > most:
         needed = bytes_each * size
-        cause = f"it takes {needed / 2**30:.1f} GiB, of {memory / 2**30:.1f} on this device"
+        cause = f"needs {needed / 2**30:.1f} GiB, above the {memory / 2**30:.1f} on this device"
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
@@ -81,7 +83,7 @@ def records_on_data(body: Layer, widths: tuple, x: Array, statistics: str, modul
 def _traced_records(
     structure: Any, shapes: tuple, dtype: jnp.dtype, statistics: str, modulus: int
 ) -> Any:
-    """The same, once for each structure, shapes and default dtype."""
+    """The same, traced once for each structure, shapes and default dtype."""
 
     def records(body: Layer, widths: tuple, x: Array) -> Any:
         return with_widths(body, widths).propagate(batch_inputs(x, statistics, modulus))[1]
@@ -90,10 +92,11 @@ def _traced_records(
 
 
 def couples_positions(body: Layer, on_data: bool = False) -> bool:
-    """Whether pairs of distinct positions count: in a mean over positions, by a head or a norm.
+    """Whether pairs of distinct positions count, because a head or norm averages over positions.
 
-    Images do, and zero padding makes i.i.d. maps vary. Leaving the pairs out then costs 5 % of
-    lambda_max (32x32x3, 3x3 stride 2, 30-60-90 channels).
+    They count only where values vary over positions: images do, and zero padding makes i.i.d. maps
+    vary. Leaving the pairs out then costs 5 % of lambda_max (32x32x3, 3x3 stride 2, 30-60-90
+    channels).
 
     Returns:
         True if such a head or norm is among the layers.

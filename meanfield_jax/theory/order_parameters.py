@@ -1,4 +1,4 @@
-"""The published order parameters: second moments and gradients, layer by layer."""
+"""The published order parameters: second moments and gradients of each layer."""
 
 import dataclasses
 
@@ -11,17 +11,18 @@ from jax import Array
 class OrderParameters:
     """The published order parameters, one entry for each Dense or Conv layer, (layers,) each.
 
-    Second moments per unit: ``q`` of one input and ``q_xy`` of two, averaged over positions. Plain:
-    of the pre-activations leaving the layer. Hat: of the values entering it. Tilde: of the
-    gradients df/dz, summed over units and positions (as a tangent: dT_out/dT(z)).
+    They are second moments per unit: ``q`` for one input and ``q_xy`` for two, averaged over
+    positions. Names without suffix refer to the pre-activations leaving the layer, ``hat`` to the
+    values entering it, and ``tilde`` to the gradients df/dz, summed over units and positions (as a
+    tangent: dT_out/dT(z)).
 
     Attributes:
         layers: The layers' paths.
 
     Source:
-        Wei, Stokes & Schwab 2019 (arXiv:1903.02606), sections 3 and 4. Departure: tildes of maps
-        are summed over positions (a strided layer's factor |K_{l+1}|/|K_l| drops out), and they
-        come from differentiating the forward pass, not from a recursion of their own.
+        Wei, Stokes & Schwab 2019 (arXiv:1903.02606), sections 3 and 4. Departure: for maps, the
+        tilde quantities are summed over positions (a strided layer's factor |K_{l+1}|/|K_l| drops
+        out), and they come from differentiating the forward pass, not from a separate recursion.
     """
 
     q: Array

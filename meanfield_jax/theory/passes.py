@@ -1,4 +1,4 @@
-"""The forward and the backward pass over a network, and everything read off them."""
+"""The forward and the backward pass over a network, and all results computed from them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from meanfield_jax.theory.order_parameters import OrderParameters
 
 
 class Found(NamedTuple):
-    """What a pass finds; ``fisher`` is still without the number of parameters."""
+    """The results of a pass; ``fisher`` does not have the number of parameters yet."""
 
     fisher: Fisher
     order_parameters: OrderParameters
@@ -41,10 +41,10 @@ class Pass(NamedTuple, Generic[M]):
     """A forward pass, and the backward pass from it.
 
     Attributes:
-        kernel: Of the outputs.
-        tangent: Of the outputs, all averages taken.
-        records: Of every layer with parameters.
-        backward: From a matrix M to the rows of the derivatives of sum(M * tangent).
+        kernel: Kernel of the outputs.
+        tangent: Tangent of the outputs, with all averages taken.
+        records: Records of every layer with parameters.
+        backward: Function from a matrix M to the rows of the derivatives of sum(M * tangent).
     """
 
     kernel: Kernel[M]
@@ -103,7 +103,7 @@ def _on_data(
     same = jnp.eye(num_samples, dtype=x.dtype) / num_samples
     other = (1 - jnp.eye(num_samples, dtype=x.dtype)) / max(num_samples * (num_samples - 1), 1)
     outlier = jnp.outer(top, top) / num_samples
-    # one after the other: each takes the memory of dozens of matrices
+    # one after the other, because each takes the memory of dozens of matrices
     backs = jax.lax.map(
         lambda entries: backward(tangent.replaced(entries)), jnp.stack([same, other, outlier])
     )
@@ -122,9 +122,9 @@ on_data = compiled(_on_data, ("num_outputs", "statistics", "modulus"))
 
 
 def _top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
-    """The last eigenvector, with its derivative by first-order perturbation.
+    """The last eigenvector, with its derivative from first-order perturbation theory.
 
-    That of ``eigh`` is NaN where any two eigenvalues are equal.
+    The derivative of ``eigh`` is NaN where any two eigenvalues are equal.
 
     Returns:
         The unit vector, (n,).
@@ -139,7 +139,7 @@ def _top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
 
 
 def forward(body: Layer, start: Kernel[M], shapes: Any) -> Pass[M]:
-    """The forward pass.
+    """The forward pass, from which the backward pass can start.
 
     Args:
         body: The layers.
@@ -166,7 +166,7 @@ def forward(body: Layer, start: Kernel[M], shapes: Any) -> Pass[M]:
 
 
 def _zeros(records: Any) -> Any:
-    """The perturbations, all 0."""
+    """Perturbations that are all 0."""
 
     def zeros(record: Record) -> Perturbation:
         after = record.after
@@ -184,7 +184,7 @@ def _found(
     fisher: dict[str, Any],
     outlier: Array,
 ) -> Found:
-    """What the passes say; ``backs``: of (T_same, T_other, outlier) the derivatives, by layer."""
+    """The results of the passes; ``backs`` are the derivatives of T_same, T_other, outlier."""
     rows = body.rows(records, _read)
     rows["q_tilde"] = backs["same"][0]
     rows["q_tilde_xy"] = backs["other"][1]
@@ -195,7 +195,7 @@ def _found(
     information = fisher["information"]
     effective_outputs = information.sum() ** 2 / jnp.sum(information**2)
     kinds = {name: information[-1] * backs[name][2] for name in ("weights", "biases", "norm")}
-    # of (T_same - outlier) / (n - 1)
+    # the factor of the derivatives of (T_same - outlier) / (n - 1)
     fraction = fisher["inverse_samples"]
     small = information.mean() * fraction / jnp.where(fraction < 1, 1 - fraction, 1)
     total = backs["weights"] + backs["biases"] + backs["norm"]
@@ -225,12 +225,14 @@ def _status(kernel: Kernel, sums: Array, wholes: Array) -> Array:
     """The theory's status.
 
     Args:
-        kernel: Of the outputs, with the status of all normalizations before.
-        sums: What all layers contribute to T_same and to the outlier: the backward pass.
-        wholes: The two themselves: the forward pass. Where they differ, rounding has won.
+        kernel: Kernel of the outputs, with the status of all normalizations before.
+        sums: Sums of all layers' contributions to T_same and to the outlier, from the backward
+            pass.
+        wholes: T_same and the outlier themselves, from the forward pass. Where the two differ,
+            rounding errors dominate.
 
     Returns:
-        A :class:`Status` as integer, ().
+        A :class:`Status` as an integer, ().
     """
     finite = jnp.isfinite(sums).all() & jnp.isfinite(wholes).all()
     equal = jnp.all(jnp.abs(sums - wholes) <= LOSS * jnp.abs(wholes))
@@ -251,12 +253,12 @@ def _read(record: Record) -> Rows:
 
 
 def _read_back(record: Record) -> Rows:
-    """The derivative at one layer: its sums, and its products with what the layer adds."""
+    """The derivative at one layer: its sums, and its products with the layer's contributions."""
     back, injection = record.back, record.injection
     assert back is not None
     assert back.tangent is not None
     whole = back.tangent
-    if back.deviation is not None:  # all that a layer sees that centres
+    if back.deviation is not None:  # what layers that subtract a mean depend on
         whole = whole + back.deviation
     values = dict(
         **dict(zip(("same", "other"), whole.totals(), strict=True)),
@@ -268,7 +270,7 @@ def _read_back(record: Record) -> Rows:
 
 
 def _dot(derivative: Matrix | None, injection: Matrix | None) -> Array:
-    """Sum over the products of all entries; 0 where a layer has no such parameters."""
+    """Sum of the products of all entries; 0 if the layer has no such parameters."""
     if derivative is None or injection is None:
         return jnp.zeros(())
     return (derivative * injection).sum()

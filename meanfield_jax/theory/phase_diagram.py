@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STATUSES = (Status.CONVERGED, Status.MARGINAL, Status.NO_FIXED_POINT)
 
 CHUNK = 1024
-"""Cells solved together, each batch until its slowest is done."""
+"""Cells solved together; each batch runs until its slowest cell is done."""
 
 NAMES = {
     "q": "second moment of a pre-activation q*",
@@ -51,23 +51,24 @@ def phase_diagram(
     """The fixed point and its depth scales on a grid, with the critical line chi_1 = 1.
 
     Args:
-        block: As in :func:`fixed_point`; every Dense inside gets the variances of the grid.
+        block: As in :func:`fixed_point`; every Dense inside it gets the variances of the grid.
         weight_var: sigma_w^2, (rows,), ascending.
-        bias_var: sigma_b^2, (columns,).
+        bias_var: sigma_b^2, (columns,), ascending.
         statistics: As in :func:`fixed_point`.
         num_samples: As in :func:`fixed_point`.
 
     Returns:
-        Over (weight_var, bias_var): q, c, chi_q, chi_c, chi_1, growth, xi_q, xi_c, xi_gradient
-        (in blocks) and status, a :class:`Status`; NaN where there is no fixed point.
-        Over bias_var: critical_weight_var, the smallest within the grid at which chi_1 = 1, to
-        1e-8 (tanh); NaN where there is none.
+        A dataset. Over (weight_var, bias_var): q, c, chi_q, chi_c, chi_1, growth, xi_q, xi_c,
+        xi_gradient (in blocks) and status, a :class:`Status`; NaN where there is no fixed point.
+        Over bias_var: critical_weight_var, the smallest weight_var within the grid at which
+        chi_1 = 1, to 1e-8 (tanh); NaN where there is none.
 
     Raises:
-        SpecError: for axes that are no ascending list of variances, and as :func:`fixed_point`.
+        SpecError: if an axis is not an ascending list of variances, and as for
+            :func:`fixed_point`.
 
     Accuracy:
-        As :func:`fixed_point`, cell by cell; smooth functions to 1e-8
+        That of :func:`fixed_point` in every cell; 1e-8 for smooth functions
         (tests/test_fixed_point.py). 512 x 512 cells take seconds on two cores
         (benchmarks/phase_speed.py).
 
@@ -92,7 +93,7 @@ def phase_diagram(
         for name, axis in (("weight_var", weight_var), ("bias_var", bias_var))
     )
     options: dict[str, Any] = dict(statistics=statistics, num_samples=num_samples)
-    # checks the block, with its numbers, before they are traced
+    # checks the block and its numbers before they are traced
     jax.eval_shape(lambda: fixed_point(block, **options))
     fast = known_numbers(block.changed(_with_table))
     grid, critical = _solved(fast, weight_var, bias_var, **options)
@@ -122,13 +123,13 @@ def _checked_axis(name: str, axis) -> Array:
     values = np.asarray(axis, float)
     good = values.ndim == 1 and values.size > 0 and np.isfinite(values).all()
     if not good or values.min() < 0 or np.any(np.diff(values) <= 0):
-        remedy = "give a one-dimensional array of numbers >= 0"
-        raise problem(SpecError, name, axis, "no ascending list of variances", remedy)
+        remedy = "pass a one-dimensional array of numbers >= 0"
+        raise problem(SpecError, name, axis, "variances must be an ascending list", remedy)
     return jnp.asarray(values)
 
 
 def _with_table(inner: Layer) -> Layer:
-    """The layer with its expectations read off a table where they would take quadrature."""
+    """The layer, with expectations that would need quadrature interpolated from a table."""
     if isinstance(inner, Activation) and is_smooth(inner.nonlinearity):
         return dataclasses.replace(inner, function=tabulated(inner.nonlinearity))
     return inner
@@ -152,7 +153,7 @@ def _solved(block: Layer, weight_var: Array, bias_var: Array, **options):
     grid = jax.tree.map(lambda value: value.reshape(cells[0].shape), grid)
 
     def critical(bias_var: Array, chi_1: Array) -> Array:
-        """By bisection between the two rows where chi_1 first passes 1."""
+        """The critical weight_var, by bisection between the rows where chi_1 first passes 1."""
         import optimistix as optx
 
         above = chi_1 >= 1
