@@ -248,7 +248,7 @@ def test_a_store_in_use_is_refused(digits, tmp_path):
         (dict(grid=dict(gamma=[1.0, 1.0])), ("values repeat",)),
         (dict(grid=dict(learning_rate=[-1.0])), ("learning_rate=[-1.0]", "negative")),
         (dict(grid=dict(batch_size=[50, 201])), ("batch_size=201", "200 samples")),
-        (dict(grid=dict(depth=[0])), ("depth=0", "whole number >= 1")),
+        (dict(grid=dict(depth=[0])), ("depth=0", "an integer of at least 1")),
         (dict(chunk_cells=0), ("chunk_cells=0", "at least 1")),
         (dict(network=mf.mlp([4], inputs=64, outputs=10)), ("gamma=", "no norm")),
     ],
