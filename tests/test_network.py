@@ -218,18 +218,18 @@ VALUES = {
     "a text": (
         dense(weight_var="2"),
         "layers/0/Dense.weight_var='2'",
-        "not a number; give a float",
+        "must be a number; pass a float",
     ),
-    "nothing": (normed(beta=None), "layers/1/BatchNorm.beta=None", "not a number"),
+    "nothing": (normed(beta=None), "layers/1/BatchNorm.beta=None", "must be a number"),
     "half precision": (
         dense(weight_var=np.float16(2)),
         "layers/0/Dense.weight_var",
-        "half precision loses the theory; use float32 or float64",
+        "half precision is too coarse for the theory; use float32 or float64",
     ),
     "brain precision": (
         normed(gamma=jnp.ones((), jnp.bfloat16)),
         "layers/1/BatchNorm.gamma",
-        "half precision loses the theory",
+        "half precision is too coarse",
     ),
     "one of many": (
         dense(weight_var=np.array([1.0, -2.0])),
@@ -350,7 +350,7 @@ def test_json_is_plain_data():
 
 def test_a_function_of_ones_own_is_refused_by_json():
     network = mf.mlp([4], inputs=8, outputs=3, activation=jnp.sin)
-    refused(network.to_json, "Activation.function", "a function is no data", "named activation")
+    refused(network.to_json, "Activation.function", "cannot be written", "named activation")
 
 
 DENSE = '{"type": "Dense", "width": 3}'
@@ -358,8 +358,8 @@ HEAD = '{"format": "meanfield_jax.Network/1", '
 JSON = {
     "not json": ("{", "specification: not JSON", "write it with to_json"),
     "nothing": ("", "specification: not JSON"),
-    "a list": ("[]", "specification: no 'meanfield_jax.Network/1' in it"),
-    "other format": ('{"format": "Network/9"}', "specification: no 'meanfield_jax.Network/1'"),
+    "a list": ("[]", "specification: its format is not 'meanfield_jax.Network/1'"),
+    "other format": ('{"format": "Network/9"}', "its format is not 'meanfield_jax.Network/1'"),
     "no shape": (HEAD + f'"layers": [{DENSE}]}}', "input_shape", "to_json"),
     "no layers": (HEAD + '"input_shape": [8]}', "layers", "to_json"),
     "layers a number": (HEAD + '"input_shape": [8], "layers": 3}', "layers"),
