@@ -234,7 +234,7 @@ def test_a_store_in_use_is_refused(digits, tmp_path):
     mf.sweep(DIGITS, digits, GRID, **options)
     with (options["store"] / "zarr.json").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(mf.SpecError, match="another sweep is writing it"):
+        with pytest.raises(mf.SpecError, match="another sweep is writing to it"):
             mf.sweep(DIGITS, digits, GRID, resume=True, **options)
 
 
