@@ -395,7 +395,7 @@ def test_the_picture_has_what_it_says():
     assert labels[0] == "theory, training mode"
     assert_close(panel.lines[0].get_xdata(), [2.0, 0.5], "rounding")
     assert_close(panel.lines[1].get_xdata(), [1.0, 0.25], "rounding")
-    with pytest.raises(mf.DataError, match="no plane to show"):
+    with pytest.raises(mf.DataError, match="it needs learning_rate and another axis"):
         mf.plot_sweep(synthetic().isel(gamma=0))
 
 
