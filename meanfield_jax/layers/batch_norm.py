@@ -24,7 +24,7 @@ class BatchNorm(Norm):
     * ``"batch"``: mean and variance depend on the parameters, as in training.
       T <- gamma^2/s^2 H T H, H the centring of the batch.
     * ``"frozen"``: both are held constant, as in evaluation. T <- gamma^2/s^2 T.
-    * ``"wei2019"``: like ``"frozen"``, with s^2 replaced by q = K_same and circular padding.
+    * ``"wei2019"``: as ``"frozen"``, but with q = K_same in place of s^2, and padding circular.
 
     Attributes:
         gamma, beta, eps, trainable: See :class:`Norm`.

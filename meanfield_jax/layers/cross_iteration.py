@@ -38,7 +38,7 @@ class CrossIterationBatchNorm(Sequential):
     Attributes:
         layers: Weights (Dense or Conv) and BatchNorm over channels. Without the weights it can be
             passed as ``norm`` to the presets, which insert theirs; if no weights come directly
-            before it, its BatchNorm stands alone.
+            before it, its BatchNorm is used alone.
         window: k, the number of iterations whose statistics are averaged, including the current.
         burn_in: Iterations that use the current statistics alone, while weights change fast; the
             paper takes 8 epochs.

@@ -144,10 +144,10 @@ def _own_deviation(correlation: Matrix, fraction: Array | float) -> tuple[Matrix
     """E[z_hat z_hat^T], E[1 / (s_a s_b)] E[s_a^2]^(1/2) E[s_b^2]^(1/2), and a third factor.
 
     To second order in s^2 / E[s^2] - 1, whose covariance for two samples is
-    2 t_ab / m, t_ab = <C_ab^2>_pq. The average of a function f(z_a, z_b) / (s_a s_b) is the second
-    matrix times its Gaussian average with C - (C D_a C + C D_b C) / M in place of C, where D_a
-    selects the positions of sample a. This changes the variance, on average over positions, by an
-    amount that differs from pair to pair.
+    2 t_ab / m, t_ab = <C_ab^2>_pq. The average of f(z_a, z_b) / (s_a s_b) for a function f is the
+    second matrix times the Gaussian average of f with C - (C D_a C + C D_b C) / M in place of C,
+    where D_a selects the positions of sample a. The variances of this matrix, on average over
+    positions, differ from pair to pair.
 
     Returns:
         The three matrices; the second is a factor on the tangent, the third is the ``factor`` of a
