@@ -1,21 +1,22 @@
-"""Differentiable mean-field theory of neural networks, checked against the real network.
+"""Differentiable mean-field theory of neural networks, checked against real networks.
 
-A network is data: one pass over it gives the theory, the same data builds the Flax network, and
-the toolkit measures whether the two agree. The names below follow that way::
+A network is specified as data. One pass over the specification gives the theory, the same
+specification builds the Flax network, and measurements show whether the two agree. The names below
+are listed in this order::
 
     spec      Network, mlp, cnn, preact_resnet and the layers
     theory    analyze -> Theory (order_parameters, fisher, eta_max);
-              fixed_point, phase_diagram, batch_growth: blocks repeated without end
+              fixed_point, phase_diagram, batch_growth: infinitely many blocks
     network   build, functional, calibrate
     measure   fisher_operator, FisherOperator -> top_eigenvalues, spectral_density, trace,
               layer_table;
-              diagnostics: activations, gradients, statistics of a model, inside
-    compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs
+              diagnostics: activations, gradients and statistics inside a model
+    compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs;
               compare, plot_comparison: one network with each of the normalization layers
-    use       optimizer, learning_rate_for: the learning rate of a specification, of any model;
+    use       optimizer, learning_rate_for: the learning rate of a specification or of any model;
               train: many runs at once, over scales, learning rates and seeds;
-              sweep, load_sweep, plot_sweep: a grid of them on any number of devices, in a store;
-              tune, objectives, plot_tuning: descend the theory's gradient over gamma, beta, ...
+              sweep, load_sweep, plot_sweep: a grid of runs on any number of devices, in a store;
+              tune, objectives, plot_tuning: gradient descent on the theory over gamma, beta, ...
 """
 
 from meanfield_jax import data, diagnostics, layers, objectives

@@ -20,37 +20,37 @@ from meanfield_jax.status import Status
 from meanfield_jax.theory.analyze import Theory, analyze
 from meanfield_jax.theory.compiled import compiled
 
-"""What can be tuned; the positive ones on a logarithmic scale."""
-
 FAR = 100.0
-"""A number without bounds has run away when it changed by this factor (beta: by this much)."""
+"""The descent has diverged when a number without bounds changed by this factor (beta: amount)."""
 
 FLAT = 1e-3
-"""An objective is said not to depend on a number that changes it, relatively, by less."""
+"""An objective is called independent of numbers that change it by less than this fraction."""
 
 TOLERANCE = 1e-5
-"""A BatchNorm's eps makes objectives fall that much with scales that mean nothing otherwise."""
+"""Default tolerance; the eps of a BatchNorm gives objectives slopes of this size along scales that
+have no effect otherwise."""
 
 CHUNK = 20
-"""Steps between two looks from the host, and rows of history that the device keeps."""
+"""Steps between two checks by the host, and rows of history that the device keeps."""
 
 LONGEST, SHORTEST = 1.0, 2.0**-30
-"""Of the default optimizer: longest step in any coordinate (a factor e), least share of one."""
+"""For the default optimizer, the longest step in any coordinate (a factor e) and its smallest
+fraction."""
 
 QUASI_NEWTON = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
 
 Position = dict[str, Array]
-"""By field, the unconstrained coordinates of its tuned numbers, (numbers,)."""
+"""The unconstrained coordinates of the tuned numbers, (numbers,), by field."""
 
 
 class Leaf(NamedTuple):
     """A number of the specification that is tuned.
 
     Attributes:
-        position: Among the leaves of the specification.
+        position: Its index among the leaves of the specification.
         field: Its name.
-        layer: The layer's path.
-        place: Among the tuned numbers of this field.
+        layer: The path of its layer.
+        place: Its index among the tuned numbers of this field.
     """
 
     position: int
@@ -62,17 +62,17 @@ class Leaf(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a descent is about; a pytree, so that other numbers share what was compiled.
+    """The definition of a descent; a pytree, so that other numbers use the same compiled code.
 
     Attributes:
-        numbers: Those of the specification; None for an offset that is not tuned and known to be 0,
-            which spares the theory its quadrature.
-        bounds: By field, the lower and the upper bound.
-        objective: To be made small.
+        numbers: Numbers of the specification; None for an offset that is known to be 0 and not
+            tuned, for which the theory needs no quadrature.
+        bounds: The lower and the upper bound, by field.
+        objective: The objective to minimize.
         num_samples: As in :func:`analyze`.
-        structure: That of the specification.
+        structure: Structure of the specification.
         leaves: The tuned numbers.
-        optimizer: From optax.
+        optimizer: An optax optimizer; None: L-BFGS.
         statistics: As in :func:`analyze`.
     """
 
@@ -86,7 +86,7 @@ class Problem:
     statistics: str = dataclasses.field(metadata=dict(static=True))
 
     def values(self, position: Position) -> dict[str, Array]:
-        """The numbers themselves: within bounds by a sigmoid, positive by exp."""
+        """The numbers at these coordinates: a sigmoid keeps them in bounds, exp positive."""
 
         def value(field: str, at: Array) -> Array:
             if field in self.bounds:
@@ -97,7 +97,7 @@ class Problem:
         return {field: value(field, at) for field, at in position.items()}
 
     def position(self, values: Mapping[str, np.ndarray]) -> Position:
-        """The inverse of ``values``."""
+        """The coordinates of these numbers, the inverse of ``values``."""
 
         def at(field: str, value: np.ndarray) -> np.ndarray:
             if field in self.bounds:
@@ -115,25 +115,25 @@ class Problem:
         return jax.tree.unflatten(self.structure, numbers)
 
     def theory(self, network: Network, x: Array | None) -> Theory:
-        """What the objective is taken of."""
+        """The theory from which the objective is computed."""
         options: Any = dict(statistics=self.statistics, num_samples=self.num_samples)
         return analyze(network, data=x, **options)
 
 
 class State(NamedTuple):
-    """A descent under way.
+    """The state of a descent.
 
     Attributes:
-        step: How many steps were taken.
-        status: A :class:`Status`; MAX_STEPS while it runs.
-        position: Where it is.
-        start: Where it began.
-        value: The objective there; NaN before the first step.
-        memory: Of the optimizer.
-        slope: The objective's gradient.
+        step: Number of steps taken.
+        status: A :class:`Status`; MAX_STEPS while the descent is running.
+        position: The present coordinates.
+        start: The initial coordinates.
+        value: The objective at ``position``; NaN before the first step.
+        memory: State of the optimizer.
+        slope: Gradient of the objective.
         way: The next step at full length.
-        rate: How much of it is tried, halved until the objective falls enough.
-        rows: One for each step: the last ``CHUNK``, step i at i modulo their number.
+        rate: The fraction of ``way`` that is tried, halved until the objective falls enough.
+        rows: History of the last ``CHUNK`` steps, step i in row i modulo ``CHUNK``.
     """
 
     step: Array
@@ -156,11 +156,11 @@ def descend(
     max_steps: int,
     progress: bool,
 ) -> tuple[State, dict[str, np.ndarray]]:
-    """The state at the end, on the host, and the history: one row for each step."""
+    """The final state, on the host, and the history, with one row per step."""
     state, parts = _started(setting, start), []
     console = Console(stderr=True, quiet=not progress)
     with console.status("Tuning: compiling") as line:
-        # a look after the first step, which tells whether the objective depends on the numbers
+        # the check after the first step tells whether the objective depends on the numbers
         for limit in sorted({1, *range(CHUNK, max_steps, CHUNK), max_steps}):
             taken = int(state.step)
             state = jax.device_get(_descend(setting, state, data, tolerance, limit))
@@ -195,13 +195,13 @@ def _started(setting: Problem, start: Position) -> State:
 def _descend_to(
     setting: Problem, state: State, data: Array | None, tolerance: Array, limit: Array
 ) -> State:
-    """Goes on until the descent ends or has recorded so many steps.
+    """Continues until the descent ends or has recorded ``limit`` steps.
 
-    One evaluation a turn, of a trial that is taken or tried again at half the length: a line search
-    of its own would be compiled as several more copies of theory and derivative.
+    Each turn evaluates one trial step, which is either taken or tried again at half the length. A
+    separate line search would be compiled as several more copies of theory and derivative.
 
     Returns:
-        The state at the end of the descent, or as soon as ``limit`` steps are recorded.
+        The state at the end of the descent, or after ``limit`` recorded steps.
     """
     searching = setting.optimizer is None
     optimizer = optax.with_extra_args_support(setting.optimizer or QUASI_NEWTON)
@@ -240,14 +240,14 @@ def _descend_to(
 
 
 def _sufficient(state: State) -> Array:
-    """What a trial's objective may be at most: a share of the linear decrease, or rounding."""
+    """The largest accepted objective of a trial: a fraction of the linear decrease, or rounding."""
     value = state.value
     rounding = 8 * jnp.finfo(value.dtype).eps * jnp.maximum(1.0, jnp.abs(value))
     return value + 1e-4 * state.rate * _dot(state.slope, state.way) + rounding
 
 
 def _bounded(way: Position, slope: Position) -> Position:
-    """At most LONGEST in any coordinate, and never uphill: then the gradient itself."""
+    """The step limited to LONGEST per coordinate; the negative gradient if it would go uphill."""
     uphill = _dot(way, slope) >= 0
     way = jax.tree.map(lambda step, up: jnp.where(uphill, -up, step), way, slope)
     scale = jnp.minimum(1.0, LONGEST / jnp.maximum(largest(way), jnp.finfo(float).tiny))
@@ -263,7 +263,7 @@ def _taken(
     row: dict[str, Array],
     tolerance: Array,
 ) -> State:
-    """The state at a trial, which becomes a row of the history."""
+    """The state after taking a trial step, which becomes a row of the history."""
     place = state.step % CHUNK
     rows = {name: column.at[place].set(row[name]) for name, column in state.rows.items()}
     status = _status(setting, trial, state.start, value, slope, tolerance)
@@ -314,7 +314,7 @@ def _status(
 
 
 def _reach(field: str) -> float:
-    """How far a coordinate may go: a factor for those that are logarithms."""
+    """How far a coordinate may move, which is a factor for those that are logarithms."""
     return math.log(FAR) if tunable_fields()[field] else FAR
 
 
@@ -324,14 +324,14 @@ def largest(tree: Any) -> Array:
 
 
 def _independent(setting: Problem, state: State, data: Array | None, tolerance: float) -> bool:
-    """Whether the objective, not being solved, is the same at the start and to both sides of it."""
+    """Whether an unsolved objective is the same at the start and on both sides of it."""
     value = float(state.value)
     flat = FLAT * abs(value)
     if state.status == Status.NOT_FINITE or abs(value) <= tolerance or largest(state.slope) > flat:
         return False
     start, unravel = ravel_pytree(state.start)
     for factor in (0.5, 2.0):
-        # each number by another amount: moving all alike may be the one thing that changes nothing
+        # each number by a different amount, as moving all alike may happen to have no effect
         change = math.log(factor) * jnp.cos(jnp.arange(start.size))
         moved = setting.values(unravel(start + change))
         network = setting.network_at({field: at.tolist() for field, at in moved.items()})

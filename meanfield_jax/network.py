@@ -1,4 +1,4 @@
-"""A network is data: an input shape and a tuple of layers; presets for the usual ones."""
+"""A network as data: an input shape and a tuple of layers, with presets for common networks."""
 
 import dataclasses
 import json
@@ -31,17 +31,17 @@ FORMAT = "meanfield_jax.Network/1"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Network:
-    """The specification of a network: theory, Flax network and files are made from it.
+    """The specification of a network, from which theory, Flax network and JSON are made.
 
-    A pytree whose leaves are the layers' numbers (weight_var, bias_var, gamma, beta): specs can be
-    built inside ``jax.vmap`` and ``jax.grad``.
+    It is a pytree whose leaves are the numbers of the layers (weight_var, bias_var, gamma, beta),
+    so that specifications can be built inside ``jax.vmap`` and ``jax.grad``.
 
     Args:
-        input_shape: One sample's shape, (features,) or (height, width, channels).
+        input_shape: Shape of one sample, (features,) or (height, width, channels).
         layers: The layers, first to last.
 
     Raises:
-        SpecError: if a layer does not fit after the one before it; the message names its path.
+        SpecError: if a layer does not fit the one before it; the message gives the layer's path.
 
     Example:
         >>> import meanfield_jax as mf
@@ -60,25 +60,26 @@ class Network:
         object.__setattr__(self, "layers", tuple(self.layers))
         if len(self.input_shape) not in (1, 3):
             remedy = "use (features,) or (height, width, channels)"
-            raise problem(SpecError, "input_shape", self.input_shape, "not understood", remedy)
+            cause = "must have one or three entries"
+            raise problem(SpecError, "input_shape", self.input_shape, cause, remedy)
         for size in self.input_shape:
             check_positive_int("input_shape", size)
         for index, inner in enumerate(self.layers):
             if not isinstance(inner, Layer):
-                remedy = f"use {', '.join(LAYERS)}"
+                remedy = f"use one of {', '.join(LAYERS)}"
                 raise problem(SpecError, f"layers/{index}", inner, "not a layer", remedy)
         if not self.layers:
-            raise problem(SpecError, "layers", self.layers, "empty", "give at least one layer")
+            raise problem(SpecError, "layers", self.layers, "empty", "pass at least one layer")
         self.body.output(Signal(self.input_shape))
 
     @property
     def body(self) -> Sequential:
-        """The layers as one layer."""
+        """All layers as a single layer."""
         return Sequential(self.layers)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """One sample's shape after the last layer."""
+        """Shape of one sample after the last layer."""
         return self.body.output(Signal(self.input_shape)).shape
 
     @property
@@ -87,10 +88,10 @@ class Network:
         return self.body.num_parameters(self.input_shape)
 
     def validate(self) -> None:
-        """Checks every number that is known (not traced) and names all that make no sense.
+        """Checks every number that is known (not traced) and reports all that are not valid.
 
         Raises:
-            SpecError: one line with path, value, cause and remedy of each problem.
+            SpecError: in one line, the path, value, cause and remedy of each problem.
         """
         check_numbers(self.body)
 
@@ -102,17 +103,17 @@ class Network:
 
     @classmethod
     def from_json(cls, text: str) -> "Network":
-        """Reads what :meth:`to_json` wrote; SpecError where the text is something else."""
+        """Reads what :meth:`to_json` wrote; raises SpecError for any other text."""
         try:
             spec = json.loads(text)
         except json.JSONDecodeError as error:
             raise SpecError(f"specification: not JSON ({error}); write it with to_json") from None
         if not isinstance(spec, dict) or spec.get("format") != FORMAT:
-            raise SpecError(f"specification: no {FORMAT!r} in it; write it with to_json")
+            raise SpecError(f"specification: its format is not {FORMAT!r}; write it with to_json")
         for name in ("input_shape", "layers"):
             if not isinstance(spec.get(name), list):
                 remedy = "write the specification with to_json"
-                raise problem(SpecError, name, spec.get(name), "not a list", remedy)
+                raise problem(SpecError, name, spec.get(name), "must be a list", remedy)
         return cls(tuple(spec["input_shape"]), tuple(_decode(inner) for inner in spec["layers"]))
 
     def __repr__(self) -> str:
@@ -137,7 +138,7 @@ class Network:
 
 
 def _without_children(layer: Layer) -> str:
-    """The layer's own line; a combinator's without what is inside."""
+    """The line of the layer itself; a combinator's does not show the layers inside."""
     if not layer.children():
         return repr(layer)
     own = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}  # pyright: ignore[reportArgumentType]
@@ -146,7 +147,7 @@ def _without_children(layer: Layer) -> str:
 
 
 def check_numbers(layer: Layer) -> None:
-    """Raises SpecError naming every known number inside the layer that makes no sense."""
+    """Raises SpecError with every known number inside the layer that is not valid."""
     problems = [
         f"{path}/{type(inner).__name__}.{field}={value!r}: {cause}; {remedy}".lstrip("/")
         for path, inner in walk(layer)
@@ -157,14 +158,14 @@ def check_numbers(layer: Layer) -> None:
 
 
 def walk(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
-    """Every layer with its path, combinators before what is inside them."""
+    """Yields every layer with its path, combinators before the layers inside them."""
     yield path, layer
     for name, inner in layer.children().items():
         yield from walk(inner, f"{path}/{name}" if path else name)
 
 
 def normalizes_over_batch(layer: Layer) -> bool:
-    """Whether any layer inside normalizes by statistics of the batch."""
+    """Whether any layer inside normalizes with statistics of the batch."""
     return any(inner.over_batch for _, inner in walk(layer))
 
 
@@ -181,11 +182,11 @@ def mlp(
     """A fully connected network: [Dense, norm, activation] for each width, then Dense(outputs).
 
     Args:
-        widths: Units of each hidden layer.
-        inputs: Input features.
-        outputs: Output units C.
+        widths: Number of units of each hidden layer.
+        inputs: Number of input features.
+        outputs: Number of output units, C.
         activation: A name, a function, or an :class:`Activation`.
-        norm: A layer put before each activation, such as ``BatchNorm(gamma=1.0)``.
+        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``.
         weight_var: sigma_w^2 of every layer.
         bias_var: sigma_b^2 of every layer.
 
@@ -217,18 +218,18 @@ def cnn(
     weight_var: float | Array = 2.0,
     bias_var: float | Array = 0.5,
 ) -> Network:
-    """A convolutional network: [Conv, norm, activation] for each, a head, then Dense(outputs).
+    """A convolutional network: [Conv, norm, activation] per entry, a head, then Dense(outputs).
 
     Args:
-        channels: Channels of each convolution.
+        channels: Number of channels of each convolution.
         inputs: (height, width, channels) of the images.
-        outputs: Output units C.
+        outputs: Number of output units, C.
         kernel_size: Side of the window.
         stride: Step of the window.
         padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
         head: ``"flatten"`` or ``"mean"`` (over positions).
         activation: A name, a function, or an :class:`Activation`.
-        norm: A layer put before each activation, such as ``BatchNorm(gamma=1.0)``.
+        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``.
         weight_var: sigma_w^2 of every layer.
         bias_var: sigma_b^2 of every layer.
 
@@ -263,20 +264,21 @@ def preact_resnet(
 ) -> Network:
     """A residual network that normalizes before weights, as He et al. 2016 (arXiv:1603.05027).
 
-    A 3x3 convolution of stride 1; for each number of channels residual blocks x + Conv(phi(norm(
-    Conv(phi(norm(x)))))), led by [norm, phi, Conv of stride 2] to it from the stage before; at the
-    end norm, phi, the mean over positions, Dense(outputs).
+    It begins with a 3x3 convolution of stride 1. Each stage has residual blocks
+    x + Conv(phi(norm(Conv(phi(norm(x)))))); all stages but the first begin with
+    [norm, phi, Conv of stride 2], which sets their number of channels. At the end there are norm,
+    phi, the mean over positions and Dense(outputs).
 
     Departure: a change of resolution is not a residual block, so that there is no projected
-    shortcut, and biases are drawn, with variance 0, where He et al. have none.
+    shortcut; and biases are drawn (with variance 0), where He et al. have none.
 
     Args:
-        channels: Channels of each stage; each stage after the first halves the resolution.
-        blocks: Residual blocks of each stage.
+        channels: Number of channels of each stage; stages after the first halve the resolution.
+        blocks: Number of residual blocks in each stage.
         inputs: (height, width, channels) of the images.
-        outputs: Output units C.
+        outputs: Number of output units, C.
         activation: A name, a function, or an :class:`Activation`.
-        norm: A layer put before each activation, such as ``BatchNorm(gamma=1.0)``.
+        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``.
         weight_var: sigma_w^2 of every layer.
         bias_var: sigma_b^2 of every layer.
 
@@ -317,7 +319,7 @@ def _around(norm: Layer | None, weights: Layer | None, activation) -> tuple[Laye
 
 
 def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
-    """The layer's own value problems, after its numbers were found to be numbers."""
+    """The problems with the layer's values, once they are known to be numbers."""
     known, held = True, {path.partition("/")[0] for path in inner.children()}
     for field in dataclasses.fields(inner):  # pyright: ignore[reportArgumentType]
         value = getattr(inner, field.name)
@@ -326,10 +328,11 @@ def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
         if isinstance(value, Tracer):
             known = False
         elif not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
-            yield field.name, value, "not a number", "give a float"
+            yield field.name, value, "must be a number", "pass a float"
             known = False
         elif jnp.result_type(value) in (jnp.float16, jnp.bfloat16):
-            yield field.name, value, "half precision loses the theory", "use float32 or float64"
+            cause = "half precision is too coarse for the theory"
+            yield field.name, value, cause, "use float32 or float64"
             known = False
     if known:
         yield from inner.value_problems()
@@ -342,8 +345,9 @@ def _encode(value: Any) -> Any:
         fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}  # pyright: ignore[reportArgumentType]
         return dict(type=type(value).__name__, **fields)
     if callable(value):
-        remedy = "use a named activation to save the network"
-        raise problem(SpecError, "Activation.function", value, "a function is no data", remedy)
+        cause = "a function cannot be written as JSON"
+        remedy = "use a named activation in networks to be saved"
+        raise problem(SpecError, "Activation.function", value, cause, remedy)
     return np.asarray(value).tolist() if isinstance(value, (np.ndarray, jax.Array)) else value
 
 

@@ -1,7 +1,7 @@
-"""What :func:`meanfield_jax.tune` can descend: scalars of a theory, each to be made small.
+"""Objectives for :func:`meanfield_jax.tune`: scalars of a theory that are to be minimized.
 
-An objective of your own is any function from :class:`Theory` to a scalar, of JAX operations; best
-of order one, such as a logarithm of what matters.
+Any other function from :class:`Theory` to a scalar that consists of JAX operations is an objective,
+too. Its values should be of order one, for example the logarithm of the quantity of interest.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.variants import has_batch_norm
 
 MARGIN = 1e-3
-"""How far above its floor a constraint ends, relative, where the objective presses by 1."""
+"""Relative distance above its floor at which a constraint ends, for an objective of slope 1."""
 
 HOLD = 1e3
-"""Weight of the squared logarithm by which an output scale is held."""
+"""Weight of the squared logarithm that holds the scale of the outputs."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +31,7 @@ HOLD = 1e3
 class Objective:
     """A scalar of a theory with its options; a pytree whose leaves are the options.
 
-    So all objectives of one measure share what was compiled for them.
+    All objectives with the same measure therefore use the same compiled code.
 
     Attributes:
         measure: Maps a theory and the options to a scalar.
@@ -51,13 +51,13 @@ class Objective:
 
 
 def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
-    r"""The largest stable learning rate is to be ``value``.
+    r"""Makes the largest stable learning rate equal to ``value``.
 
     .. math:: (\log \eta_{max} - \log value)^2
 
     Args:
         value: The learning rate.
-        momentum: Of the heavy ball, in [0, 1).
+        momentum: Momentum of the heavy ball, in [0, 1).
 
     Returns:
         The objective, a function of a theory; it is 0 where eta_max is ``value``.
@@ -78,24 +78,24 @@ def _target_eta_max(theory: Theory, value: float, momentum: float) -> Array:
 
 
 def max_eta_max(min_output_variance: float = 1.0) -> Objective:
-    r"""The largest stable learning rate at which the outputs still vary over the inputs.
+    r"""Maximizes the largest stable learning rate while the outputs still vary over the inputs.
 
     .. math:: \log \lambda_{max} + b(\log V - \log V_{min})
 
-    V is :func:`output_variance`, b the logarithmic barrier -m log(s), m = 1e-3, continued by a
-    parabola below s = m/2 so that any start will do. Without a floor there is no optimum:
-    lambda_max falls with the squared scale of the outputs, and a network of small outputs learns no
-    faster. The minimum has s = m / (d log lambda_max / d log V), about 0.1 % above the floor, and
-    never below it unless lambda_max grows faster than V^4.
+    V is :func:`output_variance`, and b is the logarithmic barrier b(s) = -m log(s) with m = 1e-3,
+    continued by a parabola below s = m/2 so that any start is possible. Without a floor there is no
+    optimum: lambda_max falls with the squared scale of the outputs, and a network with small
+    outputs does not learn faster. The minimum is at s = m / (d log lambda_max / d log V), about
+    0.1 % above the floor, and never below it unless lambda_max grows faster than V^4.
 
     Args:
-        min_output_variance: V_min.
+        min_output_variance: V_min, the smallest variance of the outputs.
 
     Returns:
         The objective, a function of a theory.
 
     Accuracy:
-        Ends 0.1 % above the floor (tests/test_tune.py).
+        The variance ends 0.1 % above the floor (tests/test_tune.py).
     """
     floor = _positive("min_output_variance", min_output_variance)
     return Objective(_max_eta_max, dict(min_output_variance=floor))
@@ -107,7 +107,7 @@ def _max_eta_max(theory: Theory, min_output_variance: float) -> Array:
 
 
 def _barrier(distance: Array, margin: float) -> Array:
-    """-margin log(distance), continued below margin / 2 by the parabola with its curvature."""
+    """-margin log(distance), continued below margin / 2 by a parabola of the same curvature."""
     edge = margin / 2
     inside = jnp.log(jnp.maximum(distance, edge))
     beyond = (((distance - 2 * edge) / edge) ** 2 - 1) / 2 - math.log(edge)
@@ -115,18 +115,19 @@ def _barrier(distance: Array, margin: float) -> Array:
 
 
 def sharpness(output_variance: float = 1.0) -> Objective:
-    r"""The largest eigenvalue is to stand out as little as it can: pathological sharpness.
+    r"""Minimizes the ratio of largest to mean eigenvalue, a measure of pathological sharpness.
 
     .. math:: \log \frac{\lambda_{max}}{\bar\lambda} + \frac{1000}{2} (\log V - \log V_0)^2
 
-    The ratio alone is blind to the scale of the outputs, which multiplies all eigenvalues, and only
-    falls on as the scale of the last layers grows and its biases cease to count. So the scale is
-    held: V is :func:`output_variance`, and ends within (d log ratio / d log V) / 1000 of V_0. One
-    shared number is then fixed by V_0 alone: tune one for each layer, or two fields. Give bounds:
-    the ratio may fall for ever as one layer's scale grows and another's shrinks.
+    The ratio alone does not depend on the scale of the outputs, which multiplies all eigenvalues,
+    and it keeps falling as the scale of the last layers grows and their biases become negligible.
+    The scale is therefore held fixed: V is :func:`output_variance`, which ends within
+    (d log ratio / d log V) / 1000 of V_0. A single shared number would then be determined by V_0
+    alone, so tune one for each layer, or two fields. Use bounds, because the ratio may fall forever
+    as the scale of one layer grows and that of another shrinks.
 
     Args:
-        output_variance: V_0.
+        output_variance: V_0, the variance at which the outputs are held.
 
     Returns:
         The objective, a function of a theory.
@@ -141,15 +142,15 @@ def _sharpness(theory: Theory, variance: float) -> Array:
 
 
 def equal_shares() -> Objective:
-    r"""The weights of all layers are to have the same share of the outlier, hence of lambda_max.
+    r"""Makes the weights of all layers contribute equally to the outlier, hence to lambda_max.
 
     .. math:: L \sum_l p_l^2 - 1, \quad p_l = f_l / \sum_m f_m
 
-    f_l is what the weights of the l-th of L layers contribute (``Fisher.contributions``). 0 where
-    all are equal; 1 / (L - 1) where one layer contributes nothing whatever the numbers (the first,
-    for i.i.d. inputs without limit) and the others are equal. With BatchNorm in training
-    (``statistics="batch"``) and many samples only the last layer contributes, and nothing can be
-    tuned; in evaluation a rectifier's shares depend on beta / gamma only.
+    f_l is the contribution of the weights of the l-th of L layers (``Fisher.contributions``). The
+    objective is 0 if all are equal, and 1 / (L - 1) if one layer contributes nothing whatever the
+    numbers (the first, for infinitely many i.i.d. inputs) and the others are equal. With BatchNorm,
+    ``statistics="batch"`` and many samples, only the last layer contributes and nothing can be
+    tuned; with ``"frozen"`` and a rectifier the fractions p_l depend on beta / gamma only.
 
     Returns:
         The objective, a function of a theory, from 0 to L - 1.
@@ -164,20 +165,21 @@ def _equal_shares(theory: Theory) -> Array:
 
 
 def unit_growth() -> Objective:
-    r"""Gradients are to keep their size from layer to layer, neither exploding nor vanishing.
+    r"""Makes gradients keep their size from layer to layer, neither exploding nor vanishing.
 
     .. math:: \frac{1}{L-1} \sum_l (\log growth_l)^2
 
-    The growth is :func:`growth`. tanh reaches 1 as gamma goes to 0 and it becomes linear; a
-    rectifier (1.467 with beta = 0, whatever gamma) as beta / gamma grows, so tune beta too. The
-    mean that all samples then share costs learning rate: FC 784-1000x3-10, .024 to .002.
+    The growth is :func:`growth`. It reaches 1 for tanh as gamma goes to 0 and tanh becomes linear,
+    and for a rectifier (1.467 with beta = 0, whatever gamma) as beta / gamma grows, so tune beta as
+    well. All samples then have a mean in common, which lowers the stable learning rate: for
+    FC 784-1000x3-10 from .024 to .002.
 
     Returns:
         The objective, a function of a theory; it is 0 where every growth is 1.
 
     Accuracy:
         With the default tolerance the largest growth ends at 1.001 (one gamma for 30 layers of
-        tanh) to 1.006 (30 gammas); a smaller one comes closer (benchmarks/tune_speed.py).
+        tanh) to 1.006 (30 gammas); a smaller tolerance comes closer (benchmarks/tune_speed.py).
     """
     return Objective(_unit_growth)
 
@@ -187,17 +189,17 @@ def _unit_growth(theory: Theory) -> Array:
 
 
 def growth(theory: Theory) -> Array:
-    r"""How much the squared gradient grows through each layer, towards the input; (layers - 1,).
+    r"""Factor by which the squared gradient grows per layer, towards the input; (layers - 1,).
 
     .. math:: \frac{\tilde q^l s_l^2}{\tilde q^{l+1} s_{l+1}^2}
 
-    With BatchNorm s_l^2 = q - q_xy, the variance of a pre-activation over inputs: the gradient is
-    taken in the units in which the next BatchNorm sees it, so that a scale gamma that differs from
-    layer to layer, which a BatchNorm after it takes out again, counts for nothing; every layer then
-    has gamma^2 E[phi'^2] / Var(phi). Without BatchNorm s_l = 1, and it is chi_1.
+    With BatchNorm s_l^2 = q - q_xy, the variance of a pre-activation over inputs. The gradient is
+    thus measured in the units of the next BatchNorm, so that a scale gamma that differs from layer
+    to layer, and that the BatchNorm after it removes, has no effect: the growth of every layer is
+    gamma^2 E[phi'^2] / Var(phi). Without BatchNorm s_l = 1, and the growth is chi_1.
 
     Args:
-        theory: Of a chain of layers.
+        theory: Theory of a chain of layers.
 
     Returns:
         The growth from each layer of weights to the one before it, first to last; 1 where the
@@ -213,7 +215,7 @@ def growth(theory: Theory) -> Array:
 
 
 def output_variance(theory: Theory) -> Array:
-    """The variance of one network's output over the inputs, q - q_xy of the last layer."""
+    """The variance of a network's output over the inputs, q - q_xy of the last layer."""
     order = theory.order_parameters
     return order.q[-1] - order.q_xy[-1]
 
@@ -225,4 +227,5 @@ def _log_square(ratio: Array) -> Array:
 def _positive(argument: str, value: Any) -> float:
     if isinstance(value, (int, float, np.number)) and 0 < value < math.inf:
         return float(value)
-    raise problem(SpecError, argument, value, "not a positive number", "give e.g. 0.1")
+    cause, remedy = "must be a finite positive number", "pass, e.g., 0.1"
+    raise problem(SpecError, argument, value, cause, remedy)

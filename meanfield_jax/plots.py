@@ -1,4 +1,4 @@
-"""Pictures of predictions and measurements; each function returns a matplotlib Figure."""
+"""Plots of predictions and measurements; each function returns a matplotlib Figure."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
 
-# Okabe & Ito's colours, told apart by colour-blind readers too
+# the colours of Okabe & Ito, which colour-blind readers can distinguish
 COLOR = {"batch": "#0072B2", "frozen": "#D55E00", "wei2019": "#009E73", "vanilla": "#555555"}
 LABEL = {
     "batch": "theory, training mode",
     "frozen": "theory, evaluation mode",
     "wei2019": "as published (Wei et al. 2019)",
 }
-# the same with black and grey, for up to nine norms
+# the same colours with black and grey, for up to nine norms
 NORM_COLORS = (
     "#777777",
     "#0072B2",
@@ -110,13 +110,13 @@ def plot_spectrum(
     predicted: np.ndarray | None = None,
     measured: np.ndarray | None = None,
 ) -> Figure:
-    """The density of the Fisher matrix's spectrum, on logarithmic axes.
+    """The spectral density of the Fisher matrix, on logarithmic axes.
 
     Args:
         density: What :func:`meanfield_jax.spectral_density` returned.
-        num_eigenvalues: Number of eigenvalues of the operator: the density is shown as a count.
-        predicted: All eigenvalues that theory predicts, shown as a second histogram.
-        measured: Eigenvalues to mark with ticks.
+        num_eigenvalues: Number of eigenvalues of the operator, to show the density as counts.
+        predicted: All eigenvalues that the theory predicts, shown as a second histogram.
+        measured: Measured eigenvalues, marked by ticks.
 
     Returns:
         The figure.
@@ -149,16 +149,16 @@ def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     """A phase diagram of training: a result over learning rate and scale, with the boundaries.
 
     Args:
-        dataset: What :func:`meanfield_jax.sweep` returned, with axes "learning_rate" and another.
-        value: What to show, after the last epoch and averaged over seeds: test_loss (where there
-            is one), loss or test_accuracy.
+        dataset: What :func:`meanfield_jax.sweep` returned, with "learning_rate" and another axis.
+        value: The result to show, after the last epoch and averaged over seeds: test_loss, loss or
+            test_accuracy; None: test_loss if there is one, else loss.
 
     Returns:
         A figure with one panel for each combination of further axes: white where any seed
-        diverged, lines where theory puts the boundary.
+        diverged, with lines at the boundaries that the theory predicts.
 
     Raises:
-        DataError: for a data set without these axes.
+        DataError: if the data set does not have these axes.
     """
     from matplotlib.figure import Figure
 
@@ -167,7 +167,8 @@ def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     ]
     if "learning_rate" not in dataset.dims or not across:
         remedy = "sweep over learning_rate and one more axis"
-        raise problem(DataError, "dataset", list(dataset.dims), "no plane to show", remedy)
+        cause = "it needs learning_rate and another axis"
+        raise problem(DataError, "dataset", list(dataset.dims), cause, remedy)
     vertical = "gamma" if "gamma" in across else across[0]
     across.remove(vertical)
     values = itertools.product(*(dataset[name].values for name in across))
@@ -190,7 +191,7 @@ def draw_sweep(
     values = shown.values
     finite = values[np.isfinite(values) & (values > 0)]
     positive = finite.size > 0 and value != "test_accuracy"
-    # a few runs just below the boundary would take all the colours
+    # otherwise a few runs just below the boundary would use up the colour scale
     norm = LogNorm(finite.min(), np.quantile(finite, 0.98)) if positive else None
     edges = [_edges(shown[name].values) for name in ("learning_rate", vertical)]
     mesh = axes.pcolormesh(*edges, values, norm=norm, cmap="viridis", rasterized=True)
@@ -215,13 +216,13 @@ def draw_sweep(
 
 
 def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
-    """Depth scale of correlations over the variances of weights and biases, on a logarithmic scale.
+    """Depth scale of correlations over the variances of weights and biases, in logarithmic colours.
 
     Args:
         dataset: What :func:`meanfield_jax.phase_diagram` returned.
 
     Returns:
-        A figure: white where there is no fixed point, a line where chi_1 = 1.
+        A figure that is white where there is no fixed point, with a line where chi_1 = 1.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -235,7 +236,7 @@ def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
     label = "depth scale of correlations xi_c (blocks)"
     figure.colorbar(mesh, ax=axes, label=label, extend="both")
     line = (dataset.bias_var, dataset.critical_weight_var)
-    # ReLU's is one point
+    # for ReLU it is a single point
     marker = "o" if np.isfinite(line[1]).sum() == 1 else None
     axes.plot(*line, color="white", lw=2.5, marker=marker, clip_on=False)
     axes.plot(*line, color="black", lw=1, marker=marker, ms=4, clip_on=False, label="chi_1 = 1")
@@ -252,7 +253,7 @@ def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
 
 
 def _edges(centers: np.ndarray) -> np.ndarray:
-    """Borders of the cells around these values, in the middle on a logarithmic axis."""
+    """Borders of the cells around these values, halfway between them on a logarithmic axis."""
     positive = centers.min() > 0
     at = np.log(centers) if positive else np.asarray(centers, float)
     if len(at) == 1:
@@ -264,13 +265,13 @@ def _edges(centers: np.ndarray) -> np.ndarray:
 
 
 def plot_tuning(tuning: Tuning) -> Figure:
-    """What was tuned before and after, by layer, with the shares of lambda_max.
+    """The tuned numbers before and after, by layer, with each layer's share of lambda_max.
 
     Args:
         tuning: What :func:`meanfield_jax.tune` returned.
 
     Returns:
-        A figure with a panel for each field tuned, one for the shares, one for the descent.
+        A figure with a panel for each tuned field, one for the shares and one for the descent.
     """
     from matplotlib.figure import Figure
 
@@ -306,23 +307,24 @@ TUNING = (
 
 
 def _shares(theory: Theory) -> np.ndarray:
-    """Of the outlier, by layer of weights."""
+    """The share of each layer of weights in the outlier."""
     shares = theory.fisher.contributions
     total = np.asarray(shares.weights + shares.biases + shares.norm)
     return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
 
 
 def plot_comparison(dataset: xr.Dataset) -> Figure:
-    """The norms side by side: stability over batch size, and what is learnt with each.
+    """The norms side by side: stability over batch size, and training loss and test accuracy.
 
     Args:
         dataset: What :func:`meanfield_jax.compare` returned.
 
     Returns:
-        A figure with four panels: lambda_max, on the right eta_max, over batch size (lines: theory,
-        points: measured, with standard errors over draws); training loss over learning rate at the
-        middle batch size (ticks at the top: eta_max by theory); over batch size the training loss
-        and the test accuracy at each one's own best rate. Points missing where all runs diverged.
+        A figure with four panels: lambda_max, with eta_max on the right axis, over batch size
+        (lines: theory, points: measured, with standard errors over draws); training loss over
+        learning rate at the middle batch size (ticks at the top: predicted eta_max); and over batch
+        size the training loss and the test accuracy at the best learning rate of each norm. Points
+        are missing where all runs diverged.
     """
     from matplotlib.figure import Figure
 
@@ -353,13 +355,13 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
     stability.legend(fontsize=8, ncols=3, frameon=False)
 
     def stable(value: np.ndarray) -> np.ndarray:
-        """From lambda_max to eta_max, and back."""
+        """From lambda_max to eta_max, or back."""
         return np.asarray(stable_rate(jnp.asarray(value), dataset.momentum))
 
     stability.secondary_yaxis("right", functions=(stable, stable)).set_ylabel("eta_max")
-    rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: eta_max by theory)")
+    rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: predicted eta_max)")
     rates.set(yscale="log", ylabel=f"training loss after {dataset.epochs} epochs")
-    loss.set(yscale="log", ylabel="training loss at each one's best rate")
+    loss.set(yscale="log", ylabel="training loss at the best rate of each norm")
     accuracy.set(ylabel="test accuracy at the same rate, %")
     for axes in (stability, rates, loss, accuracy):
         axes.grid(alpha=0.25)

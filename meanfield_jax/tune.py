@@ -40,13 +40,13 @@ class Tuning:
 
     Attributes:
         network: The tuned specification.
-        before: Theory at the start.
-        after: Theory of the tuned one.
+        before: Theory of the network at the start.
+        after: Theory of the tuned network.
         status: A :class:`Status`: CONVERGED, MAX_STEPS, STALLED, NOT_FINITE, DIVERGED or
             INDEPENDENT, see :func:`tune`.
-        message: The same in words, with what to do about it.
-        history: By ``step``: objective, lambda_max, eta_max, and by ``layer`` too every field tuned
-            (NaN where a layer has none).
+        message: The status in words, with a remedy if the descent failed.
+        history: A data set over ``step``: objective, lambda_max, eta_max, and, also over ``layer``,
+            every tuned field (NaN for layers without it).
     """
 
     network: Network
@@ -103,46 +103,49 @@ def tune(
     momentum: float = 0.9,
     progress: bool = False,
 ) -> Tuning:
-    """Changes numbers of a network until an objective of its theory is least.
+    """Minimizes an objective of a network's theory over some of the network's numbers.
 
-    The descent is one compiled loop, and is compiled once for each structure and objective: 6 s for
-    three layers, minutes for thirty written out, 13 s for thirty in a :class:`Repeat`; run again,
-    from any numbers, it takes milliseconds to seconds (benchmarks/tune_speed.py). gamma
-    and the variances move on a logarithmic scale, beta on its own, and those with ``bounds`` on
-    that of a sigmoid between them, which no step leaves. Float64 under ``jax.enable_x64()``.
+    The descent is one compiled loop. It is compiled once for each structure and objective, which
+    takes 6 s for three layers, minutes for thirty written out, and 13 s for thirty in a
+    :class:`Repeat`; every other run, from any numbers, takes milliseconds to seconds
+    (benchmarks/tune_speed.py). gamma and the variances are varied on a logarithmic scale, beta on a
+    linear one, and fields with ``bounds`` on the scale of a sigmoid between the bounds, so that no
+    step leaves them. The computation is in float64 under ``jax.enable_x64()``.
 
     Args:
-        network: The specification, with the numbers to start from. Inside a :class:`Repeat` one
-            number serves all repetitions: to tune one for each, write the layers out, as ``mlp``
-            does.
-        objective: A function from :class:`Theory` to a scalar: one of ``mf.objectives``, or yours.
+        network: The specification, with the numbers to start from. All repetitions inside a
+            :class:`Repeat` use the same number; to tune one for each, write the layers out, as
+            ``mlp`` does.
+        objective: A function from :class:`Theory` to a scalar, from ``mf.objectives`` or any other.
         over: The fields to tune: gamma, beta, weight_var, bias_var.
-        shared: Whether all layers get the same value (at first the mean of theirs).
-        bounds: For some of the fields (low, high).
-        data: A batch, for the theory of these very inputs, see :func:`analyze`.
+        shared: Whether all layers get the same value (starting from the mean of their values).
+        bounds: (low, high) for some of the fields.
+        data: A batch, to use the theory for these inputs, see :func:`analyze`.
         statistics: As in :func:`analyze`.
         num_samples: As in :func:`analyze`.
-        optimizer: Any of optax; None: L-BFGS, each step halved until the objective falls.
-        max_steps: Most steps.
-        tolerance: It has converged where no derivative of the objective with respect to the
-            coordinates (the logarithm of gamma, beta itself) is larger, in units of
+        optimizer: Any optax optimizer; None: L-BFGS, with each step halved until the objective
+            falls.
+        max_steps: Largest number of steps.
+        tolerance: The descent has converged when no derivative of the objective with respect to
+            the coordinates (the logarithm of gamma, beta itself) exceeds this number, in units of
             max(1, |objective|); None: 1e-5, or in float32 the square root of eps, 3.5e-4.
-        momentum: Of eta_max in the history.
+        momentum: Momentum of eta_max in the history.
         progress: Whether to show step and objective on a terminal.
 
     Returns:
-        The tuned network, its theory and the history. The status is ``"diverged"`` where a number
-        without bounds left its start by a factor of 100 (the objective has no minimum nearby, such
-        as eta_max alone), or the objective was not finite, ``"independent"`` where the objective is
-        not solved and does not depend on what is tuned, and ``"stalled"`` where no step makes it
-        smaller though its derivative is not 0: a kink, or rounding.
+        The tuned network, its theory and the history. The status is ``"diverged"`` if a number
+        without bounds changed by a factor of 100 (the objective has no minimum nearby, such as
+        eta_max alone), ``"not_finite"`` if the objective was not finite, ``"independent"`` if the
+        objective is not at its target and does not depend on the tuned numbers, and ``"stalled"``
+        if no step makes it smaller although its derivative is not 0, at a kink or because of
+        rounding.
 
     Raises:
-        SpecError: for fields, numbers or options that make no sense.
-        DataError: for data that does not fit.
+        SpecError: if a field, a number or an option is not valid.
+        DataError: if the data do not fit the network.
 
     Accuracy:
-        A learning rate as target is met to 5e-6, in float32 to 2e-4 (tests/test_tune.py).
+        A target learning rate is reached to 5e-6, in float32 to 2e-4 (tests/test_tune.py).
 
     Example:
         >>> import meanfield_jax as mf
@@ -163,7 +166,7 @@ def tune(
     setting = Problem(
         numbers=_without_zero_offsets(network, leaves),
         bounds=_checked_bounds(bounds or {}, fields),
-        # a function of the user's is compiled for as it is
+        # any other function becomes static, and is compiled for
         objective=objective if isinstance(objective, Objective) else Objective(objective),
         num_samples=num_samples,
         structure=jax.tree.structure(network),
@@ -190,7 +193,7 @@ def tune(
 
 
 def _without_zero_offsets(network: Network, tuned: tuple[Leaf, ...]) -> list[float | None]:
-    """The numbers of the network; None for offsets that are 0 and stay it."""
+    """The numbers of the network; None for offsets that are 0 and are not tuned."""
     positions = {leaf.position for leaf in tuned}
     return [
         None if path[-1].name == "beta" and number == 0 and index not in positions else number
@@ -199,12 +202,12 @@ def _without_zero_offsets(network: Network, tuned: tuple[Leaf, ...]) -> list[flo
 
 
 def _checked_fields(network: Network, over: str | Sequence[str]) -> tuple[str, ...]:
-    """The fields named, in the order of :func:`tunable_fields`."""
+    """The given fields, in the order of :func:`tunable_fields`."""
     named = (over,) if isinstance(over, str) else tuple(over)
     present = {leaf.field for leaf in _leaves(network, tuple(tunable_fields()), shared=False)}
     for field in named or ("",):
         if field not in present:
-            cause = "no layer of this network has such a number"
+            cause = "no layer of this network has such a field"
             remedy = f"use one or more of {', '.join(sorted(present))}"
             raise problem(SpecError, "over", over, cause, remedy)
     return tuple(field for field in tunable_fields() if field in named)
@@ -216,17 +219,18 @@ def _checked_bounds(
     for field, ends in bounds.items():
         name = f"bounds[{field!r}]"
         if field not in fields:
-            raise problem(SpecError, name, ends, "not tuned", f"use one of {', '.join(fields)}")
+            cause = "this field is not tuned"
+            raise problem(SpecError, name, ends, cause, f"use one of {', '.join(fields)}")
         least = 0.0 if tunable_fields()[field] else -math.inf
         if not (len(ends) == 2 and least <= ends[0] < ends[1] < math.inf and ends[0] > -math.inf):
-            cause = "not two finite numbers, the lower one first"
+            cause = "must be two finite numbers, the lower one first"
             cause += " and not negative" * tunable_fields()[field]
-            raise problem(SpecError, name, ends, cause, "give e.g. (0.05, 5)")
+            raise problem(SpecError, name, ends, cause, "pass, e.g., (0.05, 5)")
     return {field: (float(low), float(high)) for field, (low, high) in bounds.items()}
 
 
 def _leaves(network: Network, fields: Sequence[str], shared: bool) -> tuple[Leaf, ...]:
-    """The numbers with these names, first layer to last."""
+    """The numbers with these names, from the first layer to the last."""
     leaves, count = [], dict.fromkeys(fields, 0)
     for index, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(network)):
         field = path[-1].name
@@ -238,7 +242,7 @@ def _leaves(network: Network, fields: Sequence[str], shared: bool) -> tuple[Leaf
 
 
 def _start(setting: Problem) -> dict[str, np.ndarray]:
-    """The numbers to start from, by field: those of the network, the mean of those that share."""
+    """The numbers to start from, by field: those of the network, or their mean if shared."""
     values: dict[str, dict[int, list[Any]]] = {}
     for leaf in setting.leaves:
         value = setting.numbers[leaf.position]
@@ -247,8 +251,9 @@ def _start(setting: Problem) -> dict[str, np.ndarray]:
         low, high = setting.bounds.get(leaf.field, free)
         if not low < value < high:
             name = f"{leaf.layer}.{leaf.field}"
-            remedy = "start from a number between them, or do not tune it"
-            raise problem(SpecError, name, value, f"not above {low:g} and below {high:g}", remedy)
+            cause = f"must be above {low:g} and below {high:g}"
+            remedy = "start from a number between these, or do not tune it"
+            raise problem(SpecError, name, value, cause, remedy)
         values.setdefault(leaf.field, {}).setdefault(leaf.place, []).append(value)
     return {
         field: np.array([np.mean(same) for same in places.values()])
@@ -288,25 +293,25 @@ def _history(
 
 
 def _message(state: State, tolerance: float, present: list[str]) -> str:
-    """The status in words; ``present`` are all fields of the network that can be tuned."""
+    """The status in words; ``present`` lists all fields of the network that can be tuned."""
     fields, steps = tuple(state.position), int(state.step)
     names, last = " and ".join(fields), f"step {steps - 1}"
     others = [name for name in present if name not in fields]
     if state.status == Status.CONVERGED:
         return f"converged at {last}"
     if state.status == Status.NOT_FINITE:
-        return f"the objective is not finite at {last}; start elsewhere or give bounds"
+        return f"the objective is not finite at {last}; use other starting values or bounds"
     if state.status == Status.DIVERGED:
         return (
-            f"{names} left the start by a factor of {FAR:g} by {last} and the objective still "
-            "falls: it has no minimum nearby; give bounds, or hold something fixed, as "
-            "objectives.max_eta_max (a floor on the outputs) and objectives.target_eta_max do"
+            f"{names} changed by a factor of {FAR:g} up to {last} and the objective still falls: "
+            "it has no minimum nearby; use bounds, or an objective that holds something fixed, "
+            "such as objectives.max_eta_max (a floor on the outputs) or objectives.target_eta_max"
         )
     if state.status == Status.INDEPENDENT:
         more = f"; tune {others[0]} as well: over={(*fields, others[0])!r}" if others else ""
         return f"the objective does not depend on {names}{more}"
     steepest = float(largest(state.slope))
     if state.status == Status.STALLED:
-        return f"no step from {last} makes the objective smaller, derivative {steepest:.1e}"
-    reached = f"derivative {steepest:.1e}, tolerance {tolerance:.1e}"
+        return f"no step from {last} makes the objective smaller, its derivative is {steepest:.1e}"
+    reached = f"the derivative is {steepest:.1e}, the tolerance {tolerance:.1e}"
     return f"not converged at {last}: {reached}; raise max_steps"

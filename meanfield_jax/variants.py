@@ -1,4 +1,4 @@
-"""The same network with something changed: scales, variances, widths, depth, no norms."""
+"""Variants of a network, with other scales, variances, widths, depth or norms."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ def has_norm(network: Network) -> bool:
 
 
 def has_batch_norm(network: Network) -> bool:
-    """Whether any layer normalizes by statistics of the batch."""
+    """Whether any layer normalizes with statistics of the batch."""
     return normalizes_over_batch(network.body)
 
 
@@ -40,10 +40,10 @@ def with_norms(network: Network, **changes: Any) -> Network:
 
 
 def with_norm(network: Network, norm: Layer | None) -> Network:
-    """The network with every norm exchanged for this one; None leaves them out.
+    """The network with every norm replaced by this one; None removes them.
 
-    It stands between the weights before and the activation after it, as in the presets; where no
-    activation follows it takes the old norm's place.
+    The new norm stands between the weights before it and the activation after it, as in the
+    presets; if no activation follows, it takes the place of the old norm.
 
     Returns:
         A new specification with the inputs, weights and activations of the old one.
@@ -61,12 +61,12 @@ def with_weight_var(network: Network, weight_var: float | Array) -> Network:
 
 
 def without_norms(network: Network) -> Network:
-    """The network with its norms left out ("vanilla")."""
+    """The network with its norms removed ("vanilla")."""
     return with_norm(network, None)
 
 
 def with_width(network: Network, width: int) -> Network:
-    """The network with so many units or channels in every layer of weights but the last."""
+    """The network with this number of units or channels in all layers of weights but the last."""
     *hidden, last = network.layers
 
     def change(inner: Layer) -> Layer:
@@ -76,13 +76,13 @@ def with_width(network: Network, width: int) -> Network:
 
 
 def with_depth(network: Network, depth: int) -> Network:
-    """The network with so many hidden blocks (weights and what follows them), all alike.
+    """The network with this number of identical hidden blocks (weights and what follows them).
 
     Returns:
         A new specification: the hidden block ``depth`` times, then the last layer.
 
     Raises:
-        SpecError: where the hidden layers are not one block again and again.
+        SpecError: if the hidden layers are not repetitions of one block.
     """
     check_positive_int("depth", depth)
     *hidden, last = network.layers
@@ -90,7 +90,8 @@ def with_depth(network: Network, depth: int) -> Network:
     blocks = [tuple(hidden[a:b]) for a, b in itertools.pairwise([*starts, len(hidden)])]
     if not blocks or starts[0] > 0 or any(block != blocks[0] for block in blocks):
         cause = "the network's hidden blocks are not all alike"
-        raise problem(SpecError, "depth", depth, cause, "give one such as mlp([100] * 3, ...)")
+        remedy = "use a network such as mlp([100] * 3, ...)"
+        raise problem(SpecError, "depth", depth, cause, remedy)
     return Network(network.input_shape, (*blocks[0] * depth, last))
 
 
@@ -99,12 +100,12 @@ def _changed(network: Network, change: Callable[[Layer], Layer]) -> Network:
 
 
 def variants_of(network: Network, gammas: Iterable[float]) -> dict[str, Network]:
-    """The network as it is, or without its norms and with each scale, by label."""
+    """By label, the network as it is, or without its norms and with each of the scales."""
     gammas = list(gammas)
     if not gammas:
         return {"network": network}
     if not has_norm(network):
-        remedy = "give a network with BatchNorm or another norm, or no gammas"
+        remedy = "use a network with BatchNorm or another norm, or leave gammas out"
         raise problem(SpecError, "gammas", gammas, "the network has no norm", remedy)
     variants = {VANILLA: without_norms(network)}
     return variants | {f"gamma={gamma:g}": with_gamma(network, gamma) for gamma in gammas}

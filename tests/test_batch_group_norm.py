@@ -59,7 +59,7 @@ def test_more_groups_than_channels_are_parts_of_a_map(groups):
     assert_close(model.mean[...], 0.01 * mean, "rounding", 1.0, dtype=np.float32)
     network = mf.cnn([8], inputs=(*shape[:2], 3), kernel_size=1, stride=1, outputs=2, norm=norm)
     assert mf.build(network, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 3, 3))).shape == (2, 2)
-    with pytest.raises(mf.SpecError, match=f"num_groups={groups}: there is no theory of parts"):
+    with pytest.raises(mf.SpecError, match=f"num_groups={groups}: there is no theory for more"):
         mf.analyze(network, num_samples=16)
 
 
@@ -190,7 +190,7 @@ def test_parameters_are_counted():
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        (lambda: mf.BatchGroupNorm(num_groups=0), ("num_groups=0", "whole number")),
+        (lambda: mf.BatchGroupNorm(num_groups=0), ("num_groups=0", "must be an integer")),
         (
             lambda: mf.mlp([12], inputs=4, outputs=2, norm=mf.BatchGroupNorm(num_groups=5)),
             ("layers/1/BatchGroupNorm.num_groups=5", "12 channels", "1, 2, 3, 4, 6, 12"),

@@ -169,7 +169,7 @@ def test_the_table_marks_what_theory_does_not_vouch_for(compared):
     [
         (dict(norms=["batchnorm"]), ("norms='batchnorm'", "use one of none, batch")),
         (dict(norms=[]), ("norms=[]", "empty")),
-        (dict(norms=["instance"]), ("InstanceNorm", "map")),
+        (dict(norms=["instance"]), ("InstanceNorm", "(height, width, channels)")),
         (dict(batch_sizes=[8, 65]), ("batch_sizes=[8, 65]", "64 training samples")),
         (dict(batch_sizes=[]), ("batch_sizes=[]", "at least one")),
         (dict(learning_rates=[]), ("learning_rates=[]", "at least one")),

@@ -304,7 +304,7 @@ def test_runs_train_side_by_side_and_move_their_windows():
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        (lambda: mf.CrossIterationBatchNorm(window=0), ("window=0", "whole number")),
+        (lambda: mf.CrossIterationBatchNorm(window=0), ("window=0", "must be an integer")),
         (lambda: mf.CrossIterationBatchNorm(burn_in=-1), ("burn_in=-1", "iterations")),
         (
             lambda: mf.Network((4,), (mf.CrossIterationBatchNorm(), mf.Dense(2))),

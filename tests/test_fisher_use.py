@@ -246,7 +246,7 @@ def test_a_batch_norm_by_hand_is_never_frozen():
     graphdef, state = nnx.split(model)
     function = lambda p, x: nnx.merge(graphdef, p)(x)  # noqa: E731
     mf.learning_rate_for(function, X, params=state)
-    with pytest.raises(mf.SpecError, match="statistics='frozen': the function normalizes by"):
+    with pytest.raises(mf.SpecError, match="statistics='frozen': the function normalizes over"):
         mf.learning_rate_for(function, X, params=state, statistics="frozen")
 
 

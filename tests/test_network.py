@@ -66,20 +66,25 @@ def refused(build, *parts: str) -> str:
 STRUCTURE = {
     "width zero": (
         lambda: mf.Dense(0),
-        ("Dense.width=0", "not a whole number >= 1", "give one"),
+        ("Dense.width=0", "must be an integer of at least 1", "pass a positive integer"),
     ),
-    "width a fraction": (lambda: mf.Dense(2.5), ("Dense.width=2.5", "not a whole number")),
-    "width a bool": (lambda: mf.Dense(True), ("Dense.width=True", "not a whole number")),
-    "conv width": (lambda: mf.Conv(-3), ("Conv.width=-3", "not a whole number")),
+    "width a fraction": (lambda: mf.Dense(2.5), ("Dense.width=2.5", "must be an integer")),
+    "width a bool": (lambda: mf.Dense(True), ("Dense.width=True", "must be an integer")),
+    "conv width": (lambda: mf.Conv(-3), ("Conv.width=-3", "must be an integer")),
     "kernel zero": (
         lambda: mf.Conv(3, kernel_size=0),
-        ("Conv.kernel_size=0", "not a whole number"),
+        ("Conv.kernel_size=0", "must be an integer"),
     ),
-    "stride zero": (lambda: mf.Conv(3, stride=0), ("Conv.stride=0", "not a whole number")),
-    "repeat zero": (lambda: mf.Repeat(mf.Dense(3), times=0), ("Repeat.times=0", "not a whole")),
+    "stride zero": (lambda: mf.Conv(3, stride=0), ("Conv.stride=0", "must be an integer")),
+    "repeat zero": (lambda: mf.Repeat(mf.Dense(3), times=0), ("Repeat.times=0", "an integer")),
     "unknown activation": (
         lambda: mf.Activation("rellu"),
-        ("Activation.function='rellu'", "not a known name", "relu, leaky_relu", "of your own"),
+        (
+            "Activation.function='rellu'",
+            "unknown activation",
+            "relu, leaky_relu",
+            "pass a function",
+        ),
     ),
     "unknown padding": (
         lambda: mf.Conv(3, padding="same"),
@@ -115,23 +120,23 @@ STRUCTURE = {
     ),
     "dense on a map": (
         lambda: mf.Network((4, 4, 2), (mf.Conv(3), mf.Dense(3))),
-        ("layers/1/input shape=(4, 4, 3)", "Dense takes vectors", "Flatten() or GlobalMeanPool()"),
+        ("layers/1/input shape=(4, 4, 3)", "(features,)", "Flatten() or GlobalMeanPool()"),
     ),
     "convolution on a vector": (
         lambda: mf.Network((8,), (mf.Conv(3),)),
-        ("layers/0/input shape=(8,)", "Conv takes maps", "(height, width, channels)"),
+        ("layers/0/input shape=(8,)", "Conv needs inputs of shape (height, width, channels)"),
     ),
     "flatten on a vector": (
         lambda: mf.Network((8,), (mf.Flatten(),)),
-        ("layers/0/input shape=(8,)", "Flatten takes maps"),
+        ("layers/0/input shape=(8,)", "Flatten needs inputs of shape (height, width, channels)"),
     ),
     "pooling a vector": (
         lambda: mf.Network((8,), (mf.GlobalMeanPool(),)),
-        ("layers/0/input shape=(8,)", "GlobalMeanPool takes maps"),
+        ("layers/0/input shape=(8,)", "GlobalMeanPool needs inputs of shape (height"),
     ),
     "residual of another shape": (
         lambda: mf.Network((8,), (mf.Dense(8), mf.Residual(mf.Dense(7)))),
-        ("layers/1/Residual input shape=(8,)", "leaves shape (7,)", "end the branch with"),
+        ("layers/1/Residual input shape=(8,)", "returns shape (7,)", "make the branch return"),
     ),
     "residual that does not end in weights": (
         lambda: mf.Network((8,), (mf.Dense(8), mf.Residual(mf.Sequential((mf.Dense(8), RELU))))),
@@ -147,7 +152,7 @@ STRUCTURE = {
     ),
     "repeat of another shape": (
         lambda: mf.Network((8,), (mf.Repeat(mf.Dense(7), times=2),)),
-        ("layers/0/Repeat input shape=(8,)", "leaves shape (7,)", "end the block with"),
+        ("layers/0/Repeat input shape=(8,)", "returns shape (7,)", "make the block return"),
     ),
     "repeat whose second pass fails": (
         lambda: mf.Network(
@@ -157,7 +162,7 @@ STRUCTURE = {
     ),
     "error inside a branch": (
         lambda: mf.Network((8,), (mf.Dense(8), mf.Residual(mf.Sequential((mf.Conv(3),))))),
-        ("layers/1/branch/layers/0/input shape=(8,)", "Conv takes maps"),
+        ("layers/1/branch/layers/0/input shape=(8,)", "Conv needs inputs"),
     ),
     "no layers": (lambda: mf.Network((8,), ()), ("layers=()", "empty", "at least one layer")),
     "not a layer": (
@@ -170,7 +175,7 @@ STRUCTURE = {
     ),
     "input shape with a zero": (
         lambda: mf.Network((0,), (mf.Dense(3),)),
-        ("input_shape=0", "not a whole number >= 1"),
+        ("input_shape=0", "must be an integer of at least 1"),
     ),
     "map at the output": (
         lambda: mf.analyze(mf.Network((4, 4, 2), (mf.Conv(3),))),
@@ -203,28 +208,28 @@ VALUES = {
     "negative variance": (dense(weight_var=-1.0), "layers/0/Dense.weight_var=-1.0", "not negative"),
     "infinite variance": (dense(bias_var=math.inf), "layers/0/Dense.bias_var=inf", "finite"),
     "nan variance": (dense(bias_var=math.nan), "layers/0/Dense.bias_var=nan", "finite"),
-    "gamma nan": (normed(gamma=math.nan), "layers/1/BatchNorm.gamma=nan", "not a finite number"),
+    "gamma nan": (normed(gamma=math.nan), "layers/1/BatchNorm.gamma=nan", "must be finite"),
     "beta infinite": (
         normed(beta=-math.inf),
         "layers/1/BatchNorm.beta=-inf",
-        "not a finite number",
+        "must be finite",
     ),
     "eps negative": (normed(eps=-1e-5), "layers/1/BatchNorm.eps=-1e-05", "not negative"),
     "a text": (
         dense(weight_var="2"),
         "layers/0/Dense.weight_var='2'",
-        "not a number; give a float",
+        "must be a number; pass a float",
     ),
-    "nothing": (normed(beta=None), "layers/1/BatchNorm.beta=None", "not a number"),
+    "nothing": (normed(beta=None), "layers/1/BatchNorm.beta=None", "must be a number"),
     "half precision": (
         dense(weight_var=np.float16(2)),
         "layers/0/Dense.weight_var",
-        "half precision loses the theory; use float32 or float64",
+        "half precision is too coarse for the theory; use float32 or float64",
     ),
     "brain precision": (
         normed(gamma=jnp.ones((), jnp.bfloat16)),
         "layers/1/BatchNorm.gamma",
-        "half precision loses the theory",
+        "half precision is too coarse",
     ),
     "one of many": (
         dense(weight_var=np.array([1.0, -2.0])),
@@ -345,7 +350,7 @@ def test_json_is_plain_data():
 
 def test_a_function_of_ones_own_is_refused_by_json():
     network = mf.mlp([4], inputs=8, outputs=3, activation=jnp.sin)
-    refused(network.to_json, "Activation.function", "a function is no data", "named activation")
+    refused(network.to_json, "Activation.function", "cannot be written", "named activation")
 
 
 DENSE = '{"type": "Dense", "width": 3}'
@@ -353,8 +358,8 @@ HEAD = '{"format": "meanfield_jax.Network/1", '
 JSON = {
     "not json": ("{", "specification: not JSON", "write it with to_json"),
     "nothing": ("", "specification: not JSON"),
-    "a list": ("[]", "specification: no 'meanfield_jax.Network/1' in it"),
-    "other format": ('{"format": "Network/9"}', "specification: no 'meanfield_jax.Network/1'"),
+    "a list": ("[]", "specification: its format is not 'meanfield_jax.Network/1'"),
+    "other format": ('{"format": "Network/9"}', "its format is not 'meanfield_jax.Network/1'"),
     "no shape": (HEAD + f'"layers": [{DENSE}]}}', "input_shape", "to_json"),
     "no layers": (HEAD + '"input_shape": [8]}', "layers", "to_json"),
     "layers a number": (HEAD + '"input_shape": [8], "layers": 3}', "layers"),
@@ -490,7 +495,7 @@ def test_a_preact_resnet_normalizes_before_its_weights():
     end = (norm, relu, mf.GlobalMeanPool(), mf.Dense(3, 2.0, 0.0))
     expected = (conv[0], branch[0], branch[0], *down, branch[1], branch[1], *end)
     assert network.layers == expected
-    refused(lambda: mf.preact_resnet([4], blocks=0), "blocks=0", "whole number")
+    refused(lambda: mf.preact_resnet([4], blocks=0), "blocks=0", "must be an integer")
 
 
 def test_presets_take_an_activation_layer_and_a_function():

@@ -186,7 +186,7 @@ def test_any_model_can_be_measured(x):
         ),
         (
             lambda x: mf.sweep(VANILLA, (x, jnp.zeros((60, 2))), {}, optimizer=optax.sgd(0.1)),
-            ("optimizer=", "give a function of the learning rate"),
+            ("optimizer=", "pass a function of the learning rate"),
         ),
     ],
 )

@@ -210,7 +210,7 @@ def test_a_norm_without_scale_is_refused():
 
     network = mf.mlp([50], inputs=6, outputs=3, norm=mf.ProxyNorm(Unscaled()))
     with pytest.raises(
-        mf.SpecError, match=r"ProxyNorm.norm='LayerNorm': a module without scale; use LayerN"
+        mf.SpecError, match=r"ProxyNorm.norm='LayerNorm': its module has no scale; use LayerN"
     ):
         mf.build(network, rngs=nnx.Rngs(0))
 

@@ -332,10 +332,10 @@ def test_in_a_users_own_model(name):
             lambda: mf.mlp([64], inputs=8, outputs=3, norm=mf.GroupNorm()),
             ("layers/1/GroupNorm.num_groups=32", "2 values has no expectation", "fewer groups"),
         ),
-        (lambda: mf.GroupNorm(num_groups=0), ("GroupNorm.num_groups=0", "whole number")),
+        (lambda: mf.GroupNorm(num_groups=0), ("GroupNorm.num_groups=0", "must be an integer")),
         (
             lambda: mf.mlp([60], inputs=8, outputs=3, norm=mf.InstanceNorm()),
-            ("layers/1/InstanceNorm=(60,)", "takes maps", "LayerNorm"),
+            ("layers/1/InstanceNorm=(60,)", "(height, width, channels)", "LayerNorm"),
         ),
         (
             lambda: mf.cnn([6, 6], inputs=(4, 4, 3), norm=mf.InstanceNorm()),

@@ -19,7 +19,7 @@ from meanfield_jax.theory.analyze import analyze as analyze_network
 
 @dataclasses.dataclass(frozen=True)
 class Analyze:
-    """Theory only: order parameters, Fisher statistics and the largest stable learning rate."""
+    """Compute the theory: order parameters, Fisher statistics, largest stable learning rate."""
 
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
@@ -27,11 +27,12 @@ class Analyze:
     gamma: float = 1.0
     """Scale of every BatchNorm."""
     statistics: Literal["batch", "frozen", "wei2019"] = "batch"
-    """What is differentiated through a BatchNorm: training, evaluation, as published."""
+    """What is differentiated through a BatchNorm: batch as in training, frozen as in evaluation,
+    wei2019 as published."""
     vanilla: bool = False
-    """Leave the BatchNorms out."""
+    """Remove the BatchNorms."""
     num_samples: int | None = None
-    """n, the batch [the limit of many]."""
+    """Batch size n [the limit of large batches]."""
     momentum: float = 0.9
     """Momentum of gradient descent."""
     json: bool = False

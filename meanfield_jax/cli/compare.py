@@ -17,12 +17,12 @@ from meanfield_jax.experiments.compare import RATES, compare, norm_names
 from meanfield_jax.plots import plot_comparison
 
 WIDTHS = dict(mlp=(100, 100, 100), cnn=(16, 32, 64), resnet=(8, 16, 32))
-"""Small enough to train dozens of runs of every norm in minutes on two cores."""
+"""Small enough for dozens of training runs of every norm in minutes on two cores."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """The normalization layers side by side: stability by theory and measured, and training."""
+    """Compare the normalization layers: predicted and measured stability, and training."""
 
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
@@ -32,26 +32,28 @@ class Compare:
     )
     norms: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help=f"all that fit, or some of {', '.join(norm_names())}"),
+        tyro.conf.arg(
+            help=f"Norms to compare: all that fit the network, or some of {', '.join(norm_names())}"
+        ),
     ] = ("all",)
     batch_sizes: tuple[int, ...] = (4, 32, 256)
-    """Samples of a batch, in training and of the Fisher matrix."""
+    """Samples per batch, in training and in the Fisher matrix."""
     learning_rates: tuple[float, ...] = RATES
-    """Of which each norm's best is taken, by its training loss."""
+    """Learning rates to try; each norm's best one is that of its smallest training loss."""
     epochs: int = 2
-    """Passes over the training samples: the budget."""
+    """Passes over the training samples, the same for every norm and batch size."""
     seeds: int = 2
     """Training runs for each norm, batch size and learning rate."""
     draws: int = 2
     """Random networks to measure for each norm and batch size."""
     num_test: int = 300
-    """Test samples."""
+    """Number of test samples."""
     loss: Literal["squared", "cross_entropy"] = "cross_entropy"
-    """What is minimized."""
+    """The training loss."""
     momentum: float = 0.9
     """Momentum of gradient descent."""
     output: Path = Path("meanfield-jax-compare")
-    """Where the picture (.png) and the numbers (.nc) go."""
+    """Path of the picture (.png) and the numbers (.nc), without the suffix."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -85,7 +87,7 @@ class Compare:
         else:
             Console().print(comparison_table(dataset))
         if left_out := self._left_out(dataset):
-            print(f"left out, as they do not fit this network: {left_out}", file=sys.stderr)
+            print(f"left out, because they do not fit this network: {left_out}", file=sys.stderr)
         print("wrote", *written, file=sys.stderr)
 
     def _left_out(self, dataset: xr.Dataset) -> str:

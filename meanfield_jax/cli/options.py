@@ -1,4 +1,4 @@
-"""Options that commands share: which network, on which inputs."""
+"""Options common to several commands: the network and its inputs."""
 
 import dataclasses
 from pathlib import Path
@@ -17,34 +17,35 @@ from meanfield_jax.variants import with_gamma, without_norms
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOptions:
-    """Which network; the default is the paper's, 784-1000x3-10 or conv 30-60-90."""
+    """The network; the default is that of the paper, 784-1000x3-10 or conv 30-60-90."""
 
     net: Literal["mlp", "cnn", "resnet"] = "mlp"
-    """Fully connected, convolutional (3x3, stride 2), or residual (two blocks a stage)."""
+    """Fully connected, convolutional (3x3, stride 2), or residual (two blocks per stage)."""
     widths: tuple[int, ...] = ()
     """Units or channels of each layer or stage [mlp: 1000 1000 1000, cnn: 30 60 90, resnet: 16 32
     64]."""
     activation: str = "relu"
-    """relu, leaky_relu, tanh, erf, gelu, silu or identity."""
+    """Activation: relu, leaky_relu, tanh, erf, gelu, silu or identity."""
     weight_var: float = 2.0
     """sigma_w^2, the variance of a weight times the fan-in."""
     bias_var: float = 0.5
     """sigma_b^2, the variance of a bias."""
     axes: Literal["channel", "position"] = "channel"
-    """What BatchNorm's statistics belong to, for maps."""
+    """Whether BatchNorm on maps has one mean and variance per channel, or one per position and
+    channel."""
     head: Literal["flatten", "mean"] = "flatten"
-    """What follows the last map of a cnn."""
+    """How a cnn turns its last map into a vector."""
     spec: Path | None = None
-    """A network saved with Network.to_json, instead of all the above."""
+    """A file with a network saved by Network.to_json, in place of all the options above."""
 
     def network(self, shape: tuple[int, ...], outputs: int = 10) -> Network:
-        """The specification, with BatchNorms, for inputs of this shape."""
+        """The specification, with BatchNorms, for inputs of this shape; or that of ``spec``."""
         if self.spec is not None:
             try:
                 return Network.from_json(self.spec.read_text())
             except (OSError, UnicodeDecodeError) as error:
-                cause = getattr(error, "strerror", None) or "not a text file"
-                remedy = "give a file written with Network.to_json"
+                cause = getattr(error, "strerror", None) or "it is not a text file"
+                remedy = "use a file written by Network.to_json"
                 raise problem(SpecError, "--spec", str(self.spec), cause, remedy) from None
         options: dict[str, Any] = dict(
             activation=self.activation,
@@ -62,25 +63,26 @@ class NetworkOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """Which inputs."""
+    """The inputs."""
 
     data: Literal["gaussian", "digits", "mnist", "fashion_mnist", "cifar10"] = "gaussian"
-    """Gaussian noise needs no files; the others are looked for in --data-dir, then downloaded."""
+    """Data set. Gaussian noise needs no files; files of the others are read from --data-dir, or
+    downloaded if they are not there."""
     num_samples: int = 1000
-    """n, the samples: the batch of which a Fisher matrix is taken, or what is trained on."""
+    """Number of samples n: the batch of a Fisher matrix, or the training samples."""
     data_dir: Path | None = None
-    """Folder with the files [$MEANFIELD_JAX_DATA]."""
+    """Folder of the data files [$MEANFIELD_JAX_DATA]."""
     seed: int = 0
     """Seed of the inputs and of the first network."""
 
     def shape(self, net: str) -> tuple[int, ...]:
-        """One sample's shape."""
+        """Shape of one sample."""
         return (32, 32, 3) if self.data == "gaussian" and net != "mlp" else data.shape_of(self.data)
 
     def load(
         self, network: Network, split: str = "train", num_samples: int | None = None
     ) -> tuple[jax.Array, np.ndarray]:
-        """The inputs in the network's shape, and labels."""
+        """The inputs, in the shape that the network takes, and their labels."""
         shape = network.input_shape
         x, labels = data.load(
             self.data,
@@ -95,5 +97,5 @@ class DataOptions:
 
 
 def chosen(network: Network, gamma: float, vanilla: bool) -> Network:
-    """The network at this scale of its BatchNorms, or without them."""
+    """The network with this scale in its norms, or without norms."""
     return without_norms(network) if vanilla else with_gamma(network, gamma)

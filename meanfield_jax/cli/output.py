@@ -1,4 +1,4 @@
-"""What commands give back: files written wholly or not at all, results as plain JSON, failure."""
+"""Output of commands: files written completely or not at all, results as JSON, and failure."""
 
 import contextlib
 import functools
@@ -20,14 +20,15 @@ class ComputationError(RuntimeError):
 
 
 def check_folder(output: Path) -> None:
-    """Finds out before the work whether the results can be written."""
+    """Raises SpecError, before any work is done, if the results cannot be written."""
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        cause = "its folder does not exist or cannot be written"
-        raise problem(SpecError, "--output", str(output), cause, "name a file in a folder of yours")
+        cause = "its folder does not exist or cannot be written to"
+        remedy = "use a path in a folder that exists and can be written to"
+        raise problem(SpecError, "--output", str(output), cause, remedy)
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> str:
-    """Writes a file wholly or not at all."""
+    """Writes a file completely or not at all, and returns its path."""
     with _temporary(path) as unfinished:
         save(unfinished)
         unfinished.replace(path)
@@ -35,7 +36,7 @@ def write(path: Path, save: Callable[[Path], Any]) -> str:
 
 
 def write_png(path: Path, figure: Figure) -> str:
-    """Writes a picture wholly or not at all."""
+    """Writes a picture completely or not at all, and returns its path."""
     return write(path, functools.partial(figure.savefig, format="png", dpi=160))
 
 
@@ -57,7 +58,7 @@ def _umask() -> int:
 
 
 def plain(dataset: xr.Dataset) -> dict[str, Any]:
-    """A data set as plain dictionaries and lists; what is not finite as null."""
+    """A data set as plain dictionaries and lists, with None for numbers that are not finite."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, list):

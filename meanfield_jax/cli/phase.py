@@ -22,27 +22,27 @@ from meanfield_jax.theory.phase_diagram import phase_diagram
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Order and chaos of a deep network [Dense, norm, activation], over its variances."""
+    """Map order and chaos of a deep network [Dense, norm, activation] over its variances."""
 
     activation: str = "tanh"
-    """relu, leaky_relu, tanh, erf, gelu, silu or identity."""
+    """Activation: relu, leaky_relu, tanh, erf, gelu, silu or identity."""
     norm: Literal["none", "batch"] = "none"
-    """A layer before each activation."""
+    """Norm before each activation."""
     gamma: float = 1.0
     """Scale of BatchNorm."""
     num_samples: int | None = None
-    """n, the batch of BatchNorm [the limit of many]."""
+    """Batch size n of BatchNorm [the limit of large batches]."""
     weight_var: str = "0.5:4:128"
-    """lowest:highest:count of the variance of a weight times the fan-in."""
+    """Variance of a weight times the fan-in, as lowest:highest:count."""
     bias_var: str = "0:1:128"
-    """lowest:highest:count of the variance of a bias."""
+    """Variance of a bias, as lowest:highest:count."""
     output: Path | None = None
-    """A picture to write."""
+    """Path of the picture (.png) to write."""
     json: bool = False
     """Print JSON instead of the table."""
 
     def run(self) -> None:
-        """Computes, draws, prints the table."""
+        """Computes the phase diagram, draws it and prints the table."""
         if self.output is not None:
             check_folder(self.output)
         norm = [BatchNorm(self.gamma)] if self.norm == "batch" else []
@@ -72,10 +72,12 @@ def _axis(option: str, text: str) -> np.ndarray:
         lowest, highest, count = text.split(":")
         values = np.linspace(float(lowest), float(highest), int(count))
     except ValueError:
-        raise problem(SpecError, option, text, "not understood", "write 0.5:4:128") from None
+        cause, remedy = "it is not of the form lowest:highest:count", "write, e.g., 0.5:4:128"
+        raise problem(SpecError, option, text, cause, remedy) from None
     if values.size < 2 or not values[0] < values[-1]:
-        remedy = "put the lower end first and count at least 2"
-        raise problem(SpecError, option, text, "no range", remedy)
+        cause = "it is not a range of at least two values"
+        remedy = "give the lower end first, and a count of at least 2"
+        raise problem(SpecError, option, text, cause, remedy)
     return values
 
 

@@ -20,16 +20,16 @@ class Plot:
     """Draw a sweep, finished or not: results over learning rate and scale, with the boundaries."""
 
     store: Annotated[Path, tyro.conf.Positional]
-    """What `meanfield-jax sweep` wrote."""
+    """Folder that `meanfield-jax sweep` wrote."""
     value: Literal["test_loss", "loss", "test_accuracy"] | None = None
-    """What to show after the last epoch [test_loss, or loss where there is none]."""
+    """Result to show, after the last epoch [test_loss, or loss without test samples]."""
     output: Path | None = None
-    """The picture [the store's name with .png]."""
+    """Path of the picture [the store's name with .png]."""
     json: bool = False
     """Print the results as JSON instead of the table."""
 
     def run(self) -> None:
-        """Reads, draws, prints the table."""
+        """Reads the sweep, draws it and prints the table."""
         output = self.output or Path(self.store.resolve().name).with_suffix(".png")
         check_folder(output)
         dataset = load_sweep(self.store)
@@ -39,5 +39,5 @@ class Plot:
         else:
             Console().print(sweep_table(dataset))
         missing = int((dataset.diverged_at == -2).sum())
-        note = f"; {missing} of {dataset.diverged_at.size} runs are not done yet" * (missing > 0)
+        note = f"; {missing} of {dataset.diverged_at.size} runs are not finished" * (missing > 0)
         print(f"wrote {written}{note}", file=sys.stderr)

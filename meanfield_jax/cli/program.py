@@ -1,4 +1,4 @@
-"""The program: words to a command, the command's end to an exit status."""
+"""The program: parses the arguments, runs the command and returns an exit status."""
 
 import contextlib
 import io
@@ -33,10 +33,10 @@ COMMANDS = {
 
 
 def entry() -> NoReturn:
-    """The program: leaves with the status of :func:`main`.
+    """Runs the program and exits with the status of :func:`main`.
 
-    After an interruption XLA may still compute in the background, and tearing Python down under it
-    crashes: the process then ends at once.
+    After an interruption XLA may still be computing in the background, and shutting Python down
+    meanwhile would crash, so the process is then ended at once.
     """
     status = main()
     if status == 130:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (SpecError, DataError) as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written is left", 130)
+        return _fail("interrupted; no incomplete file is left", 130)
     except BrokenPipeError:
         sys.stdout = None
         return 1
@@ -65,14 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    """The command, or an exit status; what tyro has to say of an error becomes one line."""
+    """The command, or an exit status; an error message of tyro is shortened to one line."""
     said, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             return tyro.extras.subcommand_cli_from_dict(
                 COMMANDS,  # pyright: ignore[reportArgumentType]
                 prog="meanfield-jax",
-                description="Mean-field theory of neural networks, held against the real network",
+                description="Mean-field theory of neural networks, compared with real networks",
                 args=arguments,
             )
     except SystemExit as stop:
@@ -83,10 +83,10 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _one_line(message: str) -> str:
-    """A boxed message with hints as one line: boxes, colours and all but the cause left out."""
+    """A boxed message with hints, reduced to its cause in one line without boxes and colours."""
     words = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{3,}", " ", message)
     cause = re.split(r"Perhaps you meant|For full helptext", words)[0]
-    # the box's title may say what the text says again
+    # the title of the box may be repeated by the text
     return re.sub(r"^(.{4,}?) \1", r"\1", " ".join(cause.split())) + "; see --help"
 
 

@@ -26,7 +26,7 @@ from meanfield_jax.variants import has_batch_norm
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The whole Fisher spectrum of one network on data, predicted and measured."""
+    """Predict and measure the whole Fisher spectrum of one network on data."""
 
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
@@ -37,20 +37,20 @@ class Spectrum:
     gamma: float = 1.0
     """Scale of every BatchNorm."""
     statistics: Literal["batch", "frozen"] = "batch"
-    """Training or evaluation mode."""
+    """Statistics of BatchNorm: batch as in training, frozen as in evaluation."""
     vanilla: bool = False
-    """Leave the BatchNorms out."""
+    """Remove the BatchNorms."""
     num_steps: int = 90
-    """Lanczos steps of the density."""
+    """Lanczos steps for the spectral density."""
     top: int = 20
-    """Largest eigenvalues to measure and list."""
+    """Number of largest eigenvalues to measure and list."""
     output: Path = Path("meanfield-jax-spectrum")
-    """Where the picture (.png) and the numbers (.nc) go."""
+    """Path of the picture (.png) and the numbers (.nc), without the suffix."""
     json: bool = False
     """Print JSON instead of the table."""
 
     def run(self) -> None:
-        """Measures, prints the top eigenvalues and writes the files."""
+        """Predicts and measures the spectrum, prints the top eigenvalues and writes the files."""
         check_folder(self.output)
         shape = self.inputs.shape(self.network.net)
         network = chosen(self.network.network(shape), self.gamma, self.vanilla)
@@ -99,7 +99,7 @@ class Spectrum:
 
 def _spectrum_table(dataset: xr.Dataset) -> Table:
     low, high = dataset.outlier_low, dataset.outlier_high
-    caption = f"theory: mean over draws; outliers of one draw {low:.4g} to {high:.4g}"
+    caption = f"theory: mean over draws; outliers of one draw: {low:.4g} to {high:.4g}"
     table = Table(title="Largest eigenvalues of F", caption=caption)
     for name in ("rank", "measured", "predicted", "ratio"):
         table.add_column(name, justify="right")

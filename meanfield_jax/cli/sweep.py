@@ -25,10 +25,10 @@ GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Train at every point of a grid: which learning rates and scales diverge, which learn best."""
+    """Train at every point of a grid, to find which rates and scales diverge and which are best."""
 
     store: Annotated[Path, tyro.conf.Positional]
-    """Folder of the results (a Zarr group); `meanfield-jax plot` draws it."""
+    """Folder for the results (a Zarr group), which `meanfield-jax plot` draws."""
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
     )
@@ -36,35 +36,38 @@ class Sweep:
         default_factory=DataOptions
     )
     grid: tuple[str, ...] = GRID
-    """AXIS=VALUES, each as 1,2,3 or, in equal factors, as LOW:HIGH:COUNT. Axes: gamma,
-    learning_rate, seed, momentum, batch_size, weight_var, depth, width."""
+    """Axes of the grid, each as AXIS=VALUES, where VALUES is a list such as 1,2,3 or LOW:HIGH:COUNT
+    for values in equal ratios. Axes: gamma, learning_rate, seed, momentum, batch_size, weight_var,
+    depth, width."""
     num_test: int = 1000
-    """Test samples, evaluated after each epoch; 0 for none."""
+    """Number of test samples, evaluated after each epoch; 0 for none."""
     epochs: int = 5
-    """Passes over the data."""
+    """Passes over the training samples."""
     loss: Literal["squared", "cross_entropy"] = "squared"
-    """What is minimized."""
+    """The training loss."""
     frozen_gamma: bool = False
     """Do not train scale and offset of the BatchNorms."""
     resume: bool = False
-    """Go on with a store that exists: what is finished is not computed again."""
+    """Continue an existing store; finished runs are not computed again."""
     chunk_cells: int | None = None
-    """Runs that are computed and stored together [what fits, at most 16 a CPU, 1024 a GPU]."""
+    """Runs that are computed and stored together [as many as fit, at most 16 per CPU, 1024 per
+    GPU]."""
     distributed: bool = False
-    """Share the work with other processes, found by SLURM's, Open MPI's or a TPU pod's settings."""
+    """Divide the work among processes, which are found from the settings of SLURM, Open MPI or a
+    TPU pod."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where --distributed does not find it."""
+    """HOST:PORT of process 0, if --distributed cannot find it."""
     num_processes: int | None = None
-    """How many processes there are, with --coordinator."""
+    """Number of processes, with --coordinator."""
     process_id: int | None = None
-    """Which of them this is, from 0, with --coordinator."""
+    """Number of this process, counted from 0, with --coordinator."""
     patience: float = 60.0
-    """Seconds without a chunk after which other processes are taken for dead."""
+    """Seconds without a new chunk after which other processes are considered dead."""
     json: bool = False
     """Print JSON instead of the table."""
 
     def run(self) -> None:
-        """Trains, stores, prints the table."""
+        """Trains, stores the results and prints the table."""
         grid = parse_grid(self.grid)
         if self.distributed or self.coordinator is not None:
             self._connect()
@@ -99,13 +102,13 @@ class Sweep:
             jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
         except (RuntimeError, ValueError) as error:
             cause = " ".join(str(error).split())
-            remedy = "start it under SLURM, Open MPI or on a TPU pod, or give --coordinator"
+            remedy = "start it under SLURM, Open MPI or on a TPU pod, or use --coordinator"
             raise problem(SpecError, "--distributed", self.coordinator, cause, remedy) from None
 
 
 @contextlib.contextmanager
 def _stdout_for_results() -> Iterator[None]:
-    """Sends to stderr what libraries below Python print, such as Gloo on its connections."""
+    """Redirects to stderr what native libraries print, such as Gloo about its connections."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -117,13 +120,15 @@ def _stdout_for_results() -> Iterator[None]:
 
 
 def parse_grid(texts: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """``("gamma=0.5,1", "learning_rate=1e-3:1:4")`` as a grid; one value is a fixed number."""
+    """``("gamma=0.5,1", "learning_rate=1e-3:1:4")`` as a grid; a single value is not an axis."""
     grid = {}
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or name not in AXES or name in grid:
-            cause = "given twice" if name in grid else "not AXIS=VALUES"
-            raise problem(SpecError, "--grid", text, cause, f"axes are {', '.join(AXES)}")
+            cause = (
+                "the axis is given twice" if name in grid else "it is not of the form AXIS=VALUES"
+            )
+            raise problem(SpecError, "--grid", text, cause, f"the axes are {', '.join(AXES)}")
         grid[name] = _values(text, values)
     return grid
 
@@ -137,8 +142,9 @@ def _values(text: str, values: str) -> np.ndarray:
             low, high, count = values.split(":")
             numbers = np.geomspace(float(low), float(high), int(count))
     except ValueError:
-        remedy = "write 0.5,1,2 or LOW:HIGH:COUNT with LOW and HIGH above 0"
-        raise problem(SpecError, "--grid", text, "not understood", remedy) from None
+        cause = "its values cannot be read"
+        remedy = "write a list such as 0.5,1,2, or LOW:HIGH:COUNT with LOW and HIGH above 0"
+        raise problem(SpecError, "--grid", text, cause, remedy) from None
     whole = np.round(numbers).astype(int)
     numbers = whole if np.array_equal(whole, numbers) else numbers
     return numbers[0] if len(numbers) == 1 else numbers

@@ -22,14 +22,14 @@ COLUMNS = (
     "test\nloss",
     "test\n%",
 )
-"""Of the comparison, after the norm."""
+"""Columns of the comparison, after that of the norm."""
 
 
 def comparison_table(dataset: xr.Dataset) -> Table:
     """The result of :func:`compare` as a table."""
     outside = bool((dataset.predicted.notnull() & ~dataset.within_domain).any())
     title = f"{dataset.epochs} epochs of {dataset.num_samples} samples, each at its best rate"
-    caption = "? outside the theory's domain: the bulk may exceed it" if outside else None
+    caption = "?: outside the theory's domain, as the bulk may exceed it" if outside else None
     result = Table(
         title=title,
         caption=caption,
@@ -63,7 +63,7 @@ def comparison_table(dataset: xr.Dataset) -> Table:
 
 
 def sweep_table(dataset: xr.Dataset) -> Table:
-    """Measured boundary over the predicted ones, and the best rate, for each network."""
+    """For each network, the measured boundary, its ratio to the predicted ones, the best rate."""
     measured, best = boundary(dataset), best_rate(dataset)
     result = Table(title="Largest stable learning rate", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in (*measured.dims, "measured", *(f"/ {name}" for name in STATISTICS), "best rate"):
@@ -81,7 +81,7 @@ def sweep_table(dataset: xr.Dataset) -> Table:
 
 
 def spectrum_table(dataset: xr.Dataset) -> Table:
-    """The spectra of :func:`validate` as a table: predicted / measured, theory of these inputs."""
+    """The spectra of :func:`validate` as a table, with the theory for the same inputs."""
     result = Table(title=f"F on these inputs, n = {dataset.num_samples}", box=SIMPLE_HEAD)
     for name in ("network", "mode"):
         result.add_column(name, no_wrap=True)
@@ -103,10 +103,11 @@ def spectrum_table(dataset: xr.Dataset) -> Table:
 def validation_table(dataset: xr.Dataset) -> Table:
     """The result of :func:`validate` as a table.
 
-    "ratio" is predicted / measured; "paper" the prediction of ``"wei2019"``, "top" the largest.
+    "ratio" is predicted / measured, "paper" is the prediction of ``"wei2019"``, and "top" is the
+    largest measured eigenvalue.
 
     Returns:
-        A Rich table: one row for each network in training mode, and one in evaluation mode where
+        A Rich table with one row for each network in training mode, and one in evaluation mode if
         the measurement differs there.
     """
     title = f"C outliers of the Fisher matrix, n = {dataset.num_samples}, mean and its error"

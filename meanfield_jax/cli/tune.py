@@ -25,7 +25,7 @@ from meanfield_jax.tune import Tuning
 from meanfield_jax.tune import tune as tune_network
 from meanfield_jax.variants import with_depth, with_gamma
 
-# whether the objective takes a value, and which
+# each objective, and the default of its --value (None if it has none)
 OBJECTIVES: dict[str, tuple[Callable[..., objectives.Objective], float | None]] = {
     "target_eta_max": (objectives.target_eta_max, 0.1),
     "max_eta_max": (objectives.max_eta_max, 1.0),
@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, tuple[Callable[..., objectives.Objective], float | None]] 
 
 @dataclasses.dataclass(frozen=True)
 class Tune:
-    """Change gamma, beta or variances until the theory is as wanted: before and after by layer."""
+    """Tune gamma, beta or the variances to an objective of the theory; show the change by layer."""
 
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
@@ -48,28 +48,29 @@ class Tune:
     objective: Literal[
         "target_eta_max", "max_eta_max", "unit_growth", "equal_shares", "sharpness"
     ] = "target_eta_max"
-    """What is to be reached."""
+    """The objective to reach."""
     value: float | None = None
-    """Of target_eta_max: the learning rate [0.1]; of max_eta_max: the least variance of the outputs
-    [1]; of sharpness: their variance [1]."""
+    """Value of the objective: the learning rate of target_eta_max [0.1], the smallest variance of
+    the outputs for max_eta_max [1], or their variance for sharpness [1]."""
     over: tuple[str, ...] = ("gamma",)
-    """Which numbers change."""
+    """Numbers to tune: gamma, beta, weight_var, bias_var."""
     shared: bool = False
-    """One value for all layers."""
+    """Use the same value in all layers."""
     depth: int | None = None
-    """So many hidden layers, in place of as many as there are widths."""
+    """Number of identical hidden layers [the number of widths]."""
     gamma: float | None = None
     """Scale of every BatchNorm to start from [1, or that of --spec]."""
     theory: Literal["iid", "data"] = "iid"
-    """Of i.i.d. inputs without limit, or of these very inputs."""
+    """Theory for infinitely many i.i.d. inputs, or for the given inputs."""
     statistics: Literal["batch", "frozen", "wei2019"] = "batch"
-    """What is differentiated through a BatchNorm: training, evaluation, as published."""
+    """What is differentiated through a BatchNorm: batch as in training, frozen as in evaluation,
+    wei2019 as published."""
     max_steps: int = 200
-    """Most steps."""
+    """Largest number of steps."""
     output: Path | None = None
-    """Picture (PNG)."""
+    """Path of the picture (.png) to write."""
     save: Path | None = None
-    """The tuned specification (JSON), for --spec."""
+    """Path of the tuned specification (.json) to write, for use as --spec."""
     json: bool = False
     """Print the history as JSON instead of the table."""
 
@@ -128,13 +129,13 @@ class Tune:
         if default is not None:
             return make(default if self.value is None else self.value)
         if self.value is not None:
-            cause = f"{self.objective} has no value"
+            cause = f"the objective {self.objective} has no value"
             raise problem(SpecError, "--value", self.value, cause, "leave it out")
         return make()
 
 
 def _table(tuned: Tuning) -> Table:
-    """Before and after, by layer: what was tuned, and the shares of the outlier."""
+    """Before and after, by layer: the tuned numbers, and the layer's share of the outlier."""
     ends = tuned.history.isel(step=[0, -1])
     tables = [theory.to_xarray() for theory in (tuned.before, tuned.after)]
     shares: Any = xr.concat(

@@ -20,7 +20,7 @@ from meanfield_jax.variants import has_norm
 
 @dataclasses.dataclass(frozen=True)
 class Validate:
-    """Theory against measurement, with and without BatchNorm, over gamma: table, PNG and NetCDF."""
+    """Compare theory with measurement, without BatchNorm and over gamma: table, PNG and NetCDF."""
 
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
@@ -31,15 +31,16 @@ class Validate:
     gammas: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0)
     """Scales of BatchNorm."""
     theory: Literal["iid", "data"] = "iid"
-    """Of i.i.d. inputs, or of these very inputs."""
+    """Theory for i.i.d. inputs, or for the given inputs."""
     draws: int = 3
-    """Networks drawn at random for each."""
+    """Number of random draws of each network."""
     num_eigenvalues: int | None = None
-    """Compare so many of the kernel's eigenvalues, too, with theory of these very inputs."""
+    """Also compare this number of the kernel's eigenvalues, with the theory for the given
+    inputs."""
     momentum: float = 0.9
     """Momentum of gradient descent."""
     output: Path = Path("meanfield-jax-validate")
-    """Where the picture (.png) and the numbers (.nc) go."""
+    """Path of the picture (.png) and the numbers (.nc), without the suffix."""
     json: bool = False
     """Print JSON instead of the table."""
 

@@ -1,1 +1,1 @@
-"""Theory held against measurement."""
+"""Experiments that compare theory with measurement."""

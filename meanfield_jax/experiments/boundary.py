@@ -1,4 +1,4 @@
-"""Where training really stops being stable: the largest learning rate that stays bounded."""
+"""The measured limit of stable training: the largest learning rate with a bounded loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 WIDEST = 64.0
-"""How far from the prediction a boundary is looked for, as a factor."""
+"""The search for a boundary covers this factor above and below the prediction."""
 
 Draw = tuple[Functional, Params]
 
@@ -44,35 +44,37 @@ def measured_boundary(
     seed: int = 0,
     progress: bool = False,
 ) -> xr.Dataset:
-    """Trains at many learning rates and finds by bisection the largest that stays bounded.
+    """Finds by bisection the largest learning rate at which the training loss stays bounded.
 
-    Full-batch heavy ball on the squared loss (1/2n) sum ||f(x) - y||^2, in training mode, from
-    random draws; held against ``analyze(network, data=x).eta_max(momentum)``.
+    Random draws are trained in training mode by full-batch heavy-ball descent on the squared loss
+    (1/2n) sum ||f(x) - y||^2, and compared with ``analyze(network, data=x).eta_max(momentum)``.
 
     Args:
         network: The specification.
         x: Inputs, (n, *input_shape).
         y: Targets, (n, C).
-        gammas: Scales to put into every BatchNorm, beside the network without its BatchNorms.
+        gammas: Scales to use in every norm; the network without its norms is included as well.
             Empty: the network as it is.
-        draws: Networks drawn at random for each.
+        draws: Number of random draws of each network.
         momentum: Momentum of the heavy ball.
         num_steps: Steps over which the loss must stay below 1000 times the first one.
         tol: Relative accuracy of the boundary.
-        residual: Share of y - f(x) that is left to learn: y is moved towards the first outputs.
-            Small: the loss is quadratic as far as training goes, and theory speaks of just that.
-            1: above eta_max the loss is thrown up, the curvature falls, and training goes on: real
-            blow-up comes 1.25 to 3 times later (benchmarks/training_boundary.py).
+        residual: Fraction of y - f(x) that is left to learn: y is moved towards the initial
+            outputs. If it is small, the loss stays quadratic during training, as the theory
+            assumes. If it is 1, the loss rises sharply above eta_max, the curvature falls, and
+            training continues: real blow-up occurs at 1.25 to 3 times the rate
+            (benchmarks/training_boundary.py).
         seed: Seed of the first draw.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        A data set over ``network`` (its label) and ``draw``: ``boundary``, the largest rate seen to
-        stay bounded (NaN where none within a factor of 64 around the prediction was, or all were),
-        ``predicted`` and ``ratio``, the median over draws of boundary / predicted.
+        A data set over ``network`` (its label) and ``draw``: ``boundary``, the largest rate at
+        which the loss stayed bounded (NaN if it did at no rate, or at all rates, within a factor of
+        64 around the prediction), ``predicted``, and ``ratio``, the median over draws of
+        boundary / predicted.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense.
+        SpecError, DataError: if an option or the data are not valid.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -86,15 +88,15 @@ def measured_boundary(
 
     x, y = check_data(x), jnp.asarray(y)
     if y.shape != (len(x), *network.output_shape):
-        remedy = f"give ({len(x)}, {network.output_shape[0]}), such as jax.nn.one_hot(labels, C)"
-        raise problem(DataError, "y.shape", y.shape, "not the network's outputs", remedy)
+        remedy = f"pass ({len(x)}, {network.output_shape[0]}), such as jax.nn.one_hot(labels, C)"
+        raise problem(DataError, "y.shape", y.shape, "does not fit the network's outputs", remedy)
     for name, value in dict(draws=draws, num_steps=num_steps).items():
         if value < 1:
-            raise problem(SpecError, name, value, "not a number of them", "give at least 1")
+            raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
     for name, value in dict(tol=tol, residual=residual).items():
         if not value > 0:
-            raise problem(SpecError, name, value, "not above 0", "give a number above 0")
-    # floats, as theory would be compiled anew for an integer
+            raise problem(SpecError, name, value, "must be above 0", "pass a positive number")
+    # floats, because the theory would be compiled again for an integer
     variants = variants_of(network, map(float, gammas))
     predicted = np.array(
         [float(analyze(variant, data=x).eta_max(momentum)) for variant in variants.values()]
@@ -107,7 +109,7 @@ def measured_boundary(
         for rows, models in _alike(variants.values(), seeds):
 
             def bounded(rates: np.ndarray, models=models) -> np.ndarray:
-                # of the parameters' dtype, under x64 too
+                # in the dtype of the parameters, also under x64
                 given = jnp.asarray(rates, jnp.float32)
                 return np.asarray(_stay_bounded(models, given, x, y, momentum, residual, num_steps))
 
@@ -129,11 +131,11 @@ def measured_boundary(
 
 
 def _alike(networks: Iterable[Network], seeds: Sequence[int]) -> Iterator[tuple[list[int], Draw]]:
-    """Draws of all networks, those of one structure together.
+    """Draws of all networks, grouped by structure.
 
     Yields:
-        The places of these networks in the sequence, and their draws as one draw whose arrays are
-        stacked, (networks * seeds, ...); the seed varies fastest.
+        The positions of a group's networks in the sequence, and their draws as one draw whose
+        arrays are stacked, (networks * seeds, ...); the seed varies fastest.
     """
     groups: dict[Any, list[tuple[int, list[Draw]]]] = {}
     for row, network in enumerate(networks):
@@ -150,23 +152,24 @@ def _bisect(
     factor: float,
     finished: Callable[[int], Any] = lambda count: None,
 ) -> np.ndarray:
-    """The largest rate that is bounded, where the next one, up to a factor, is not; NaN if none.
+    """The largest bounded rate, up to a factor, by bisection in all cells at once; NaN if none.
 
     Args:
-        bounded: Whether each of the rates is; all are asked for at once, again and again.
-        guess: Where to begin, (cells,).
-        factor: How far apart a bounded rate and one that is not may be.
-        finished: Told how many cells have come to their end.
+        bounded: Tells which of the rates are bounded; called repeatedly, with all cells at once.
+        guess: The rates to start from, (cells,).
+        factor: The search ends when the smallest unbounded rate is within this factor of the
+            largest bounded one.
+        finished: Called with the number of cells whose search has ended.
 
     Returns:
-        The rate of each cell, (cells,); NaN where none was bounded, or all were, within a factor of
-        ``WIDEST`` of the guess.
+        The rate of each cell, (cells,); NaN if no rate, or every rate, was bounded within a factor
+        of ``WIDEST`` of the guess.
     """
     rate, searching = guess, np.full(guess.shape, True)
-    # the largest known to be bounded and the smallest known not to be; NaN: none yet
+    # the largest rate known to be bounded and the smallest known not to be; NaN: none yet
     low = high = np.full(guess.shape, np.nan)
     while searching.any():
-        # where nothing is sought any more, a run that ends at once
+        # cells that are done get an infinite rate, whose run ends at once
         stays = bounded(np.where(searching, rate, np.inf))
         low = np.where(searching & stays, rate, low)
         high = np.where(searching & ~stays, rate, high)
@@ -188,10 +191,10 @@ def _stay_bounded(
     residual: Array | float,
     num_steps: Array | int,
 ) -> Array:
-    """Which networks stay bounded at their rates.
+    """Which networks keep a bounded loss at their rates.
 
-    Under vmap in one loop until all have ended; on CPU one after the other, each until it ends,
-    which takes 0.6 (dense) to 0.75 (conv) of the time there.
+    They are trained by vmap in one loop until all have ended. On CPU they are trained one after the
+    other, each until it ends, which there takes 0.6 (dense) to 0.75 (conv) of the time.
 
     Returns:
         One boolean for each network, (cells,).
@@ -215,7 +218,7 @@ def _stays_bounded(
     residual: Array | float,
     num_steps: Array | int,
 ) -> Array:
-    """Whether the loss stays below a multiple of the first one; stops at once where it does not."""
+    """Whether the loss stays below a multiple of the first one; stops as soon as it does not."""
     apply, params = model
     first = apply(params, x)
     target = first + residual * (y - first)

@@ -1,4 +1,4 @@
-"""The normalization layers side by side: stability by theory and measured, and what they learn."""
+"""The normalization layers side by side: predicted and measured stability, and training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def norm_of(name: str, network: Network) -> Layer | None:
 
     Args:
         name: One of :func:`norm_names`.
-        network: Where it is to stand.
+        network: The network in which it is to be used.
 
     Returns:
         The layer with its default numbers; None for ``"none"``.
@@ -69,38 +69,39 @@ def compare(
 ) -> xr.Dataset:
     """Predicts, measures and trains one network with each of several normalization layers.
 
-    For every norm and batch size n: lambda_max of the Fisher matrix in training mode on the first
-    n samples, by theory of these inputs and measured on random draws; then training with batches of
-    n for the same number of epochs at every learning rate.
+    For every norm and batch size n, lambda_max of the Fisher matrix of the first n samples, with
+    ``"batch"`` statistics, is predicted by the theory for these inputs and measured on random
+    draws. Then the network is trained with batches of n for the same number of epochs at every
+    learning rate.
 
     Args:
-        network: The specification, with norms in the places where they are to be exchanged.
+        network: The specification, with norms in the places where they are to be replaced.
         data: Training inputs (n, ...), and labels (n,) or targets (n, C).
         test: Test inputs and labels.
-        norms: Names, or layers by a name of your own (None for no norm); None: all that fit the
-            network. Instance norm needs maps of at least four positions.
-        batch_sizes: Samples of a batch.
-        learning_rates: Rates of which each norm's best is taken: that of the smallest training
-            loss, so that the test samples have no say.
-        momentum: Of the heavy ball.
-        epochs: Passes over the data: the budget, the same for every norm and batch size.
-        seeds: Training runs for each.
-        draws: Random networks to measure for each.
-        loss: ``"cross_entropy"`` or ``"squared"``, of training; lambda_max is that of the squared
+        norms: Names of norms, or a mapping from any names to layers (None for no norm); None: all
+            that fit the network. Instance norm needs maps of at least four positions.
+        batch_sizes: Samples per batch.
+        learning_rates: The learning rates to try. The best one of each norm is that of the smallest
+            training loss, so that the test samples do not influence it.
+        momentum: Momentum of the heavy ball.
+        epochs: Passes over the data, the same budget for every norm and batch size.
+        seeds: Number of training runs for each norm, batch size and learning rate.
+        draws: Number of random networks to measure for each norm and batch size.
+        loss: Training loss, ``"cross_entropy"`` or ``"squared"``; lambda_max is that of the squared
             loss.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
         A data set over ``norm``, ``batch_size``, ``learning_rate``, ``seed`` and ``draw``:
-        ``predicted`` and ``measured`` (lambda_max; NaN where theory needs more samples or
+        ``predicted`` and ``measured`` (lambda_max; NaN where the theory needs more samples or
         Lanczos failed), ``within_domain`` (whether the network is in the theory's domain, see
         :class:`Fisher`), ``standard_error``, ``ratio`` (predicted / measured), ``eta_max``,
         ``eta_max_measured``; ``loss``, ``test_loss``, ``test_accuracy`` after the last epoch (NaN
-        where a run diverged); ``best_rate`` and ``best_loss``, ``best_test_loss``,
-        ``best_test_accuracy`` at it, means over seeds.
+        where a run diverged); ``best_rate`` and, at this rate, ``best_loss``, ``best_test_loss``,
+        ``best_test_accuracy``, means over seeds.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense.
+        SpecError, DataError: if an option or the data are not valid.
 
     Example:
         >>> import meanfield_jax as mf
@@ -117,14 +118,15 @@ def compare(
     variants = _variants(network, norms)
     for name, values in dict(batch_sizes=batch_sizes, learning_rates=learning_rates).items():
         if len(values) == 0:
-            raise problem(SpecError, name, values, "empty", "give at least one")
+            raise problem(SpecError, name, values, "empty", "pass at least one")
     for name, value in dict(seeds=seeds, draws=draws).items():
         if value < 1:
-            raise problem(SpecError, name, value, "not a number of them", "give at least 1")
+            raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
     x = jnp.asarray(data[0])
     if not 1 <= min(batch_sizes) <= max(batch_sizes) <= len(x):
         cause = f"there are {len(x)} training samples"
-        raise problem(SpecError, "batch_sizes", list(batch_sizes), cause, f"give 1 to {len(x)}")
+        remedy = f"pass sizes from 1 to {len(x)}"
+        raise problem(SpecError, "batch_sizes", list(batch_sizes), cause, remedy)
     jobs = [(name, size) for name in variants for size in batch_sizes]
     cells = []
     console = Console(stderr=True)
@@ -162,9 +164,9 @@ def compare(
 def _variants(
     network: Network, norms: Sequence[str] | Mapping[str, Layer | None] | None
 ) -> dict[str, Network]:
-    """The network with each norm, by name; of all that there are those that fit."""
+    """The network with each norm, by name; if no norms are given, with all that fit."""
     if not has_norm(network):
-        cause, remedy = "it has no norm to exchange", "put BatchNorm where norms are to stand"
+        cause, remedy = "it has no norm to replace", "insert BatchNorm wherever norms are to be"
         raise problem(SpecError, "network", network.layers[-1], cause, remedy)
     if norms is not None and not norms:
         raise problem(SpecError, "norms", norms, "empty", f"use {', '.join(norm_names())}")
@@ -181,7 +183,7 @@ def _variants(
 
 
 def _stability(network: Network, x: Array, draws: int) -> dict[str, Any]:
-    """Lambda_max by theory of this batch, and measured in training mode for each draw."""
+    """Lambda_max by the theory of this batch, and measured in training mode for each draw."""
     predicted, inside = np.nan, False
     if len(x) >= least_samples(network.body):
         fisher = analyze(network, data=x, throw=False).fisher
@@ -194,7 +196,7 @@ def _stability(network: Network, x: Array, draws: int) -> dict[str, Any]:
 
 
 def _largest(network: Network, x: Array, seed: int) -> float:
-    """The largest eigenvalue of one draw, in training mode; NaN where Lanczos failed."""
+    """The largest eigenvalue of one draw in training mode; NaN if Lanczos failed."""
     operator = fisher_operator(build(network, rngs=nnx.Rngs(seed)), x, statistics="batch")
     found = top_eigenvalues(operator, 1, tol=TOL, key=jax.random.key(seed))
     return float(np.where(found.status == 0, found.eigenvalues, np.nan)[0])
@@ -203,7 +205,7 @@ def _largest(network: Network, x: Array, seed: int) -> float:
 def _summarized(found: xr.Dataset, momentum: float) -> xr.Dataset:
     mean = found.measured.mean("draw")
     error = standard_error(found.measured.values, found.measured.dims.index("draw"))
-    # a rate at which any seed diverged is no rate to choose
+    # a rate at which any seed diverged is not chosen
     train_loss = found.loss.mean("seed", skipna=False)
     learns = train_loss.notnull().any("learning_rate")
     best = train_loss.fillna(np.inf).idxmin("learning_rate")

@@ -1,4 +1,4 @@
-"""What a sweep says: where training stops being stable, and which learning rate is best."""
+"""Results of a sweep: where training stops being stable, and which learning rate is best."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 
 def averaged(dataset: xr.Dataset, value: str | None = None) -> xr.DataArray:
-    """A result after the last epoch, mean over seeds; NaN where any seed diverged.
+    """A result after the last epoch, averaged over seeds; NaN where any seed diverged.
 
     Args:
         dataset: What :func:`meanfield_jax.sweep` returned.
-        value: test_loss, loss or test_accuracy; None: test_loss where there is one, else loss.
+        value: test_loss, loss or test_accuracy; None: test_loss if there is one, else loss.
 
     Returns:
-        Over the grid's axes without "seed".
+        The result over the grid's axes without "seed".
 
     Raises:
-        DataError: where the data set has no such result.
+        DataError: if the data set has no such result.
     """
     value = value or ("test_loss" if "test_loss" in dataset else "loss")
     if value not in dataset:
         known = ", ".join(
             name for name in ("test_loss", "loss", "test_accuracy") if name in dataset
         )
-        raise problem(DataError, "value", value, "not in this sweep", f"use {known}")
+        raise problem(DataError, "value", value, "this sweep has no such result", f"use {known}")
     last = dataset[value].isel(epoch=-1)
     return last.mean(_seeds(last), skipna=False).where(~diverged(dataset))
 
@@ -41,23 +41,24 @@ def diverged(dataset: xr.Dataset) -> xr.DataArray:
 
 
 def boundary(dataset: xr.Dataset) -> xr.DataArray:
-    """Up to which learning rate no run diverged: the middle of that rate and the next one.
+    """The boundary of stability: the middle of the last rate without divergence and the next one.
 
     Args:
         dataset: What :func:`meanfield_jax.sweep` returned, with several learning rates.
 
     Returns:
-        Over the other axes without "seed", accurate to half a step of the grid; NaN where none or
-        all diverged, or cells are missing below.
+        The boundary over the other axes without "seed", accurate to half a step of the grid; NaN if
+        no run diverged, if all did, or if cells are missing below it.
 
     Raises:
-        DataError: without an axis of learning rates.
+        DataError: if the data set has no axis of learning rates.
     """
     import xarray as xr
 
     if "learning_rate" not in dataset.dims:
         remedy = "sweep over several learning rates"
-        raise problem(DataError, "dataset", list(dataset.dims), "no learning rates in it", remedy)
+        cause = "it has no learning rates"
+        raise problem(DataError, "dataset", list(dataset.dims), cause, remedy)
     ordered = dataset.diverged_at.sortby("learning_rate")
     stable = (ordered == -1).all(_seeds(ordered))
     missing = (ordered == -2).any(_seeds(ordered))
@@ -66,7 +67,7 @@ def boundary(dataset: xr.Dataset) -> xr.DataArray:
     middles = np.full(len(rates) + 1, np.nan)
     middles[1:-1] = np.sqrt(rates[1:] * rates[:-1])
     found = xr.DataArray(middles[count], count.coords, count.dims)
-    # a cell that is not computed yet is not one that diverged
+    # a cell that is not computed yet has not diverged
     next_one = missing.isel(learning_rate=count.clip(max=len(rates) - 1))
     return found.where(~next_one).drop_vars("learning_rate", errors="ignore")
 

@@ -1,4 +1,4 @@
-"""The optimizer that follows from a spectrum: predicted of a specification, measured of a model."""
+"""Learning rates from a spectrum: predicted for a specification, or measured for a model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,29 +27,30 @@ def optimizer(
     statistics: str = "batch",
     num_samples: int | None = None,
 ) -> optax.GradientTransformation:
-    r"""Heavy-ball gradient descent at a fraction of the largest stable learning rate of a network.
+    r"""Heavy-ball gradient descent at a fraction of a network's largest stable learning rate.
 
     .. math:: \eta = \mathrm{fraction} \cdot 2 (1 + \mu) / \lambda_{max}
 
     Args:
-        network: The specification; the optimizer is for the parameters of what
-            :func:`meanfield_jax.build` makes of it.
+        network: The specification; the optimizer is for the parameters of the model that
+            :func:`meanfield_jax.build` makes from it.
         momentum: mu of the heavy ball.
-        fraction: Of the largest stable rate.
-        data: A batch to be trained on, as in :func:`meanfield_jax.analyze`.
-        statistics: As there.
-        num_samples: As there, the batch size for i.i.d. inputs; None: the limit of large batches.
+        fraction: Fraction of the largest stable learning rate.
+        data: A batch of training data, as in :func:`meanfield_jax.analyze`.
+        statistics: As in :func:`meanfield_jax.analyze`.
+        num_samples: The batch size for i.i.d. inputs, as in :func:`meanfield_jax.analyze`; None:
+            the limit of large batches.
 
     Returns:
         An optax transformation, for ``mf.train(optimizer=...)``, ``nnx.Optimizer``, or
         ``apply`` and ``params`` of :func:`meanfield_jax.functional`.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense.
+        SpecError, DataError: if an option or the data are not valid.
 
     Accuracy:
-        That of ``theory.eta_max()``, in its domain (``theory.fisher.within_domain``); for the
-        squared loss only.
+        That of ``theory.eta_max()`` within its domain (``theory.fisher.within_domain``), and only
+        for the squared loss.
 
     Example:
         >>> import meanfield_jax as mf
@@ -83,26 +84,28 @@ def learning_rate_for(
 
     .. math:: \eta = \mathrm{fraction} \cdot 2 (1 + \mu) / \lambda_{max}(F)
 
-    F is the Fisher matrix of the present parameters on one batch, its largest eigenvalue found by
-    Lanczos: a dozen gradients' work. For the squared loss (1/2n) sum ||f(x) - y||^2, summed over
-    outputs. With cross-entropy it is no bound: the curvature is smaller, and changes as it learns.
+    F is the Fisher matrix of the present parameters on one batch. Its largest eigenvalue is found
+    by Lanczos, at the cost of about a dozen gradients. The rate is for the squared loss
+    (1/2n) sum ||f(x) - y||^2, summed over outputs. With cross-entropy it is not a bound, because
+    the curvature is smaller and changes during training.
 
     Args:
         model: A Flax NNX model, or a pure function ``apply(params, x)``.
-        x: A batch as it is trained on, (n, ...); as large, too, since small batches have larger
+        x: A training batch, (n, ...), of the size used in training: small batches have larger
             eigenvalues.
-        params: Of ``apply``, any pytree; None for an NNX model, which has its own.
+        params: Parameters of ``apply``, any pytree; None for an NNX model, which has its own.
         momentum: mu of the heavy ball; 0 for plain gradient descent.
-        fraction: Of the largest stable rate.
-        statistics: Of a model's BatchNorms, as in :func:`meanfield_jax.fisher_operator`. A pure
-            function has the mode that it has: "frozen" refuses one that normalizes by the batch.
+        fraction: Fraction of the largest stable learning rate.
+        statistics: Statistics of a model's BatchNorms, as in
+            :func:`meanfield_jax.fisher_operator`. The mode of a pure function is fixed; with
+            "frozen", a function that normalizes over the batch is an error.
 
     Returns:
-        The learning rate, (), of the outputs' dtype.
+        The learning rate, (), in the dtype of the outputs.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense.
-        RuntimeError: if the search for the eigenvalue failed, such as at NaN parameters.
+        SpecError, DataError: if an option or the data are not valid.
+        RuntimeError: if the eigenvalue was not found, for example because parameters are NaN.
 
     Accuracy:
         1e-4 of lambda_max, see :func:`meanfield_jax.top_eigenvalues`.
@@ -125,8 +128,8 @@ def learning_rate_for(
     else:
         operator = FisherOperator(model, params, x)
         if statistics == "frozen" and couples_samples(operator):
-            cause = "the function normalizes by the batch"
-            remedy = "give the function in evaluation mode, or statistics='batch'"
+            cause = "the function normalizes over the batch"
+            remedy = "pass the function in evaluation mode, or statistics='batch'"
             raise problem(SpecError, "statistics", statistics, cause, remedy)
     found = top_eigenvalues(operator).raise_if_failed()
     return fraction * eta_max(found.eigenvalues[0], momentum)
@@ -134,4 +137,5 @@ def learning_rate_for(
 
 def _check_fraction(fraction: float) -> None:
     if not isinstance(fraction, Tracer) and not 0 < fraction < np.inf:
-        raise problem(SpecError, "fraction", fraction, "not a number above 0", "give e.g. 0.5")
+        remedy = "pass a number such as 0.5"
+        raise problem(SpecError, "fraction", fraction, "must be finite and above 0", remedy)

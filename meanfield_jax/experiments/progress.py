@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work on stderr: a bar on a terminal, occasional lines in a log."""
 
 import sys
 import time
@@ -9,15 +9,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 EVERY = 20.0
-"""Seconds between two lines of a log."""
+"""Seconds between two lines in a log."""
 
 
 class Progress:
-    """Shows how many runs are done, how many a second, and how long the rest takes.
+    """Shows how many runs are done, the rate per second, and the remaining time.
 
     Args:
-        todo: Runs to do now, by this process.
-        total: Runs of the whole grid.
+        todo: Number of runs for this process to do now.
+        total: Number of runs in the whole grid.
         shown: Whether to show anything.
     """
 
@@ -43,7 +43,7 @@ class Progress:
             self._bar.start()
         if self._shown and self._todo < self._total:
             who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-            self._say(f"{who}{self._todo} of {self._total} runs are to be done here")
+            self._say(f"{who}{self._todo} of {self._total} runs to be done here")
         return self
 
     def __exit__(self, *problem) -> None:
@@ -51,7 +51,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """Tells that so many more runs are done."""
+        """Reports that this number of further runs is done."""
         self._done += count
         now = time.monotonic()
         rate = self._done / (now - self._start)

@@ -1,8 +1,9 @@
-"""The store of a sweep: one Zarr group, written chunk by chunk, that survives being killed.
+"""The store of a sweep: a Zarr group, written chunk by chunk, that survives a killed process.
 
-Results are arrays over the grid's axes; a chunk is a block of them, one file an array. When all of
-a chunk's files are written, a checksum of its numbers goes into ``digest``, and only that makes it
-count: a chunk that is missing, truncated or altered has another checksum and is computed again.
+Results are arrays over the grid's axes; a chunk is a block of them, in one file per array. When all
+files of a chunk have been written, a checksum of its numbers is written to ``digest``, and only
+then does the chunk count as finished. A chunk that is missing, truncated or altered does not match
+its checksum and is computed again.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ except ImportError:  # no locks on this system
 FORMAT = "meanfield_jax.sweep/1"
 NO_DIGEST = 0
 UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError)
-"""What Zarr and its codecs raise for files that are not what they should be."""
+"""Exceptions that Zarr and its codecs raise for missing or damaged files."""
 
 Region = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Variable:
-    """One result of each cell.
+    """A result that each cell has.
 
     Attributes:
-        shape: Of one cell's result, () or (epochs,).
-        dtype: Its type.
-        missing: What stands for a cell that was not computed.
+        shape: Shape of one cell's result, () or (epochs,).
+        dtype: Type of the result.
+        missing: The value for cells that have not been computed.
         attributes: Units and description.
     """
 
@@ -62,12 +63,12 @@ class Layout:
     """What a store holds.
 
     Attributes:
-        axes: Number of values of every axis of the grid, first to last.
-        chunk: Number of each axis' values in a chunk.
-        variables: Results of each cell, by name; what their shape has is the axis "epoch".
-        coordinates: Dimensions, values and attributes of each, as xarray takes them.
-        spec: Everything that decides the numbers, as JSON-able data.
-        facts: What else to know: versions, machine; may differ where a sweep goes on.
+        axes: Number of values on every axis of the grid, first to last.
+        chunk: Number of values on each axis within a chunk.
+        variables: Results of each cell, by name; an axis in their shape is "epoch".
+        coordinates: Dimensions, values and attributes of each coordinate, as xarray takes them.
+        spec: Everything that determines the numbers, as data that JSON can hold.
+        facts: Other information (versions, machine), which may change when a sweep is resumed.
     """
 
     axes: dict[str, int]
@@ -79,16 +80,16 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a result that is one number for each cell."""
+        """The shape of a result that is one number per cell."""
         return tuple(self.axes.values())
 
 
 class SweepStore:
-    """A sweep's results in one Zarr group; see the module.
+    """The results of a sweep in one Zarr group; see the module's docstring.
 
     Attributes:
-        layout: What is in it; the chunks are those with which it was made.
-        name: Where it is, in messages.
+        layout: What it holds; the chunks are those with which it was created.
+        name: Its location, for messages.
     """
 
     def __init__(self, group: zarr.Group, layout: Layout, name: str):
@@ -99,7 +100,7 @@ class SweepStore:
 
     @cached_property
     def regions(self) -> list[Region]:
-        """The block of the grid that each chunk is."""
+        """The block of the grid that each chunk covers."""
         starts = (
             range(0, size, step)
             for size, step in zip(self.layout.shape, self.layout.chunk, strict=True)
@@ -113,10 +114,10 @@ class SweepStore:
         ]
 
     def write(self, number: int, results: dict[str, np.ndarray]) -> None:
-        """Writes a chunk; only after the last line does it count.
+        """Writes a chunk, which counts as finished once its checksum has been written.
 
         Raises:
-            OSError: where the store cannot be written; what is in it stays readable.
+            OSError: if the store cannot be written; what it holds stays readable.
         """
         region = self.regions[number]
         ordered = {
@@ -129,11 +130,11 @@ class SweepStore:
             self._array("digest")[number] = _digest(ordered)
         except OSError as error:
             cause = f"{error.strerror or error}, after {self.num_finished} of {len(self.regions)}"
-            remedy = "what is finished is kept: mend that and resume"
+            remedy = "finished chunks are kept, so correct the cause and resume the sweep"
             raise OSError(f"store={self.name!r}: {cause} chunks; {remedy}") from error
 
     def read(self, number: int) -> dict[str, np.ndarray] | None:
-        """A finished chunk's results; None where it is missing or damaged."""
+        """The results of a finished chunk; None if it is missing or damaged."""
         region = self.regions[number]
         if (expected := self._digest_of(number)) == NO_DIGEST:
             return None
@@ -147,26 +148,26 @@ class SweepStore:
         return results if _digest(results) == expected else None
 
     def pending(self) -> list[int]:
-        """The chunks that are missing or damaged; reads everything."""
+        """The chunks that are missing or damaged; reads all results."""
         return [number for number in range(len(self.regions)) if self.read(number) is None]
 
     @property
     def num_finished(self) -> int:
-        """How many chunks say that they are finished; reads their checksums only."""
+        """The number of chunks with a checksum; their results are not read."""
         return sum(self._digest_of(number) != NO_DIGEST for number in range(len(self.regions)))
 
     def add(self, name: str, dims: tuple[str, ...], values: np.ndarray, attributes: dict) -> None:
-        """Puts a small array beside the results, whole."""
+        """Stores a small array beside the results, in one piece."""
         _put(self._group, name, dims, values, dict(attributes, role="beside"))
 
     def has(self, name: str) -> bool:
-        """Whether such an array is there, whole."""
+        """Whether such an array exists and is complete."""
         with contextlib.suppress(*UNREADABLE):
             return bool(np.all(np.isfinite(self._array(name)[...])))
         return False
 
     def dataset(self) -> xr.Dataset:
-        """Everything that is finished; NaN (and -2 for ``diverged_at``) elsewhere."""
+        """All finished results; NaN (and -2 for ``diverged_at``) elsewhere."""
         import xarray as xr
 
         dims = tuple(self.layout.axes)
@@ -203,20 +204,20 @@ class SweepStore:
 
 
 def create(location: str | Path | None, layout: Layout, *, resume: bool) -> SweepStore:
-    """Makes a store, or opens one to go on with it.
+    """Creates a store, or opens one in order to continue it.
 
     Args:
         location: A folder, or anything else that Zarr opens by name; None: memory.
-        layout: What it is to hold.
-        resume: Whether it may be there already.
+        layout: What the store is to hold.
+        resume: Whether the store may exist already.
 
     Returns:
         The store.
 
     Raises:
-        SpecError: where it is there already and ``resume`` is False, or is another sweep's.
-        DataError: where what is there is no sweep.
-        OSError: where it cannot be written.
+        SpecError: if the store exists and ``resume`` is False, or belongs to another sweep.
+        DataError: if something that is not a sweep exists there.
+        OSError: if the store cannot be written.
     """
     from zarr.storage import MemoryStore
 
@@ -224,13 +225,13 @@ def create(location: str | Path | None, layout: Layout, *, resume: bool) -> Swee
     name = "memory" if location is None else str(location)
     if "format" in group.attrs:
         if not resume:
-            remedy = "resume it (resume=True, --resume) or give another name"
-            raise problem(SpecError, "store", name, "exists already", remedy)
+            remedy = "resume it (resume=True, --resume) or use another name"
+            raise problem(SpecError, "store", name, "it exists already", remedy)
         _check_same(name, group, layout)
     elif list(group.keys()):
-        raise problem(DataError, "store", name, "not a sweep's store", "give another name")
+        raise problem(DataError, "store", name, "it is not a sweep's store", "use another name")
     try:
-        # everything below can be done twice: who is killed here finds it half done and goes on
+        # everything below can be repeated, so a process killed here can be resumed
         if "format" not in group.attrs:
             group.attrs.update(
                 dict(format=FORMAT, spec=layout.spec, facts=layout.facts, chunk=layout.chunk)
@@ -238,7 +239,7 @@ def create(location: str | Path | None, layout: Layout, *, resume: bool) -> Swee
         store = SweepStore(group, layout, name)
         _make_arrays(group, store)
     except OSError as error:
-        remedy = "give a place that can be written"
+        remedy = "use a location that can be written"
         raise OSError(f"store={name!r}: {error.strerror or error}; {remedy}") from error
     return store
 
@@ -247,25 +248,25 @@ def load_sweep(location: str | Path) -> xr.Dataset:
     """The data set of a stored sweep, finished or not.
 
     Args:
-        location: What :func:`meanfield_jax.sweep` was given as ``store``.
+        location: The ``store`` that was passed to :func:`meanfield_jax.sweep`.
 
     Returns:
-        As :func:`meanfield_jax.sweep` returns; cells that are not computed yet are NaN.
+        As :func:`meanfield_jax.sweep`; cells that have not been computed yet are NaN.
 
     Raises:
-        DataError: where there is no sweep.
+        DataError: if there is no sweep at this location.
     """
     if "://" not in str(location) and not Path(location).exists():
-        raise problem(DataError, "store", str(location), "does not exist", "give a sweep's store")
+        raise problem(DataError, "store", str(location), "it does not exist", "use a sweep's store")
     return open_store(location).dataset()
 
 
 def open_store(location: str | Path) -> SweepStore:
-    """A stored sweep, to be read."""
+    """Opens a stored sweep for reading."""
     group = _open(location, "r")
     if group.attrs.get("format") != FORMAT:
-        remedy = "give one that meanfield-jax sweep made"
-        raise problem(DataError, "store", str(location), "not a sweep's store", remedy)
+        remedy = "use one that meanfield-jax sweep made"
+        raise problem(DataError, "store", str(location), "it is not a sweep's store", remedy)
     attrs: dict[str, Any] = dict(group.attrs)
     variables = {}
     grid = attrs["spec"]["grid"]
@@ -281,7 +282,7 @@ def open_store(location: str | Path) -> SweepStore:
 
 @contextlib.contextmanager
 def locked(location: str | Path | None) -> Iterator[None]:
-    """Keeps a second sweep out of a local store; the lock goes with the process that holds it."""
+    """Keeps a second sweep out of a local store; the lock ends with the process that holds it."""
     path = Path(str(location)) / "zarr.json"
     if fcntl is None or location is None or not path.exists():
         yield
@@ -290,7 +291,7 @@ def locked(location: str | Path | None) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            cause, remedy = "another sweep is writing it", "wait for it, or give another name"
+            cause, remedy = "another sweep is writing to it", "wait for it, or use another name"
             raise problem(SpecError, "store", str(location), cause, remedy) from None
         yield
 
@@ -301,14 +302,14 @@ def _open(location: str | Path | MemoryStore, mode: Any) -> zarr.Group:
     try:
         return zarr.open_group(location, mode=mode, zarr_format=3)
     except OSError as error:
-        remedy = "give a folder that can be written" if mode == "a" else "check the folder"
+        remedy = "use a folder that can be written" if mode == "a" else "check the folder"
         raise OSError(f"store={str(location)!r}: {error.strerror or error}; {remedy}") from error
     except (*UNREADABLE, ImportError) as error:
         raise problem(DataError, "store", str(location), str(error), "check the folder") from error
 
 
 def _make_arrays(group: zarr.Group, store: SweepStore) -> None:
-    """All arrays that are not there yet, results empty."""
+    """Creates all arrays that do not exist yet, with empty results."""
     layout = store.layout
     dims = tuple(layout.axes)
     present = set(group.keys())
@@ -356,7 +357,7 @@ def _put(group: zarr.Group, name: str, dims, values: np.ndarray, attributes) -> 
 
 
 def _digest(results: dict[str, np.ndarray]) -> int:
-    """A checksum of the numbers, never NO_DIGEST."""
+    """A checksum of the numbers, which is never NO_DIGEST."""
     total = 0
     for name in sorted(results):
         total = zlib.crc32(results[name].tobytes(), total)
@@ -364,22 +365,21 @@ def _digest(results: dict[str, np.ndarray]) -> int:
 
 
 def _check_same(name: str, group: zarr.Group, layout: Layout) -> None:
-    """Raises SpecError, with the differences, where a store is another sweep's."""
+    """Raises SpecError, with the differences, if a store belongs to another sweep."""
     if group.attrs.get("format") != FORMAT:
-        raise problem(DataError, "store", name, "not a sweep's store", "give another name")
-    # as it comes back from a file: tuples are lists there
+        raise problem(DataError, "store", name, "it is not a sweep's store", "use another name")
+    # as it is read from a file, where tuples have become lists
     wanted = json.loads(json.dumps(layout.spec))
     found = list(_differences(group.attrs["spec"], wanted, ""))
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        cause = f"made with another specification: {'; '.join(found[:5])}{more}"
-        raise problem(
-            SpecError, "store", name, cause, "give another name, or what it was made with"
-        )
+        cause = f"it was made with another specification: {'; '.join(found[:5])}{more}"
+        remedy = "use another name, or the specification it was made with"
+        raise problem(SpecError, "store", name, cause, remedy)
 
 
 def _differences(stored: Any, now: Any, path: str) -> Iterator[str]:
-    """Where two pieces of JSON-able data differ, one line each."""
+    """Yields the differences between two pieces of JSON data, one line each."""
     if isinstance(stored, dict) and isinstance(now, dict):
         for key in {**stored, **now}:
             yield from _differences(stored.get(key), now.get(key), f"{path}/{key}".lstrip("/"))

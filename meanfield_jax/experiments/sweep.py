@@ -1,4 +1,4 @@
-"""Phase diagrams of training: a grid of runs on any number of devices, kept in a store."""
+"""Phase diagrams of training: a grid of runs on any number of devices, saved in a store."""
 
 from __future__ import annotations
 
@@ -48,30 +48,30 @@ if TYPE_CHECKING:
     import xarray as xr
 
 AXES = {
-    "batch_size": "samples of a step",
+    "batch_size": "samples per step",
     "depth": "hidden blocks",
     "width": "units or channels of every hidden layer",
-    "gamma": "initial scale of every BatchNorm",
+    "gamma": "initial scale of every norm",
     "weight_var": "variance of a weight times the fan-in",
     "learning_rate": "learning rate",
     "momentum": "momentum of the heavy ball",
     "seed": "seed of the draw and of the order of the samples",
 }
-"""What a grid can have, with what it is."""
+"""Axes that a grid may have, with a description of each."""
 
 STRUCTURE = ("batch_size", "depth", "width")
-"""Axes along which the computation is compiled anew."""
+"""Axes along which the computation is compiled again for every value."""
 
 WHOLE = (*STRUCTURE, "seed")
-"""Axes of whole numbers."""
+"""Axes whose values are integers."""
 
 DEFAULTS = dict(batch_size=100, learning_rate=0.1, momentum=0.9, seed=0)
 
 THEORY_SAMPLES = 128
-"""Most samples of the batch whose theory is put beside the results."""
+"""The most samples of the batch whose theory is stored beside the results."""
 
 CELLS = dict(cpu=16)
-"""Most cells of a chunk on each device: small ones lose little when a run is cut off."""
+"""The most cells of a chunk per device: little is lost when a small chunk is interrupted."""
 CELLS_ELSEWHERE = 1024
 
 
@@ -93,46 +93,48 @@ def sweep(
     patience: float = 60.0,
     progress: bool = False,
 ) -> xr.Dataset:
-    """Trains a network at every point of a grid; what :func:`train` does, for as many as you like.
+    """Trains a network as :func:`train` does, at every point of a grid of any size.
 
-    The grid is cut into chunks, each one vmapped call, sharded over the devices. A chunk is written
-    before it counts: kill the process at any moment, resume, and only what ran is run again, with
-    the same numbers. Where ``jax.distributed.initialize()`` was called in every process of a job,
-    each takes its share of the chunks; all need the same data and see the same store.
+    The grid is divided into chunks, each of which is one vmapped call sharded over the devices. A
+    chunk counts as finished only after it has been written. If the process is killed at any moment
+    and the sweep resumed, only what was running is computed again, with the same numbers.
+    If ``jax.distributed.initialize()`` was called in every process of a job, the chunks are divided
+    among the processes, which all need the same data and access to the same store.
 
     Args:
         network: The specification.
         data: Inputs (n, *input_shape) and integer labels (n,) or targets (n, C).
-        grid: Axes by name, each a sequence of values, or one number to be used throughout: gamma,
-            weight_var (as specified unless given), learning_rate (0.1), momentum (0.9), seed (0),
-            batch_size (100), and depth, width (as specified). Along the last three each value is
-            compiled by itself.
-        store: Folder of the results, a Zarr group; None: they are kept in memory only.
-        resume: Whether to go on with a store that exists: one of the same sweep.
+        grid: Axes by name, each a sequence of values, or a single number for all runs: gamma,
+            weight_var (default: as specified), learning_rate (0.1), momentum (0.9), seed (0),
+            batch_size (100), and depth, width (as specified). Each value of the last three is
+            compiled separately.
+        store: Folder of the results, a Zarr group; None: the results are kept in memory only.
+        resume: Whether to continue an existing store, which must be that of the same sweep.
         test: Samples to be evaluated after each epoch.
         epochs: Passes over the data.
         loss: ``"squared"`` or ``"cross_entropy"``.
         optimizer: Maps a learning rate to any optax optimizer; the heavy ball by default.
-        train_gamma: Whether scale and offset of the BatchNorms learn.
+        train_gamma: Whether scale and offset of the norms are trained.
         devices: JAX devices to compute on; all local ones by default.
-        chunk_cells: Runs of a chunk; by default as many as memory allows, at most 16 a device on
+        chunk_cells: Runs per chunk; by default as many as memory allows, at most 16 per device on
             CPU and 1024 elsewhere.
         detach: Whether to leave the distributed runtime (``jax.distributed.shutdown()``) once the
-            work is shared: then a process that dies takes no other with it.
-        patience: Seconds after which, where no chunk came (and none in five times what the longest
-            took here), other processes are taken for dead.
+            work has been divided, so that a process that dies does not end the others.
+        patience: Seconds without a new chunk (and at least five times as long as the slowest chunk
+            took here) after which other processes are considered dead.
         progress: Whether to show progress, rate and time left on stderr.
 
     Returns:
         A data set over the grid's axes: ``loss``, ``test_loss``, ``test_accuracy`` (also over
         ``epoch``; NaN from the epoch of divergence on), ``diverged_at`` (a step; -1: converged,
-        -2: not computed yet), and over those axes that matter the predicted
-        ``eta_max_batch``, ``eta_max_frozen``, ``eta_max_wei2019`` of one training batch (its first
-        128 samples at most). Attributes: the specification as JSON, versions, machine.
+        -2: not computed yet), and, over the axes on which they depend, the predicted
+        ``eta_max_batch``, ``eta_max_frozen``, ``eta_max_wei2019`` of one training batch (at most
+        its first 128 samples). Its attributes are the specification as JSON, versions and machine.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense, and a store of another sweep.
-        OSError: where the store cannot be written.
+        SpecError, DataError: if an option or the data are not valid, or if the store belongs to
+            another sweep.
+        OSError: if the store cannot be written.
 
     Example:
         >>> import meanfield_jax as mf
@@ -144,8 +146,8 @@ def sweep(
         {'gamma': 2, 'learning_rate': 4, 'seed': 2}
     """
     if isinstance(optimizer, optax.GradientTransformation):
-        cause = "it has its own learning rate, which a sweep sets"
-        remedy = "give a function of the learning rate, such as optax.adam"
+        cause = "it has its own learning rate, but a sweep sets the learning rate"
+        remedy = "pass a function of the learning rate, such as optax.adam"
         raise problem(SpecError, "optimizer", type(optimizer).__name__, cause, remedy)
     axes, fixed = _split(grid)
     devices = list(devices or jax.local_devices())
@@ -159,8 +161,8 @@ def sweep(
     samples, test_samples = check_samples(largest, data, test)
     check_cells(network, {name: jnp.asarray(v) for name, v in (axes | fixed).items()})
     if chunk_cells is not None and chunk_cells < 1:
-        remedy = "give at least 1"
-        raise problem(SpecError, "chunk_cells", chunk_cells, "not a number of runs", remedy)
+        remedy = "pass a positive integer"
+        raise problem(SpecError, "chunk_cells", chunk_cells, "must be at least 1", remedy)
     cells = chunk_cells or _cells_in_memory(recipes.values(), devices)
     spec = dict(
         network=json.loads(network.to_json()),
@@ -196,17 +198,17 @@ def sweep(
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """What one process has to do.
+    """The work of one process.
 
     Attributes:
-        store: Where results go.
-        recipes: What to run, by the values of the axes of ``STRUCTURE``.
+        store: Where the results are written.
+        recipes: What to run, by the values of the axes in ``STRUCTURE``.
         axes: Values of the grid's axes.
-        fixed: Numbers that all cells share.
+        fixed: Numbers that are the same for all cells.
         data: Training samples.
         test: Test samples.
-        devices: What to compute on.
-        numbers: The chunks to compute here.
+        devices: The devices to compute on.
+        numbers: The chunks to compute in this process.
     """
 
     store: SweepStore
@@ -235,7 +237,7 @@ class _Share:
             self._wait(max(patience, 5 * longest))
 
     def _results(self, region: Region, mesh: Mesh) -> dict[str, np.ndarray]:
-        """A chunk's results, in the shape of its region."""
+        """The results of a chunk, in the shape of its region."""
         axes = {
             name: values[part]
             for (name, values), part in zip(self.axes.items(), region, strict=True)
@@ -243,7 +245,7 @@ class _Share:
         shape = _sizes(region)
         points = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
         numbers = self.fixed | {name: values.ravel() for name, values in points.items()}
-        # every chunk has as many cells as the largest, whose program is used again
+        # every chunk is padded to the size of the largest, so that all use the same program
         whole = math.prod(self.store.layout.chunk)
         whole += -whole % mesh.size
         count = math.prod(shape)
@@ -263,7 +265,7 @@ class _Share:
         }
 
     def _wait(self, patience: float) -> None:
-        """For the other processes' chunks; RuntimeError where none comes any more."""
+        """Waits for the chunks of other processes; raises RuntimeError if they stop coming."""
         total = len(self.store.regions)
         finished, since = self.store.num_finished, time.monotonic()
         while finished < total:
@@ -272,28 +274,28 @@ class _Share:
                 finished, since = now, time.monotonic()
             elif time.monotonic() - since > patience:
                 raise RuntimeError(
-                    f"store={self.store.name!r}: no chunk of another process for {patience:.0f} s "
-                    f"(process {jax.process_index()} of {jax.process_count()} has written all of "
-                    f"its own): it seems to have died; {finished} of {total} chunks are kept, "
-                    "resume to compute the rest"
+                    f"store={self.store.name!r}: another process seems to have died, as it wrote "
+                    f"no chunk for {patience:.0f} s (process {jax.process_index()} of "
+                    f"{jax.process_count()} has written all of its own); {finished} of {total} "
+                    "chunks are kept, resume the sweep to compute the rest"
                 )
 
 
 def _split(grid: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Axes, and numbers that are the same for all cells."""
+    """The axes, and the numbers that are the same for all cells."""
     axes, fixed = {}, {name: np.asarray(value) for name, value in DEFAULTS.items()}
     for name, given in grid.items():
         if name not in AXES:
-            raise problem(SpecError, "grid", name, "no such axis", f"use {', '.join(AXES)}")
+            raise problem(SpecError, "grid", name, "unknown axis", f"use {', '.join(AXES)}")
         values = np.asarray(list(given) if isinstance(given, range) else given)
         if name in WHOLE and values.dtype.kind not in "iu":
-            remedy = "give whole numbers"
-            raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "not whole", remedy)
+            remedy = "pass integers"
+            raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "must be integers", remedy)
         if values.dtype.kind not in "iuf" or values.ndim > 1 or values.size == 0:
-            remedy = "give a number or a sequence of numbers"
-            raise problem(SpecError, f"grid[{name!r}]", given, "not understood", remedy)
+            cause, remedy = "must be numbers", "pass a number or a non-empty sequence of numbers"
+            raise problem(SpecError, f"grid[{name!r}]", given, cause, remedy)
         if len(np.unique(values)) < values.size:
-            remedy = "give each once"
+            remedy = "pass each value once"
             raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "values repeat", remedy)
         if name not in WHOLE:
             values = values.astype(np.float64)
@@ -303,12 +305,13 @@ def _split(grid: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np
         else:
             fixed[name] = values
     if not axes:
-        raise problem(SpecError, "grid", dict(grid), "no axis", "give a sequence for at least one")
+        remedy = "pass a sequence of values for at least one axis"
+        raise problem(SpecError, "grid", dict(grid), "it has no axis", remedy)
     return axes, fixed
 
 
 def _structures(axes: dict, fixed: dict) -> Iterator[dict[str, Any]]:
-    """Every combination of values of the axes along which the computation is compiled anew."""
+    """Yields every combination of the values that need separate compilation."""
     choices = {
         name: np.atleast_1d((axes | fixed)[name]) for name in STRUCTURE if name in axes | fixed
     }
@@ -354,7 +357,7 @@ def _coordinates(axes: dict, fixed: dict, epochs: int) -> dict[str, Any]:
 
 
 def _chunk(axes: dict[str, int], cells: int) -> tuple[int, ...]:
-    """The chunk's extent along each axis: whole last axes, then a part, of about equal parts."""
+    """The extent of a chunk along each axis: whole last axes, then equal parts of one axis."""
     sizes = []
     for name, size in reversed(axes.items()):
         most = 1 if name in STRUCTURE else min(size, max(cells, 1))
@@ -368,7 +371,7 @@ def _sizes(region: Region) -> tuple[int, ...]:
 
 
 def _cells_in_memory(recipes: Any, devices: list[Any]) -> int:
-    """Cells of a chunk that fit into half of the devices' memory, a quarter of the machine's."""
+    """Cells per chunk that fit into half of the devices' memory, or a quarter of a CPU's."""
     platform = devices[0].platform
     memory = memory_of(devices) / len(devices) / (4 if platform == "cpu" else 2)
     each = max(bytes_of_cell(recipe) for recipe in recipes)
@@ -377,10 +380,10 @@ def _cells_in_memory(recipes: Any, devices: list[Any]) -> int:
 
 
 def bytes_of_cell(recipe: Recipe) -> int:
-    """Memory of one run, roughly and from above.
+    """A rough upper bound on the memory of one run.
 
-    Six copies of the parameters (draw, gradient, momentum, old and new), and four of what a batch
-    keeps of each layer, windows of convolutions included.
+    It counts six copies of the parameters (draw, gradient, momentum, old and new), and four of what
+    a batch keeps of each layer, including the windows of convolutions.
 
     Returns:
         Bytes, four for each number (float32).
@@ -396,7 +399,7 @@ def bytes_of_cell(recipe: Recipe) -> int:
 
 
 def _predict(store: SweepStore, recipes, axes, fixed, x: Array) -> None:
-    """Puts the predicted boundaries, of a batch of the data, beside the results."""
+    """Stores the boundaries predicted for a batch of the data beside the results."""
     names = [name for name in axes if name not in ("learning_rate", "seed")]
     numbers = {name: axes[name] for name in names}
     momentum = numbers.pop("momentum", fixed["momentum"])
@@ -404,7 +407,7 @@ def _predict(store: SweepStore, recipes, axes, fixed, x: Array) -> None:
         name = f"eta_max_{statistics}"
         if store.has(name):
             continue
-        # momentum last, as theory is needed only once for all of them
+        # momentum last, because the theory is the same for all its values
         others = [key for key in names if key != "momentum"]
         values = [
             _boundary(

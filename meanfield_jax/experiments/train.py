@@ -1,4 +1,4 @@
-"""Training runs as one pure function: many scales, learning rates and seeds in one call."""
+"""Training as one pure function: many scales, learning rates and seeds in one call."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 LOSSES = ("squared", "cross_entropy")
 BLOW_UP = 1e3
-"""Training has diverged when a loss is that many times the first one, or not finite."""
+"""Training has diverged when a loss exceeds the first one by this factor or is not finite."""
 
 RUNNING = 0.9
-"""Momentum of running statistics: short runs have few steps to settle them."""
+"""Momentum of running statistics, lower than usual because short runs have few steps."""
 
 Samples = tuple[Array | np.ndarray, Array | np.ndarray]
 """Inputs (n, ...), and labels or targets."""
@@ -42,7 +42,7 @@ Optimizer = Callable[[Any], optax.GradientTransformation]
 
 
 class Cell(NamedTuple):
-    """What may differ between the runs of one call, (cells,) each; None: as specified."""
+    """Numbers that may differ between the runs of one call, (cells,) each; None: as specified."""
 
     learning_rate: Array
     momentum: Array
@@ -54,14 +54,14 @@ class Cell(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all runs of one call share beside their data; all but the numbers is compiled for.
+    """What all runs of one call have in common besides data; all but the numbers is static.
 
     Attributes:
-        numbers: Those of the specification; None for those in ``constants``.
-        constants: Those that a Flax module holds as constants (eps); None for the others.
-        structure: That of the specification.
+        numbers: Numbers of the specification; None for those in ``constants``.
+        constants: Numbers that a Flax module holds as constants (eps); None for the others.
+        structure: Structure of the specification.
         epochs: Passes over the data.
-        batch_size: Samples of a step.
+        batch_size: Samples per step.
         loss: One of ``LOSSES``.
         optimizer: Maps a learning rate to an optax optimizer, or is one; None: the heavy ball.
     """
@@ -87,14 +87,14 @@ class Recipe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What :func:`train` returns; ``...`` are the axes that its numbers broadcast to.
+    """What :func:`train` returns; ``...`` are the axes to which its numbers broadcast.
 
     Attributes:
         loss: Mean training loss of each epoch, (..., epochs); NaN from the epoch of divergence on.
-        test_loss: After each epoch, likewise; None without test data.
-        test_accuracy: Share of test samples whose largest output is the label's; likewise.
-        diverged_at: The step whose loss was not finite or above 1000 times the first one, (...,);
-            -1 where there was none: the run converged.
+        test_loss: Test loss after each epoch, (..., epochs); None without test data.
+        test_accuracy: Fraction of test samples whose largest output is that of the label, likewise.
+        diverged_at: The step at which the loss was not finite or more than 1000 times the first
+            one, (...,); -1 if there was none, in which case the run converged.
     """
 
     loss: Array
@@ -109,7 +109,7 @@ class Training:
 
     @property
     def status(self) -> Array:
-        """(...,), a :class:`Status` as integer: CONVERGED or DIVERGED."""
+        """A :class:`Status` as integer, (...,): CONVERGED or DIVERGED."""
         return jnp.where(self.diverged, Status.DIVERGED, Status.CONVERGED)
 
     def raise_if_failed(self) -> Training:
@@ -132,8 +132,8 @@ class Training:
             dims: Names of the leading axes.
 
         Returns:
-            A data set of ``diverged_at`` over ``dims`` and of the losses and the accuracy (those
-            of the test samples where there are any) over ``dims`` and ``epoch``, counted from 1.
+            A data set of ``diverged_at`` over ``dims``, and of the losses and the accuracy (on test
+            samples if there are any) over ``dims`` and ``epoch``, which counts from 1.
         """
         import xarray as xr
 
@@ -160,35 +160,35 @@ def train(
     optimizer: Optimizer | optax.GradientTransformation | None = None,
     train_gamma: bool = True,
 ) -> Training:
-    """Trains random draws of a network by minibatches; every number may be an array.
+    """Trains random draws of a network on minibatches; many numbers may be arrays.
 
     ``gamma``, ``weight_var``, ``learning_rate``, ``momentum`` and ``seed`` broadcast against each
-    other, and all runs are one vmapped, jitted scan over steps. A run that diverges stands still
-    from then on.
+    other, and all runs are one vmapped, jitted scan over steps. The parameters of a run that
+    diverges do not change any more.
 
     Args:
         network: The specification.
         data: Inputs (n, *input_shape) and integer labels (n,) or targets (n, C).
-        test: The same, to be evaluated after each epoch in evaluation mode (running statistics are
-            averages with momentum 0.9).
+        test: The same for test samples, evaluated after each epoch in evaluation mode (running
+            statistics are averages with momentum 0.9).
         gamma: Initial scale of every norm; None: as specified.
         weight_var: sigma_w^2 of every layer of weights; None: as specified.
-        learning_rate: Of the heavy ball, or what an ``optimizer`` that is a function takes; None:
-            0.1.
-        momentum: Of the heavy ball; not used by an ``optimizer`` of your own.
-        epochs: Passes over the data, each in a random order of its own.
-        batch_size: Samples of a step; what is left over at the end of an epoch is left out.
-        seed: Of the draw of the network and of the order of the samples.
+        learning_rate: Learning rate of the heavy ball, or the argument of an ``optimizer`` that is
+            a function; None: 0.1.
+        momentum: Momentum of the heavy ball; not used if an ``optimizer`` is given.
+        epochs: Passes over the data, each in a new random order.
+        batch_size: Samples per step; an incomplete batch at the end of an epoch is not used.
+        seed: Seed of the draw of the network and of the order of the samples.
         loss: ``"squared"``, (1/2n) sum ||f(x) - y||^2, or ``"cross_entropy"``.
-        optimizer: Maps a learning rate to any optax optimizer, such as ``optax.adam``; or one that
-            has its own rate, such as ``mf.optimizer(network)``.
-        train_gamma: Whether scale and offset of the norms learn.
+        optimizer: A function from a learning rate to an optax optimizer, such as ``optax.adam``; or
+            an optimizer with its own rate, such as ``mf.optimizer(network)``.
+        train_gamma: Whether scale and offset of the norms are trained.
 
     Returns:
         Curves and status; the same inputs give the same numbers.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense.
+        SpecError, DataError: if an option or the data are not valid.
 
     Example:
         >>> import numpy as np, meanfield_jax as mf
@@ -200,7 +200,7 @@ def train(
     """
     recipe = recipe_of(network, epochs, batch_size, loss, optimizer, train_gamma)
     if isinstance(optimizer, optax.GradientTransformation) and learning_rate is not None:
-        cause, remedy = "the optimizer has its own", "leave one of them out"
+        cause, remedy = "the optimizer has its own learning rate", "leave one of the two out"
         raise problem(SpecError, "learning_rate", learning_rate, cause, remedy)
     numbers = dict(
         gamma=gamma,
@@ -225,13 +225,13 @@ def recipe_of(
     optimizer: Optimizer | optax.GradientTransformation | None,
     train_gamma: bool,
 ) -> Recipe:
-    """The recipe, checked; SpecError for what makes no sense."""
+    """The recipe, after checking its options; raises SpecError if one is not valid."""
     check_choice("loss", loss, LOSSES)
     for name, value in dict(epochs=epochs, batch_size=batch_size).items():
         if value < 1:
-            raise problem(SpecError, name, value, "not a number of them", "give at least 1")
+            raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
     network.validate()
-    # floats, since whole numbers would be compiled for anew
+    # floats, because integers would be compiled again
     spec = jax.tree.map(float, network if train_gamma else with_norms(network, trainable=False))
     leaves, structure = jax.tree_util.tree_flatten_with_path(spec)
     constants = tuple(number if path[-1].name == "eps" else None for path, number in leaves)
@@ -240,43 +240,46 @@ def recipe_of(
 
 
 def check_cells(network: Network, numbers: dict[str, Array]) -> None:
-    """Raises SpecError for numbers that no run can have."""
+    """Raises SpecError for numbers with which no run is possible."""
     known = {name: value for name, value in numbers.items() if not isinstance(value, Tracer)}
     if "gamma" in numbers and not has_norm(network):
         given = known["gamma"].tolist() if "gamma" in known else "traced"
         raise problem(SpecError, "gamma", given, "the network has no norm", "leave it out")
     for name, values in known.items():
         if not np.all(np.isfinite(values)):
-            raise problem(SpecError, name, values.tolist(), "not finite", "give finite numbers")
+            raise problem(SpecError, name, values.tolist(), "not finite", "pass finite numbers")
     for name in ("learning_rate", "momentum", "weight_var"):
         if name in known and np.any(known[name] < 0):
-            raise problem(SpecError, name, known[name].tolist(), "negative", "give numbers >= 0")
+            remedy = "pass numbers of at least 0"
+            raise problem(SpecError, name, known[name].tolist(), "must not be negative", remedy)
 
 
 def check_samples(
     recipe: Recipe, data: Samples, test: Samples | None
 ) -> tuple[Arrays, Arrays | None]:
-    """Inputs, and targets (n, C), for training and for testing."""
+    """Inputs and targets (n, C), for training and for testing."""
     x, y = _checked(recipe.network, data, "data")
     if recipe.batch_size > len(x):
-        cause = f"there are {len(x)} samples"
-        raise problem(SpecError, "batch_size", recipe.batch_size, cause, f"give at most {len(x)}")
+        cause = f"there are only {len(x)} samples"
+        raise problem(SpecError, "batch_size", recipe.batch_size, cause, f"pass at most {len(x)}")
     return (x, y), None if test is None else _checked(recipe.network, test, "test")
 
 
 def _checked(network: Network, data: Samples, name: str) -> Arrays:
-    """Inputs, and targets (n, C)."""
+    """Inputs and targets (n, C) of one data set."""
     x = check_data(data[0])
     y = jnp.asarray(data[1])
     if x.shape[1:] != network.input_shape:
-        remedy = f"give (samples, {', '.join(map(str, network.input_shape))})"
-        raise problem(DataError, f"{name}[0].shape", x.shape, "not the network's inputs", remedy)
+        remedy = f"pass inputs of shape (samples, {', '.join(map(str, network.input_shape))})"
+        cause = "does not fit the network's input shape"
+        raise problem(DataError, f"{name}[0].shape", x.shape, cause, remedy)
     (num_outputs,) = network.output_shape
     if y.shape == (len(x),) and jnp.issubdtype(y.dtype, jnp.integer):
         return x, jax.nn.one_hot(y, num_outputs, dtype=x.dtype)
     if y.shape != (len(x), num_outputs):
-        remedy = f"give integer labels ({len(x)},) or targets ({len(x)}, {num_outputs})"
-        raise problem(DataError, f"{name}[1].shape", y.shape, "neither labels nor targets", remedy)
+        remedy = f"pass integer labels ({len(x)},) or targets ({len(x)}, {num_outputs})"
+        cause = "fits neither labels nor targets"
+        raise problem(DataError, f"{name}[1].shape", y.shape, cause, remedy)
     return x, y.astype(x.dtype)
 
 
@@ -284,7 +287,7 @@ def _checked(network: Network, data: Samples, name: str) -> Arrays:
 def run_cells(
     recipe: Recipe, cells: Cell, data: Arrays, test: Arrays | None, mesh: Mesh | None = None
 ) -> Training:
-    """All runs at once, (cells, ...); the devices of a mesh with the axis "cell" share them."""
+    """All runs at once, (cells, ...), distributed over a mesh's axis "cell" if one is given."""
 
     def run_all(recipe: Recipe, cells: Cell, data: Arrays, test: Arrays | None) -> Training:
         return jax.vmap(lambda cell: _run(recipe, cell, data, test))(cells)
@@ -349,7 +352,7 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
         params, state, *_, diverged_at = carry
 
         def apply(x: Array) -> Array:
-            # merged here: Flax allows no module from outside a scan in one
+            # merged here, because Flax does not allow a module from outside a scan inside it
             model = nnx.merge(graphdef, params, state, copy=True)
             model.eval()
             return model(x)
@@ -377,7 +380,7 @@ def _rule(
 
 
 def _in_batches(apply: Callable[[Array], Array], x: Array, batch_size: int) -> Array:
-    """Outputs of samples that need not fit into memory with all that is in between."""
+    """The outputs, computed in batches to save the memory of intermediate values."""
     whole = len(x) // batch_size * batch_size
     batches = x[:whole].reshape(whole // batch_size, batch_size, *x.shape[1:])
     outputs = jax.lax.map(apply, batches)
@@ -386,7 +389,7 @@ def _in_batches(apply: Callable[[Array], Array], x: Array, batch_size: int) -> A
 
 
 def _loss(name: str, outputs: Array, targets: Array) -> Array:
-    """Mean over samples."""
+    """The loss, averaged over samples."""
     if name == "squared":
         return jnp.sum((outputs - targets) ** 2) / (2 * len(outputs))
     return optax.softmax_cross_entropy(outputs, targets).mean()

@@ -1,4 +1,4 @@
-"""Theory held against the real network: predicted and measured spectra of the Fisher matrix."""
+"""Theory compared with real networks: predicted and measured spectra of the Fisher matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["batch", "frozen"]
 MODES: tuple[Mode, ...] = ("batch", "frozen")
-"""What can be measured: a network in training and in evaluation mode."""
+"""The modes in which a network is measured: training and evaluation."""
 
 CURVE_POINTS = 60
 PROBES = 30
@@ -53,30 +53,30 @@ def validate(
     Args:
         network: The specification.
         x: Inputs, (n, *input_shape).
-        gammas: Scales to put into every BatchNorm, beside the network without its BatchNorms.
+        gammas: Scales to use in every norm; the network without its norms is included as well.
             Empty: the network as it is.
         theory: ``"iid"``: predictions for i.i.d. inputs with unit variance; ``"data"``: for ``x``.
-        draws: Networks drawn at random for each.
-        num_eigenvalues: How many of the kernel's eigenvalues to compare, given the inputs
-            themselves; F has each of them C times. None: the outliers alone.
+        draws: Number of random draws of each network.
+        num_eigenvalues: How many eigenvalues of the kernel to compare with the theory for ``x``; F
+            has each of them C times. None: the outliers alone.
         momentum: Momentum of ``eta_max``.
         tol: Relative accuracy of the measured eigenvalues.
         seed: Seed of the first draw.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
-        A data set over ``network`` (its label), ``statistics`` (batch, frozen, wei2019: what
+        A data set over ``network`` (its label), ``statistics`` (batch, frozen, wei2019: what the
         theory assumes), ``mode`` (batch, frozen: what was measured), ``draw`` and ``outlier``:
         ``predicted``, ``measured`` (eigenvalues; NaN where Lanczos failed), ``measured_mean`` and
         ``standard_error`` of the outliers' mean over draws, ``largest`` (median over draws),
-        ``eta_max``, ``eta_max_measured`` and ``ratio`` = predicted / measured of the mode that a
-        statistics speaks of; with gammas also ``curve`` over ``curve_gamma``. With
-        ``num_eigenvalues``, over ``eigenvalue``: ``spectrum_predicted`` (theory of these very
-        inputs), ``spectrum_measured`` (by draw, means of C), its ``spectrum_error``,
-        ``spectrum_ratio``, and ``trace_predicted``, ``trace_measured``, ``trace_ratio``.
+        ``eta_max``, ``eta_max_measured`` and ``ratio`` = predicted / measured in the mode that
+        corresponds to the statistics; with gammas also ``curve`` over ``curve_gamma``. With
+        ``num_eigenvalues``, over ``eigenvalue``: ``spectrum_predicted`` (theory for ``x``),
+        ``spectrum_measured`` (by draw, means of C), its ``spectrum_error``, ``spectrum_ratio``, and
+        ``trace_predicted``, ``trace_measured``, ``trace_ratio``.
 
     Raises:
-        SpecError, DataError: for inputs that make no sense.
+        SpecError, DataError: if an option or the data are not valid.
 
     Example:
         >>> import jax, meanfield_jax as mf
@@ -89,15 +89,16 @@ def validate(
 
     x = check_data(x)
     if draws < 1:
-        raise problem(SpecError, "draws", draws, "not a number of draws", "give at least 1")
+        raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
     check_choice("theory", theory, ("iid", "data"))
     variants = variants_of(network, gammas)
     num_samples = x.shape[0]
     given = dict(data=x) if theory == "data" else dict(num_samples=num_samples)
     if num_eigenvalues is not None and not 1 <= num_eigenvalues <= num_samples:
-        cause, remedy = f"the kernel has {num_samples}", f"give 1 to {num_samples}"
+        cause = f"the kernel has {num_samples} eigenvalues"
+        remedy = f"pass a number from 1 to {num_samples}"
         raise problem(SpecError, "num_eigenvalues", num_eigenvalues, cause, remedy)
-    # theory of a batch takes the batch's dtype
+    # the theory of a batch has the dtype of the batch
     with jax.enable_x64(theory == "iid"):
         predicted = np.array(
             [
@@ -107,7 +108,7 @@ def validate(
         )
         curve = None if theory == "data" else _curve(network, gammas, given)
     if gammas and theory == "data":
-        # each point costs seconds there: the curve joins those that are known
+        # each point costs seconds here, so the curve connects those already computed
         coords = dict(curve_gamma=list(map(float, gammas)), statistics=list(STATISTICS))
         joined = xr.DataArray(predicted[1:], coords, ("curve_gamma", "statistics"))
         curve = joined.sortby("curve_gamma")
@@ -139,7 +140,7 @@ def validate(
 
 
 def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataArray]:
-    """The k largest eigenvalues, by theory of these inputs and measured as means of C."""
+    """The k largest eigenvalues, by the theory for these inputs and measured as means of C."""
     import xarray as xr
 
     fishers = [
@@ -166,7 +167,7 @@ def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataA
 
 
 def standard_error(values: np.ndarray, axis: int) -> np.ndarray:
-    """Of the mean along the draws' axis; NaN for one draw."""
+    """The standard error of the mean along the axis of draws; NaN for one draw."""
     draws = values.shape[axis]
     if draws == 1:
         return np.full(np.delete(values.shape, axis), np.nan)
@@ -181,13 +182,13 @@ def measure(
     Args:
         network: The specification, with C outputs.
         x: Inputs, (n, *input_shape).
-        k: How many of the kernel's eigenvalues; F has each of them about C times.
+        k: Number of eigenvalues of the kernel; F has each of them about C times.
         seed: Seed of the draw.
         tol: Relative accuracy.
 
     Returns:
-        (2, k C), descending: training mode, evaluation mode (running statistics those of ``x``);
-        NaN where Lanczos failed. Without BatchNorm the two are the same.
+        (2, k C), descending: in training mode and in evaluation mode (with the statistics of ``x``
+        as running statistics); NaN where Lanczos failed. Without BatchNorm the two are the same.
     """
 
     def top(op: FisherOperator) -> np.ndarray:
@@ -258,7 +259,7 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
 
 
 def modes_measured(dataset: xr.Dataset) -> list[tuple[str, Mode]]:
-    """Label and mode of every row; one mode where the network has no BatchNorm."""
+    """Label and mode of every row of results; one mode only for networks without BatchNorm."""
     return [
         (str(label), mode)
         for label in dataset.network.values

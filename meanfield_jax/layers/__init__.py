@@ -1,4 +1,4 @@
-"""One file a layer family: the specification, its covariance/tangent rule, its Flax module."""
+"""The layers, one file per family: specification, covariance and tangent rule, Flax module."""
 
 from meanfield_jax.layers.activation import Activation as Activation
 from meanfield_jax.layers.base import LAYERS as LAYERS

@@ -1,4 +1,4 @@
-"""Activation: an elementwise nonlinearity, named or the user's own."""
+"""Activation: an elementwise nonlinearity, given by name or as a function."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,14 @@ from meanfield_jax.layers.base import Kernel, Layer, Shape, Signal, layer, stati
 class Activation(Layer):
     """h = phi(z), elementwise.
 
-    Rule: K <- E[phi phi];  T <- T E[phi' phi'], plus E[phi' phi' z_hat z_hat] for the scale of a
-    norm just before. Needs Gaussian pre-activations.
+    Rule: K <- E[phi phi];  T <- T E[phi' phi'], plus E[phi' phi' z_hat z_hat] for the trainable
+    scale of a norm directly before it. The pre-activations must be Gaussian.
 
     Attributes:
         function: A name (relu, leaky_relu, tanh, erf, gelu, silu, identity), any elementwise
-            function of JAX operations, whose expectations are then taken by quadrature, or a
-            :class:`Nonlinearity` with closed forms of your own.
-        kinks: For a function of your own: the points where it or its derivative jumps.
+            function of JAX operations, whose expectations are then computed by quadrature, or a
+            :class:`Nonlinearity` that has closed forms.
+        kinks: The points where a given function or its derivative jumps.
 
     Source:
         theory: Wei et al. 2019, section 3; closed forms as in kernel/gaussian.py.
@@ -35,8 +35,8 @@ class Activation(Layer):
                 SpecError,
                 "Activation.function",
                 self.function,
-                "not a known name",
-                f"use one of {', '.join(NONLINEARITIES)} or a function of your own",
+                "unknown activation",
+                f"use one of {', '.join(NONLINEARITIES)}, or pass a function",
             )
 
     @property
@@ -50,8 +50,8 @@ class Activation(Layer):
 
     def output(self, signal: Signal) -> Signal:
         if not signal.gaussian:
-            cause = "its inputs are not sums over many random weights"
-            remedy = "put a Dense or Conv before it (and Flatten after it)"
+            cause = "it needs Gaussian inputs, but these are not sums over many random weights"
+            remedy = "put a Dense or Conv before it, and Flatten after it"
             raise problem(SpecError, "Activation.function", self.function, cause, remedy)
         return Signal(signal.shape, gaussian=False)
 

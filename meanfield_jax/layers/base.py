@@ -1,9 +1,9 @@
-"""The contract of a layer: what to implement to add one, in one file.
+"""The contract of a layer: what a new layer has to implement, in one file.
 
 A layer is a frozen dataclass registered as a pytree by :func:`layer`. Structure (width, kernel,
 axes) is static; numbers (weight_var, gamma) are leaves, so that a specification can be vmapped over
-them and differentiated in them. ``__post_init__`` also runs on tracers: check static fields only
-there. Values are checked on the host by :meth:`Layer.value_problems`.
+them and differentiated with respect to them. ``__post_init__`` also runs on tracers, so it may
+check static fields only; numbers are checked on the host by :meth:`Layer.value_problems`.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ T = TypeVar("T", bound="Layer")
 
 
 class Signal(NamedTuple):
-    """What is known of the values between two layers before any number is: shape and law.
+    """Shape and distribution of the values between two layers, known before any numbers are.
 
     Attributes:
-        shape: One sample's shape, (features,) or (height, width, channels).
-        gaussian: Whether units are Gaussian: sums over many random weights.
+        shape: Shape of one sample, (features,) or (height, width, channels).
+        gaussian: Whether units are Gaussian, as sums over many random weights are.
     """
 
     shape: Shape
@@ -43,9 +43,9 @@ class Signal(NamedTuple):
 class Injection:
     """What a layer's own parameters add to its output's tangent, by kind of parameter.
 
-    Matrices of the kernel, or None. ``scale`` adds to the kernel's ``scale``, the others to its
-    ``tangent``; ``deviation``, which is ``weights`` up to a constant that centring removes, to its
-    ``tangent_deviation``.
+    Each is a matrix of the kernel, or None. ``scale`` is added to the kernel's ``scale``;
+    ``deviation``, which equals ``weights`` up to a constant that centring removes, to its
+    ``tangent_deviation``; the others to its ``tangent``.
     """
 
     weights: Matrix | None = None
@@ -58,7 +58,7 @@ class Injection:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """Zeros added to a layer's output, to differentiate the theory with respect to it there."""
+    """Zeros added to a layer's output, with respect to which the theory is differentiated."""
 
     tangent: Matrix | None = None
     scale: Matrix | None = None
@@ -68,12 +68,12 @@ class Perturbation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What the forward pass saw at a layer with parameters.
+    """What the forward pass recorded at a layer with parameters.
 
     Attributes:
-        before: Kernel entering.
-        after: Kernel leaving, the layer's injection included.
-        injection: What the layer injected.
+        before: Kernel before the layer.
+        after: Kernel after the layer, including the layer's injection.
+        injection: What the layer's own parameters added.
         back: Derivatives of the network's tangent with respect to this layer's; None in the
             forward pass.
     """
@@ -92,16 +92,16 @@ class Layer:
 
     Attributes:
         is_weights: Whether it is a layer of random weights and biases.
-        width: Of such a layer, its units or channels.
-        is_norm: Whether it is a normalization: scale, offset and statistics.
+        width: Number of units or channels of such a layer.
+        is_norm: Whether it is a normalization, with scale, offset and statistics.
         over_batch: Whether its outputs depend on the batch in training, and on running statistics
             in evaluation.
-        within_sample: Whether its statistics are over the positions of one sample, so that all
-            pairs of positions count.
-        stride: By what it divides the sides of a map.
+        within_sample: Whether its statistics are taken over the positions of one sample, so that
+            all pairs of positions are needed.
+        stride: Factor by which it divides the sides of a map.
         kernel_size: Side of its window.
-        norm_name: Of a layer that normalizes, in tables and on the command line.
-        abbreviation: Of that name.
+        norm_name: Name of a normalization layer in tables and on the command line.
+        abbreviation: Short form of that name.
     """
 
     is_weights: ClassVar[bool] = False
@@ -116,15 +116,15 @@ class Layer:
 
     @property
     def ends_in_weights(self) -> bool:
-        """Whether the last thing it does, a norm aside, is to apply random weights."""
+        """Whether its last operation, apart from a norm, is to apply random weights."""
         return self.is_weights
 
     def couples_positions(self, vary: bool) -> bool:
-        """Whether pairs of distinct positions count; ``vary``: whether positions differ."""
+        """Whether it needs pairs of distinct positions; ``vary``: whether positions differ."""
         return False
 
     def varies_positions(self, on_data: bool) -> bool:
-        """Whether it makes positions differ, or on data finds them different."""
+        """Whether positions differ after it; ``on_data``: whether the inputs are data."""
         return False
 
     def replace(self, **changes: Any) -> Self:
@@ -132,11 +132,11 @@ class Layer:
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType, reportType]
 
     def output(self, signal: Signal) -> Signal:
-        """What leaves the layer when ``signal`` enters; raises SpecError where it cannot."""
+        """The signal after the layer; raises SpecError if the layer cannot take ``signal``."""
         return signal
 
     def num_parameters(self, shape: Shape) -> int:
-        """The number of trainable parameters on inputs of this shape."""
+        """The number of trainable parameters for inputs of this shape."""
         return 0
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
@@ -144,10 +144,10 @@ class Layer:
         raise NotImplementedError
 
     def propagate(self, kernel: Kernel[M], perturbations: Any = None) -> tuple[Kernel[M], Any]:
-        """Applies the rule, adds injection and perturbation.
+        """Applies the rule, then adds the injection and the perturbation.
 
         Args:
-            kernel: Before the layer.
+            kernel: The kernel before the layer.
             perturbations: A :class:`Perturbation`, or a tree of them; None for none.
 
         Returns:
@@ -166,34 +166,34 @@ class Layer:
         return after, Record(kernel, after, injection)
 
     def check_theory(self, shape: Shape) -> None:
-        """Raises SpecError where there is no theory of the layer on inputs of this shape."""
+        """Raises SpecError if there is no theory of the layer for inputs of this shape."""
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> Callable[[Array], Array]:
         """The Flax module (or function) with parameters drawn from the declared distributions."""
         raise NotImplementedError
 
     def rows(self, records: Any, read: Callable[[Record], Rows]) -> Rows:
-        """Reads each record to a dictionary of arrays and lines them up, (layers,) each."""
+        """Turns each record into a dictionary of arrays and concatenates these, (layers,) each."""
         return {} if records is None else read(records)
 
     def labels(self, records: Any, path: str) -> list[tuple[str, "Layer"]]:
-        """Path and layer of each of the rows."""
+        """Path and layer of each row of :meth:`rows`."""
         return [] if records is None else [(path, self)]
 
     def children(self) -> Mapping[str, "Layer"]:
-        """The layers inside a combinator, by path below this one."""
+        """The layers inside a combinator, by their path relative to it."""
         return {}
 
     def changed(self, change: "Callable[[Layer], Layer]") -> Any:
-        """With ``change`` applied; a combinator applies it to the layers inside."""
+        """The layer with ``change`` applied; a combinator applies it to the layers inside."""
         return change(self)
 
     def around(self, weights: "Layer | None", activation: "Layer | None") -> "tuple[Layer, ...]":
-        """Weights, this layer as their normalization, and the activation, as presets use them.
+        """The weights, this layer as their norm, and the activation, arranged as in the presets.
 
         Args:
-            weights: Dense or Conv; None where none come right before.
-            activation: What follows; None where none does.
+            weights: Dense or Conv; None if no weights come directly before.
+            activation: The activation that follows; None if there is none.
 
         Returns:
             The layers in the order in which they are applied.
@@ -201,27 +201,27 @@ class Layer:
         return tuple(part for part in (weights, self, activation) if part is not None)
 
     def opened(self, norm: "Layer | None") -> "tuple[Layer | None, ...]":
-        """The layer with the norms inside it exchanged, as the parts that it consists of.
+        """The parts of the layer, with the norms inside them replaced.
 
         Args:
-            norm: The norm to put in; None for none.
+            norm: The norm to put in; None for no norm.
 
         Returns:
-            The parts, with None in the place of a norm that is the layer's own.
+            The parts; None marks the place of the layer's own norm.
         """
         return (self,)
 
     @classmethod
     def fitting(cls, widths: Sequence[int]) -> "Layer":
-        """As a norm: an instance for a network of these numbers of channels."""
+        """For a norm: an instance that fits a network with these numbers of channels."""
         return cls()
 
     def value_problems(self) -> Iterator[Problem]:
-        """Yields (field, value, cause, remedy) for each number that makes no sense."""
+        """Yields (field, value, cause, remedy) for each number that is not valid."""
         yield from ()
 
     def __repr__(self) -> str:
-        """The class with its numbers and what differs from the static defaults."""
+        """The class with its numbers and those static fields that differ from their defaults."""
         parts = []
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
@@ -231,33 +231,33 @@ class Layer:
 
 
 def map_records(function: Callable[..., Any], records: Any, *rest: Any) -> Any:
-    """A function of every record in a tree of them."""
+    """Applies a function to every record in a tree of them."""
     return jax.tree.map(function, records, *rest, is_leaf=lambda node: isinstance(node, Record))
 
 
 def total(*parts: Any) -> Any:
-    """The sum of those that are not None; None if all are."""
+    """The sum of the parts that are not None; None if all are."""
     present = [part for part in parts if part is not None]
     return functools.reduce(operator.add, present) if present else None
 
 
 LAYERS: dict[str, type[Layer]] = {}
-"""Every layer by the name of its class."""
+"""Every layer, by the name of its class."""
 
 
 def norm_layers() -> dict[str, type[Layer]]:
-    """Every normalization layer by its ``norm_name``."""
+    """Every normalization layer, by its ``norm_name``."""
     return {cls.norm_name: cls for cls in LAYERS.values() if cls.norm_name is not None}
 
 
 def abbreviation(norm: str) -> str:
-    """Of a normalization layer's name; any other name as it is."""
+    """The abbreviation of a normalization layer's name; any other name is returned unchanged."""
     cls = norm_layers().get(norm)
     return norm if cls is None else cls.abbreviation
 
 
 def tunable_fields() -> dict[str, bool]:
-    """The numbers that ``tune`` may change, and whether they are positive, over all layers."""
+    """The numbers of all layers that ``tune`` may change, and whether each must be positive."""
     found = {
         field.name: field.metadata["positive"]
         for cls in LAYERS.values()
@@ -269,7 +269,7 @@ def tunable_fields() -> dict[str, bool]:
 
 @dataclass_transform(frozen_default=True)
 def layer(cls: type[T]) -> type[T]:
-    """Makes a Layer subclass a frozen dataclass and a pytree, known to JSON by its name."""
+    """Makes a Layer subclass a frozen dataclass and a pytree, and registers its name for JSON."""
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     jax.tree_util.register_dataclass(cls)
     LAYERS[cls.__name__] = cls
@@ -282,21 +282,22 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 
 def tunable(default: float, *, positive: bool) -> Any:
-    """A number that ``tune`` may change; a positive one moves on a logarithmic scale."""
+    """A number that ``tune`` may change; positive ones are tuned on a logarithmic scale."""
     return dataclasses.field(default=default, metadata=dict(positive=positive))
 
 
 def check_positive_int(argument: str, value: object) -> None:
-    """Raises SpecError unless value is an int of at least 1, or a width that is traced."""
+    """Raises SpecError unless value is an int of at least 1 or a traced width."""
     if isinstance(value, Array):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise problem(SpecError, argument, value, "not a whole number >= 1", "give one")
+        cause, remedy = "must be an integer of at least 1", "pass a positive integer"
+        raise problem(SpecError, argument, value, cause, remedy)
 
 
 def variance_problems(layer: Any, *fields: str) -> Iterator[Problem]:
-    """The fields that are not finite numbers of at least 0."""
+    """Yields a problem for each of the fields that is not a finite number of at least 0."""
     for field in fields:
         value = getattr(layer, field)
         if not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
-            yield field, value, "a variance is finite and not negative", "give a number >= 0"
+            yield field, value, "must be finite and not negative", "pass a number of at least 0"

@@ -27,27 +27,30 @@ from meanfield_jax.layers.norm import Norm, check_groups, fitting_groups
 class BatchGroupNorm(Norm):
     """gamma (z - mean) / sqrt(variance + eps) + beta, over the batch and a group of values.
 
-    Each sample's values, channel by channel, are split into groups of neighbors. As many groups as
-    channels is BatchNorm, one group pools what LayerNorm takes of each sample over the batch; more
-    groups than channels are parts of a channel's map, row by row. Statistics of few samples gain by
-    larger groups. Scale and offset are one a channel, running statistics one a group.
+    The values of each sample, ordered by channel, are split into groups of neighbors. With as many
+    groups as channels this is BatchNorm; with one group it is LayerNorm with its statistics pooled
+    over the batch; with more groups than channels, a group is a part of a channel's map, taken row
+    by row. Larger groups improve the statistics of small batches. There is one scale and offset per
+    channel, and one pair of running statistics per group.
 
-    Rule, m channels a group; there is none for parts of a channel. Channels are independent, so
-    that their mean takes only 1/m of what BatchNorm's takes, K - (K - H K H)/m, H the centring;
-    likewise T in training mode, and the fluctuation and the derivative of the variance.
+    Rule for m channels per group (there is none for parts of a channel): channels are independent,
+    so that subtracting their mean removes only 1/m of what it removes in BatchNorm,
+    K - (K - H K H)/m, H the centring. The same holds for T with ``"batch"`` statistics, and for the
+    fluctuation and the derivative of the variance.
 
     Attributes:
-        num_groups: G, a divisor of the number of channels, or a multiple of it that divides the
-            number of values of a sample.
+        num_groups: G, a divisor of the number of channels, or a multiple of that number that
+            divides the number of values of a sample.
         gamma, beta, eps, trainable: See :class:`Norm`.
 
     Source:
         Zhou, Lu, Chen, Yang, Xu & Zheng 2020 (arXiv:2012.02782).
 
     Accuracy:
-        BatchNorm's at G = C. For m > 1 the fluctuation of the variance is taken to first order in
-        1/m: FC 50-256x2-4, n = 32, predicted over measured outlier 1.075 at m = 2, 1.014 +- .013 at
-        m = 8, .995 +- .012 with one group (tests/test_batch_group_norm.py).
+        That of BatchNorm at G = C. For m > 1 the fluctuation of the variance is included to first
+        order in 1/m: for FC 50-256x2-4 and n = 32 the predicted outlier over the measured one is
+        1.075 at m = 2, 1.014 +- .013 at m = 8, .995 +- .012 with one group
+        (tests/test_batch_group_norm.py).
     """
 
     norm_name: ClassVar[str | None] = "batch_group"
@@ -79,7 +82,7 @@ class BatchGroupNorm(Norm):
 
     def check_theory(self, shape: Shape) -> None:
         if self.num_groups > shape[-1]:
-            cause = f"there is no theory of parts of {shape[-1]} channels"
+            cause = f"there is no theory for more groups than the {shape[-1]} channels"
             remedy = f"use at most {shape[-1]} groups"
             raise problem(SpecError, "BatchGroupNorm.num_groups", self.num_groups, cause, remedy)
 
@@ -91,7 +94,7 @@ class BatchGroupNormModule(BatchNormModule):
     """The Flax module of :class:`BatchGroupNorm`; attributes as in :class:`BatchNormModule`."""
 
     def statistics(self, x: Array) -> tuple[Array, Array]:
-        """Mean and variance to use, (channels,), or of the shape of a sample for parts of maps."""
+        """Mean and variance to use: (channels,), or of a sample's shape if groups split maps."""
         *positions, channels = x.shape[1:]
         groups = len(self.mean[...])
         if groups <= channels:

@@ -1,4 +1,4 @@
-"""BatchNorm: normalization over the batch, with the three meanings of its Fisher matrix."""
+"""BatchNorm: normalization over the batch, and the three definitions of its Fisher matrix."""
 
 from typing import Any, ClassVar
 
@@ -16,33 +16,33 @@ from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
 
 @layer
 class BatchNorm(Norm):
-    """gamma (z - mean) / sqrt(variance + eps) + beta, mean and variance over the batch.
+    """gamma (z - mean) / sqrt(variance + eps) + beta, with mean and variance over the batch.
 
-    What is differentiated decides the Fisher matrix (``statistics`` of :func:`analyze`), with
-    s^2 the batch variance, K_same - K_other in the wide, large-batch limit:
+    The Fisher matrix depends on what is differentiated (``statistics`` of :func:`analyze`). With
+    s^2 the batch variance, which is K_same - K_other in the wide, large-batch limit:
 
     * ``"batch"``: mean and variance depend on the parameters, as in training.
       T <- gamma^2/s^2 H T H, H the centring of the batch.
-    * ``"frozen"``: both held constant, as in evaluation. T <- gamma^2/s^2 T.
-    * ``"wei2019"``: frozen with s^2 replaced by q = K_same, and padding taken as circular.
+    * ``"frozen"``: both are held constant, as in evaluation. T <- gamma^2/s^2 T.
+    * ``"wei2019"``: as ``"frozen"``, but with q = K_same in place of s^2, and padding circular.
 
     Attributes:
         gamma, beta, eps, trainable: See :class:`Norm`.
-        axes: ``"channel"``: statistics over batch and positions, one scale and offset a channel.
-            ``"position"``: statistics over the batch only, a scale and offset for each position
-            and channel. The same for vectors.
+        axes: ``"channel"``: statistics over batch and positions, one scale and offset per channel.
+            ``"position"``: statistics over the batch only, one scale and offset per position and
+            channel. For vectors the two are the same.
 
     Source:
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 4; exact centring and ``"batch"``:
         see Yang et al. 2019 (arXiv:1902.08129).
 
-        Departure: the paper's recursion is ``"wei2019"``; its misprints are set right, among
-        them the base case (printed swapped; here q_hat^0 = 1, q_hat_xy^0 = 0), the missing hat
-        on the first factor of f_l, and the factor |K_{l+1}|/|K_l| of a strided convolution's
-        tilde recursion (here tildes are summed over positions, and it drops out).
+        Departure: ``"wei2019"`` is the paper's recursion with its misprints corrected, among them
+        the base case (printed swapped; here q_hat^0 = 1, q_hat_xy^0 = 0), the missing hat on the
+        first factor of f_l, and the factor |K_{l+1}|/|K_l| in the tilde recursion of a strided
+        convolution (here tildes are summed over positions, so that it drops out).
 
     Accuracy:
-        ``"batch"`` leaves out the variance's own derivative, of relative size 1/n: 1.3 % of
+        ``"batch"`` leaves out the derivative of the variance, of relative size 1/n: 1.3 % of
         lambda_max at n = 300, 0.03 % at n = 1000 (FC 784-1000x3-10).
     """
 
@@ -74,15 +74,15 @@ class BatchNorm(Norm):
 def batch_rule(
     norm: Norm, kernel: Kernel, over_positions: bool, fraction: Array | float | None = None
 ) -> tuple[Kernel, Injection | None]:
-    """The rule of statistics over the batch.
+    """The rule for statistics over the batch.
 
     Args:
-        norm: With its scale and offset.
-        kernel: Before it.
-        over_positions: Whether statistics are over positions, too.
-        fraction: 1/m where they are over m channels, too: what channels have in common of their
-            mean, and of all that its and the variance's dependence on the values changes; None for
-            one.
+        norm: The layer, with its scale and offset.
+        kernel: The kernel before it.
+        over_positions: Whether statistics are also taken over positions.
+        fraction: 1/m if statistics are also taken over m channels: the fraction that remains of
+            every correction for the mean and the variance depending on the values. None for one
+            channel.
 
     Returns:
         As :meth:`Layer.rule`.
@@ -101,7 +101,7 @@ def batch_rule(
         published = covariance.batch_mean(covariance.diagonal(), over_positions)
         gain = norm.gain(centred, published)
     else:
-        # which is each unit's own: the chi-square correction
+        # each unit is divided by its sample deviation: the chi-square correction
         expected = SphereAverages(correlation, jnp.ones_like(gain), correlation)
         sphere = correlation.on_sphere(over_positions)
         sphere = SphereAverages(
@@ -125,14 +125,15 @@ def batch_rule(
 def variance_projection(
     sphere: SphereAverages, tangent: Matrix, over_positions: bool
 ) -> Projection:
-    """What the variance's dependence on the parameters takes off a tangent.
+    """What is subtracted from a tangent because the variance depends on the parameters.
 
-    Departure: left out, of order 1/n, for i.i.d. samples where pairs of distinct positions count.
+    Departure: of order 1/n, it is left out for i.i.d. samples where pairs of distinct positions are
+    needed.
 
     Args:
-        sphere: Averages over what was normalized.
-        tangent: Of gamma z_hat, the deviation held constant.
-        over_positions: Whether the variance is over positions, too.
+        sphere: Averages over the normalized values.
+        tangent: Tangent of gamma z_hat with the deviation held constant.
+        over_positions: Whether the variance is also taken over positions.
 
     Returns:
         The projection.
@@ -147,27 +148,27 @@ def variance_projection(
 
 
 def _mixed(without: Any, full: Any, fraction: Array | float | None) -> Any:
-    """The fraction of the way from one to the other."""
+    """``without`` plus this fraction of the difference to ``full``; None stands for 1."""
     return full if fraction is None else without + (full - without) * fraction
 
 
 class BatchNormModule(nnx.Module):
-    """The Flax module of :class:`BatchNorm`: batch statistics in training, running ones after.
+    """The Flax module of :class:`BatchNorm`: batch statistics in training, else running ones.
 
-    ``module.train()`` and ``module.eval()`` switch, as everywhere in Flax. Running statistics are
-    moving averages, from mean 0 and variance 1. Statistics of a batch in half precision are
-    float32.
+    ``module.train()`` and ``module.eval()`` switch the mode, as everywhere in Flax. Running
+    statistics are moving averages that start from mean 0 and variance 1. The statistics of a batch
+    in half precision are float32.
 
     Args:
-        spec: Scale, offset, eps.
-        shape: One sample's.
+        spec: Scale, offset and eps.
+        shape: Shape of one sample.
         size: Shape of the statistics.
 
     Attributes:
-        momentum: Of the running statistics, .99.
-        axis_name: The mesh axis that samples are split over, inside ``jax.shard_map`` or a
-            ``jax.vmap`` with that name; under ``jax.jit`` alone statistics are those of the whole
-            batch anyway. Set with ``model.set_attributes(axis_name="data")``.
+        momentum: Momentum of the running statistics, .99.
+        axis_name: The mesh axis over which samples are split, inside ``jax.shard_map`` or a
+            ``jax.vmap`` with that name; under ``jax.jit`` alone the statistics are those of the
+            whole batch anyway. Set it with ``model.set_attributes(axis_name="data")``.
     """
 
     def __init__(self, spec: Norm, shape: Shape, size: Shape):
@@ -184,7 +185,7 @@ class BatchNormModule(nnx.Module):
         return normalize(x, *self.statistics(x), self.scale[...], self.bias[...], self.eps)
 
     def statistics(self, x: Array) -> tuple[Array, Array]:
-        """Mean and variance to use: of the batch, which move the running ones on, or these."""
+        """Mean and variance to use; in training the batch's, which update the running ones."""
         if self.use_running_average:
             return self.mean[...], self.var[...]
         axes = tuple(range(x.ndim - self.mean[...].ndim))
@@ -193,14 +194,14 @@ class BatchNormModule(nnx.Module):
         return mean, var
 
     def average(self, mean: Array, var: Array) -> None:
-        """Moves the running statistics on."""
+        """Updates the running statistics."""
         for running, new in ((self.mean, mean), (self.var, var)):
             moved = self.momentum * running[...] + (1 - self.momentum) * new
             running[...] = jax.lax.stop_gradient(moved)
 
 
 def batch_statistics(x: Array, axes: tuple[int, ...], axis_name: str | None) -> tuple[Array, Array]:
-    """Mean and variance over axes, and over the batches of all devices of a mesh axis."""
+    """Mean and variance over ``axes``, and over the batches of all devices on a mesh axis."""
 
     def average(values: Array) -> Array:
         mean = values.mean(axes)

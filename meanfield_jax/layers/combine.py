@@ -27,7 +27,7 @@ from meanfield_jax.layers.base import (
 
 @layer
 class Sequential(Layer):
-    """One layer after the other.
+    """Layers applied one after the other.
 
     Attributes:
         layers: The layers, first to last.
@@ -44,7 +44,7 @@ class Sequential(Layer):
         return self.signals(signal)[-1]
 
     def signals(self, signal: Signal) -> list[Signal]:
-        """The signal before each layer, and the last one's output; errors name the layer."""
+        """The signal before each layer and after the last one; errors name the layer."""
         signals = [signal]
         for index, inner in enumerate(self.layers):
             signals.append(located(f"layers/{index}", inner, signals[-1]))
@@ -98,13 +98,13 @@ class Sequential(Layer):
 
 @layer
 class Residual(Layer):
-    """x + branch(x), the branch ending in random weights (Dense or Conv, then perhaps a norm).
+    """x + branch(x), where the branch ends in random weights (Dense or Conv, then maybe a norm).
 
-    Rule: covariances and tangents of x and branch(x) add up, since the branch's last weights are
-    independent of x and have mean zero.
+    Rule: the covariances and tangents of x and branch(x) add up, because the last weights of the
+    branch are independent of x and have mean zero.
 
     Attributes:
-        branch: A layer that keeps the shape; a :class:`Sequential` for several.
+        branch: A layer that keeps the shape; a :class:`Sequential` for several layers.
     """
 
     branch: Layer = Sequential()
@@ -112,11 +112,11 @@ class Residual(Layer):
     def output(self, signal: Signal) -> Signal:
         after = located("branch", self.branch, signal)
         if after.shape != signal.shape:
-            remedy = f"end the branch with shape {signal.shape}"
-            cause = f"its branch leaves shape {after.shape}"
+            remedy = f"make the branch return shape {signal.shape}"
+            cause = f"its branch returns shape {after.shape}"
             raise problem(SpecError, "Residual input shape", signal.shape, cause, remedy)
         if not self.branch.ends_in_weights:
-            cause, remedy = "does not end in random weights", "end it with Dense or Conv"
+            cause, remedy = "it does not end in random weights", "end it with Dense or Conv"
             raise problem(SpecError, "Residual.branch", type(self.branch).__name__, cause, remedy)
         return Signal(signal.shape, signal.gaussian and after.gaussian)
 
@@ -158,13 +158,13 @@ class Residual(Layer):
 
 @layer
 class Repeat(Layer):
-    """The same specification several times over, each time with its own random parameters.
+    """The same block several times in a row, each time with its own random parameters.
 
-    Theory and network run it as a scan: a thousand layers compile as fast as one.
+    Theory and network run it as a scan, so that a thousand layers compile as fast as one.
 
     Attributes:
-        block: A layer that keeps the shape; a :class:`Sequential` for several.
-        times: How often.
+        block: A layer that keeps the shape; a :class:`Sequential` for several layers.
+        times: Number of repetitions.
     """
 
     block: Layer = Sequential()
@@ -180,8 +180,8 @@ class Repeat(Layer):
     def output(self, signal: Signal) -> Signal:
         after = located("block", self.block, signal)
         if after.shape != signal.shape:
-            remedy = f"end the block with shape {signal.shape}"
-            cause = f"its block leaves shape {after.shape}"
+            remedy = f"make the block return shape {signal.shape}"
+            cause = f"its block returns shape {after.shape}"
             raise problem(SpecError, "Repeat input shape", signal.shape, cause, remedy)
         return located("block", self.block, after) if self.times > 1 else after
 
@@ -197,7 +197,7 @@ class Repeat(Layer):
             return jax.lax.scan(self.block.propagate, kernel, perturbations, length=self.times)
 
         def step(carry, added):
-            # a known zero and a number do not fit one carry: make both a number
+            # the carry of a scan keeps its structure: known zeros (None) become numbers
             after, record = self.block.propagate(carry, added)
             return after.with_numbers(), record
 
@@ -225,7 +225,7 @@ class Repeat(Layer):
 
 
 def exchanged(layer: Layer, norm: Layer | None) -> Layer:
-    """The layer with every norm inside it exchanged for this one; None leaves them out."""
+    """The layer with every norm inside it replaced by this one; None removes them."""
     if type(layer) is Sequential:
         return Sequential(placed(layer.layers, norm))
     layers = placed((layer,), norm)
@@ -233,13 +233,13 @@ def exchanged(layer: Layer, norm: Layer | None) -> Layer:
 
 
 def placed(layers: Sequence[Layer], norm: Layer | None) -> tuple[Layer, ...]:
-    """Layers with every norm exchanged for this one; None leaves them out.
+    """The layers with every norm replaced by this one; None removes them.
 
-    It stands between the weights before and the activation after it, as in the presets; where no
-    activation follows it takes the old norm's place.
+    The new norm stands between the weights before it and the activation after it, as in the
+    presets; if no activation follows, it takes the place of the old norm.
 
     Returns:
-        The layers, of which there may be fewer or more.
+        The layers, whose number may change.
     """
     rest = [part for inner in layers for part in inner.opened(norm)]
     found: list[Layer] = []
@@ -266,7 +266,7 @@ class ResidualModule(nnx.Module):
 
 
 class RepeatModule(nnx.Module):
-    """A block applied ``times`` times; its variables carry a leading axis over the repetitions."""
+    """A block applied ``times`` times; its variables have a leading axis over the repetitions."""
 
     def __init__(self, block: Layer, times: int, shape: Shape, rngs: nnx.Rngs):
         create = nnx.vmap(lambda rngs: block.build(shape, rngs), axis_size=times)
@@ -283,7 +283,7 @@ class RepeatModule(nnx.Module):
 
 
 def located(path: str, inner: Layer, signal: Signal) -> Signal:
-    """The layer's output; an error gains the layer's place in front."""
+    """The signal after the layer; an error message is prefixed with the layer's path."""
     try:
         return inner.output(signal)
     except SpecError as error:
@@ -291,6 +291,6 @@ def located(path: str, inner: Layer, signal: Signal) -> Signal:
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of several layers one after the other."""
+    """The rows of several layers, concatenated."""
     parts = [part for part in parts if part]
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else {}

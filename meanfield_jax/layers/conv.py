@@ -34,24 +34,24 @@ PADDINGS = ("SAME", "VALID", "CIRCULAR")
 class Conv(Layer):
     """Convolution over a square window, W ~ N(0, weight_var / fan_in).
 
-    fan_in = kernel_size^2 channels. Rule: with <.> the average over the window of the entries at
-    shifted positions (zeros where the window leaves a zero-padded map),
+    fan_in = kernel_size^2 channels. Rule, with <.> the average of the entries over all shifts
+    within the window (zero where the window leaves a zero-padded map):
     K <- bias_var + weight_var <K>;  T <- fan_in <K_in> + 1 + weight_var <T>.
 
     Attributes:
         width: Number of output channels.
         kernel_size: Side of the window.
         stride: Step of the window.
-        padding: ``"SAME"`` (zeros), ``"VALID"`` (none) or ``"CIRCULAR"`` (the map repeats).
+        padding: ``"SAME"`` (zeros), ``"VALID"`` (none) or ``"CIRCULAR"`` (periodic).
         weight_var: sigma_w^2, the variance of a weight times the fan-in.
         bias_var: sigma_b^2, the variance of a bias.
 
     Source:
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 3.2; Xiao et al. 2018.
 
-        Departure: the paper takes every position to be alike. Here the moments are maps, so that
-        the borders of zero-padded maps count; ``statistics="wei2019"`` treats ``"SAME"`` as
-        circular, as published.
+        Departure: the paper treats all positions as alike. Here the moments are maps, so that the
+        borders of zero-padded maps are taken into account; ``statistics="wei2019"`` treats
+        ``"SAME"`` as circular, as published.
     """
 
     is_weights: ClassVar[bool] = True
@@ -72,16 +72,17 @@ class Conv(Layer):
 
     def output(self, signal: Signal) -> Signal:
         if len(signal.shape) != 3:
-            remedy = "give inputs of shape (height, width, channels)"
-            raise problem(SpecError, "input shape", signal.shape, "Conv takes maps", remedy)
+            cause = "Conv needs inputs of shape (height, width, channels)"
+            remedy = "reshape the inputs, or use Dense for vectors"
+            raise problem(SpecError, "input shape", signal.shape, cause, remedy)
         height, width, _ = signal.shape
         if self.stride > min(height, width):
             remedy = f"use a stride of at most {min(height, width)}"
-            cause = f"larger than the {height}x{width} map"
+            cause = f"it is larger than the {height}x{width} map"
             raise problem(SpecError, "Conv.stride", self.stride, cause, remedy)
         if self.padding != "SAME" and self.kernel_size > min(height, width):
             remedy = f"use a kernel_size of at most {min(height, width)}, or padding='SAME'"
-            cause = f"larger than the {height}x{width} map"
+            cause = f"it is larger than the {height}x{width} map"
             raise problem(SpecError, "Conv.kernel_size", self.kernel_size, cause, remedy)
         return Signal((*self._map_after(height, width), self.width), gaussian=True)
 
@@ -96,7 +97,7 @@ class Conv(Layer):
         return (self.kernel_size**2 * shape[-1] + 1) * self.width
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection]:
-        # published: every position is like all others, of i.i.d. inputs
+        # as published: for i.i.d. inputs all positions are alike
         circular = kernel.statistics == PUBLISHED and kernel.covariance.iid
         padding = "CIRCULAR" if circular and self.padding == "SAME" else self.padding
         positions = self._map_after(*kernel.positions)
@@ -124,16 +125,16 @@ def convolve(
 ) -> Array:
     """Convolution of (samples, height, width, channels) with (side, side, channels, width).
 
-    On CPU it is written as strided slices and one matrix product, several times faster there than
-    XLA's convolution, and 10 to 20 times inside a scan; elsewhere it is XLA's.
+    On CPU it is computed by strided slices and one matrix product, which there is several times
+    faster than XLA's convolution, and 10 to 20 times inside a scan. Elsewhere it is XLA's.
 
     Args:
         x: Inputs.
-        weights: A square window.
+        weights: Weights of a square window.
         strides: The same step for both axes, as a pair.
         padding: ``"SAME"`` or ``"VALID"``.
         precision: As in ``jax.lax.dot_general``.
-        **options: What else ``jax.lax.conv_general_dilated`` takes; used there only.
+        **options: Other options of ``jax.lax.conv_general_dilated``, used only with it.
 
     Returns:
         The map, (samples, height, width, width of the layer).

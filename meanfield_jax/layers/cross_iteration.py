@@ -1,4 +1,4 @@
-"""CrossIterationBatchNorm: BatchNorm by statistics of the last few batches, brought up to date."""
+"""CrossIterationBatchNorm: BatchNorm with the statistics of recent batches, brought up to date."""
 
 import math
 from collections.abc import Callable
@@ -21,33 +21,34 @@ from meanfield_jax.precise import matmul
 
 @layer
 class CrossIterationBatchNorm(Sequential):
-    r"""Weights and BatchNorm, normalized by statistics averaged over the last iterations.
+    r"""Weights and BatchNorm, with statistics averaged over the last iterations.
 
-    The statistics mu, nu (first and second moment of a channel) of s iterations ago were those of
-    other weights; they are brought up to date to first order in the weights right before,
+    The statistics mu and nu (first and second moment of a channel) of s iterations ago belong to
+    other weights. They are brought up to date to first order in the weights directly before,
 
     .. math:: \mu_{t-s}(w_t) \approx \mu_{t-s} + \langle d\mu_{t-s}/dw, w_t - w_{t-s} \rangle,
 
-    and nu alike. The mean is that of the mu, the variance the mean of max(nu, mu^2) minus its
-    square. What is past is constant for the gradient; running statistics are averages of the
-    current batch's alone, and evaluation is BatchNorm's.
+    and likewise for nu. The mean is the average of the mu; the variance is the average of
+    max(nu, mu^2) minus the square of the mean. Past statistics are constants for the gradient.
+    Running statistics are averages of those of the current batch alone, and evaluation is that of
+    BatchNorm.
 
-    Rule: that of [weights, BatchNorm], which it is at the start, when there is no past.
+    Rule: that of [weights, BatchNorm], to which it is equal at the start, when there is no past.
 
     Attributes:
         layers: Weights (Dense or Conv) and BatchNorm over channels. Without the weights it can be
-            given as ``norm`` to the presets, which put theirs in; where no weights come right
-            before, its BatchNorm stands alone.
-        window: k, the iterations whose statistics are averaged, the current one included.
-        burn_in: Iterations with the current statistics alone, while weights move fast; the paper
-            takes 8 epochs.
+            passed as ``norm`` to the presets, which insert theirs; if no weights come directly
+            before it, its BatchNorm is used alone.
+        window: k, the number of iterations whose statistics are averaged, including the current.
+        burn_in: Iterations that use the current statistics alone, while weights change fast; the
+            paper takes 8 epochs.
         compensate: Whether old statistics are brought up to date.
 
     Source:
         Yao, Cao, Zheng, Huang & Lin 2020 (arXiv:2002.05712), equations 5 to 9.
 
-        Departure: the paper's weights have no biases. Here the bias stays out of the statistics
-        in training, where BatchNorm cancels it: old statistics need no correction for it.
+        Departure: the paper's weights have no biases. Here the bias is left out of the statistics
+        in training, where BatchNorm cancels it, so that old statistics need no correction for it.
     """
 
     norm_name: ClassVar[str | None] = "cross_iteration"
@@ -62,16 +63,16 @@ class CrossIterationBatchNorm(Sequential):
         check_positive_int("CrossIterationBatchNorm.window", self.window)
         if isinstance(self.burn_in, bool) or not isinstance(self.burn_in, int) or self.burn_in < 0:
             name = "CrossIterationBatchNorm.burn_in"
-            remedy = "give a whole number >= 0"
-            raise problem(SpecError, name, self.burn_in, "not a number of iterations", remedy)
+            cause, remedy = "must be an integer of at least 0", "pass a number of iterations"
+            raise problem(SpecError, name, self.burn_in, cause, remedy)
 
     def signals(self, signal: Signal) -> list[Signal]:
         kinds = [type(inner) for inner in self.layers]
         over_channels = getattr(self.layers[-1], "axes", None) == "channel"
         if kinds not in ([Dense, BatchNorm], [Conv, BatchNorm]) or not over_channels:
             names = tuple(kind.__name__ for kind in kinds)
-            cause = "not weights and BatchNorm over channels"
-            remedy = "give (Dense or Conv, BatchNorm()), or pass it as norm= to a preset"
+            cause = "it needs weights and BatchNorm over channels"
+            remedy = "pass (Dense or Conv, BatchNorm()), or use the layer as norm= in a preset"
             raise problem(SpecError, "CrossIterationBatchNorm.layers", names, cause, remedy)
         return super().signals(signal)
 
@@ -96,13 +97,13 @@ class CrossIterationBatchNorm(Sequential):
 def averaged(
     mean: Array, second: Array, past: tuple[Array, Array], counts: Array
 ) -> tuple[Array, Array]:
-    """Mean and variance from the moments of the current batch and of some of the past ones.
+    """Mean and variance from the moments of the current batch and of some past ones.
 
     Args:
-        mean: Of the current batch, (channels,).
-        second: Its second moment, likewise.
-        past: Those of past batches at the current weights, (window - 1, channels) each.
-        counts: 1 for each past batch to take into account, else 0, (window - 1,).
+        mean: Mean of the current batch, (channels,).
+        second: Second moment of the current batch, (channels,).
+        past: The same moments of past batches at the current weights, (window - 1, channels) each.
+        counts: 1 for each past batch to be included, else 0, (window - 1,).
 
     Returns:
         The mean and the variance, (channels,) each.
@@ -115,25 +116,25 @@ def averaged(
 
 
 def along(slopes: Array, kernel: Array) -> Array:
-    """<slope, w> of every channel, (..., channels); slopes are (..., *kernel), or one for all."""
+    """<slope, w> for every channel, (..., channels); slopes are (..., *kernel), or one for all."""
     return jnp.sum(slopes * of_rank(kernel, slopes.ndim), tuple(range(-kernel.ndim, -1)))
 
 
 class Past(nnx.Variable):
-    """What a module keeps of its last iterations. No running statistic: evaluation needs none."""
+    """What a module keeps of its last iterations; unlike running statistics, only for training."""
 
 
 class CrossIterationBatchNormModule(nnx.Module):
     """The Flax module of :class:`CrossIterationBatchNorm`.
 
-    Past moments are kept as affine functions of the weights, their value at weights 0 and their
-    slope, so that the past weights need not be kept.
+    Past moments are kept as affine functions of the weights (their value at zero weights and their
+    slope), so that past weights need not be kept.
 
     Args:
-        weights: Any ``nnx.Linear`` or ``nnx.Conv``, of this package or of your own model.
+        weights: Any ``nnx.Linear`` or ``nnx.Conv``, from this package or from another model.
         norm: The BatchNorm module after it, with scale, offset and running statistics.
-        window: k.
-        burn_in: Iterations with the current statistics alone.
+        window: k, the number of iterations whose statistics are averaged.
+        burn_in: Iterations that use the current statistics alone.
         compensate: Whether old statistics are brought up to date.
     """
 
@@ -162,7 +163,7 @@ class CrossIterationBatchNormModule(nnx.Module):
         self.second_slope = empty(*kernel.shape)
 
     def __call__(self, x: Array) -> Array:
-        """Weights and normalization of x, (samples, *positions, channels)."""
+        """Applies weights and normalization to x, (samples, *positions, channels)."""
         weights, norm = self.layers
         y = weights(x)
         if norm.use_running_average:
@@ -176,7 +177,7 @@ class CrossIterationBatchNormModule(nnx.Module):
         return scaled.astype(y.dtype)
 
     def statistics(self, x: Array, z: Array, mean: Array, var: Array) -> tuple[Array, Array]:
-        """Mean and variance over the window; moves the window on."""
+        """Mean and variance over the window; adds the current batch to it."""
         count, second = self.iterations[...], var + mean**2
         slots = jnp.arange(self.window - 1)
         counts = ((slots < count) & (count >= self.burn_in)).astype(mean.dtype)
@@ -214,7 +215,7 @@ class CrossIterationBatchNormModule(nnx.Module):
 
         x, z = jax.lax.stop_gradient((x, z))
         positions = math.prod(z.shape[1:-1])
-        # the mean of affine functions of x is that of the mean of x
+        # the mean of an affine function of x is the function of the mean of x
         mean = pulled(x.mean(0, keepdims=True), jnp.asarray(1 / positions))
         mean = mean[..., : self.mean_slope.shape[-1]]
         return mean, pulled(x, 2 * z / (len(z) * positions))

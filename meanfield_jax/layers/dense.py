@@ -53,7 +53,8 @@ class Dense(Layer):
     def output(self, signal: Signal) -> Signal:
         if len(signal.shape) != 1:
             remedy = "put Flatten() or GlobalMeanPool() before it"
-            raise problem(SpecError, "input shape", signal.shape, "Dense takes vectors", remedy)
+            cause = "Dense needs inputs of shape (features,)"
+            raise problem(SpecError, "input shape", signal.shape, cause, remedy)
         return Signal((self.width,), gaussian=True)
 
     def num_parameters(self, shape: Shape) -> int:
@@ -70,7 +71,7 @@ class Dense(Layer):
 
 
 def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injection]:
-    """The rule of random weights and biases on the values (or windows of values) of ``kernel``."""
+    """The rule for random weights and biases applied to the values, or windows, of ``kernel``."""
     moment, (deviation, tangent_deviation) = kernel.moment, kernel.deviations
 
     def weighted(matrix: Matrix | None) -> Matrix | None:
@@ -79,7 +80,7 @@ def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injecti
     injection = Injection(
         weights=moment * kernel.channels,
         biases=moment.full(1.0),
-        # the bias is shared by all samples
+        # all samples have the same bias, which centring removes
         deviation=None if deviation is None else deviation * kernel.channels,
     )
     after = kernel.after(
@@ -93,7 +94,7 @@ def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injecti
 
 
 def linear_options(layer: Any, fan_in: int) -> dict[str, Any]:
-    """What a Flax layer needs to draw the declared weights and to multiply in full precision."""
+    """Options of a Flax layer that draws the declared weights and multiplies in full precision."""
     return dict(
         kernel_init=initializers.normal(jnp.sqrt(layer.weight_var / fan_in)),
         bias_init=initializers.normal(jnp.sqrt(layer.bias_var)),

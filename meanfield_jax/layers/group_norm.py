@@ -35,14 +35,15 @@ from meanfield_jax.layers.norm import (
 class GroupNorm(Norm):
     """gamma (z - mean) / sqrt(variance + eps) + beta, over a sample's positions and channel groups.
 
-    Channels are split into groups of neighbors; scale and offset are one a channel. Samples are not
-    coupled: training, evaluation and the three ``statistics`` of :func:`analyze` are the same.
+    Channels are split into groups of neighbors; there is one scale and offset per channel. Samples
+    are not coupled, so that training, evaluation and the three ``statistics`` of :func:`analyze`
+    are the same.
 
-    Rule: :func:`group_rule`; that of :class:`LayerNorm` where groups are large.
+    Rule: :func:`group_rule`, which for large groups is that of :class:`LayerNorm`.
 
     Attributes:
         gamma, beta, eps, trainable: See :class:`Norm`.
-        num_groups: Number of groups, a divisor of the channels.
+        num_groups: Number of groups, a divisor of the number of channels.
 
     Source:
         Wu & He 2018 (arXiv:1803.08494).
@@ -72,7 +73,7 @@ class GroupNorm(Norm):
         check_groups("GroupNorm", self.num_groups, signal.shape[-1])
         size = math.prod(signal.shape) // self.num_groups
         if size < LEAST_VALUES:
-            cause = f"an inverse variance of {size} values has no expectation"
+            cause = f"the inverse variance of only {size} values has no expectation"
             raise problem(
                 SpecError, "GroupNorm.num_groups", self.num_groups, cause, "use fewer groups"
             )
@@ -89,33 +90,36 @@ class GroupNorm(Norm):
 def group_rule(
     spec: Norm, kernel: Kernel, group_size: Array | float
 ) -> tuple[Kernel, Injection | None]:
-    """The rule of statistics over the positions and m channels of one sample.
+    """The rule for statistics over the positions and m channels of one sample.
 
-    With means <.> over positions, of the second member of a pair, the first, and both:
+    With <.>_q, <.>_p and <.>_pq the means over the positions of the second member of a pair, the
+    first, and both:
 
     * C_ab = K_ab - (<K_ab>_q + <K_ab>_p - <K_ab>_pq) / m, divided by s_a s_b, s_a^2 = <C_aa>_p=q;
-      T alike.
-    * A group is divided by its own deviation, not by the expected one: :func:`_own_deviation`.
-    * The deviation depends on the parameters, too: with z_hat = H z / s and M = m positions,
-      dz_hat = (1/s) (1 - z_hat z_hat^T / M) H dz, for either sample of a pair with its own z_hat.
+      the same for T.
+    * A group is divided by its sample deviation, not by the expected one: :func:`_own_deviation`.
+    * The deviation depends on the parameters: with z_hat = H z / s and M = m times the number of
+      positions, dz_hat = (1/s) (1 - z_hat z_hat^T / M) H dz, for each sample of a pair with its
+      own z_hat.
 
     Args:
-        spec: With gamma, beta, eps.
-        kernel: Before the layer, with all pairs of positions.
-        group_size: m.
+        spec: The layer, with gamma, beta and eps.
+        kernel: The kernel before the layer, with all pairs of positions.
+        group_size: m, the number of channels per group.
 
     Returns:
         As :meth:`Layer.rule`.
 
     Accuracy:
-        To first order in 1/D, D = m PR the values that count in a group, PR the participation
-        ratio of the positions' covariance, for ReLU-like functions after it; others: to zeroth
-        order of T for two samples. Two 3x3 convolutions of stride 1, ReLU, one channel a group,
-        predicted / measured (64 channels, error .5 %), i.i.d. inputs: 4x4 maps T_same .99 and 1.00,
-        T_other .97 and 1.00 (flatten and mean head); 8x8 maps 1.00 throughout (mean head). Digits
-        (8x8, positions much alike): T_same 1.00 and .94, T_other .98 and .93. Without the
-        deviation's derivative T_same after a mean over positions is 42 % too large on 4x4 maps,
-        14 % on 8x8. Groups of 8 values of vectors: T_same .92, T_other .94 for two layers
+        With a ReLU-like function after it, to first order in 1/D, where D = m PR is the effective
+        number of values in a group and PR the participation ratio of the positions' covariance;
+        with other functions, T of two samples is exact to zeroth order only. Predicted / measured
+        for two 3x3 convolutions of stride 1, ReLU, one channel per group (64 channels, error
+        .5 %), with flatten and mean head: on i.i.d. inputs and 4x4 maps T_same .99 and 1.00,
+        T_other .97 and 1.00; on 8x8 maps 1.00 throughout (mean head). On digits (8x8, strongly
+        correlated positions) T_same 1.00 and .94, T_other .98 and .93. Without the derivative of
+        the deviation, T_same after a mean over positions would be 42 % too large on 4x4 maps and
+        14 % on 8x8. Groups of 8 values of vectors, two layers: T_same .92, T_other .94
         (tests/test_sample_norms.py).
     """
     fraction = 1 / group_size
@@ -131,7 +135,7 @@ def group_rule(
 
 
 def _centred(matrix: Matrix, fraction: Array | float) -> Matrix:
-    """The matrix of values whose mean over positions and 1/fraction channels was subtracted."""
+    """The matrix of the values minus their mean over positions and 1/fraction channels."""
     row, column, both = matrix.position_means()
     return matrix - (row + column - both) * fraction
 
@@ -140,9 +144,10 @@ def _own_deviation(correlation: Matrix, fraction: Array | float) -> tuple[Matrix
     """E[z_hat z_hat^T], E[1 / (s_a s_b)] E[s_a^2]^(1/2) E[s_b^2]^(1/2), and a third factor.
 
     To second order in s^2 / E[s^2] - 1, whose covariance for two samples is
-    2 t_ab / m, t_ab = <C_ab^2>_pq. The average of a function f(z_a, z_b) / (s_a s_b) is the factor
-    times the Gaussian one with C - (C D_a C + C D_b C) / M in place of C, D the positions of one of
-    the samples: of another variance, on average over positions, for every pair.
+    2 t_ab / m, t_ab = <C_ab^2>_pq. The average of f(z_a, z_b) / (s_a s_b) for a function f is the
+    second matrix times the Gaussian average of f with C - (C D_a C + C D_b C) / M in place of C,
+    where D_a selects the positions of sample a. The variances of this matrix, on average over
+    positions, differ from pair to pair.
 
     Returns:
         The three matrices; the second is a factor on the tangent, the third is the ``factor`` of a

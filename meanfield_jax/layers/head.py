@@ -12,7 +12,7 @@ from meanfield_jax.layers.base import Kernel, Layer, Shape, Signal, layer
 class Flatten(Layer):
     """(height, width, channels) -> (height * width * channels,).
 
-    Rule: the average over equal positions, as the weights after it are independent by position.
+    Rule: the average over equal positions, because each position has independent weights after it.
     """
 
     def output(self, signal: Signal) -> Signal:
@@ -58,7 +58,8 @@ def global_mean_pool(x: Array) -> Array:
 
 def _check_map(name: str, signal: Signal) -> tuple[int]:
     if len(signal.shape) != 3:
-        remedy = "use it on (height, width, channels) only"
-        raise problem(SpecError, "input shape", signal.shape, f"{name} takes maps", remedy)
+        cause = f"{name} needs inputs of shape (height, width, channels)"
+        remedy = "leave it out for vectors"
+        raise problem(SpecError, "input shape", signal.shape, cause, remedy)
     height, width, channels = signal.shape
     return (height * width * channels,)

@@ -1,4 +1,4 @@
-"""InstanceEnhancementBatchNorm: BatchNorm with a gate that each sample sets by itself."""
+"""InstanceEnhancementBatchNorm: BatchNorm with a gate computed from each sample by itself."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from meanfield_jax.layers.norm import Norm, normalize, of_rank, statistics_dtype
 
 @layer
 class InstanceEnhancementBatchNorm(Norm):
-    r"""gamma a z_hat + beta: BatchNorm's z_hat, scaled by a gate a of each sample and channel.
+    r"""gamma a z_hat + beta: the z_hat of BatchNorm, scaled by a gate a per sample and channel.
 
     .. math:: a = \mathrm{sigmoid}(\hat\gamma m + \hat\beta)
 
-    m is the mean of the sample's z over positions; gamma_hat starts at 0 and beta_hat at ``gate``:
-    at the start a = sigmoid(-1) = .269 everywhere, and what goes through BatchNorm adds 1/a^2 =
-    13.8 times less to the Fisher matrix.
+    m is the mean of the sample's z over positions. gamma_hat starts at 0 and beta_hat at ``gate``,
+    so that at the start a = sigmoid(-1) = .269 everywhere, and what passes through BatchNorm
+    contributes 1/a^2 = 13.8 times less to the Fisher matrix.
 
-    Rule, at the start: BatchNorm's over channels, with gamma a in place of gamma, and injections of
-    the four parameters of a channel. Theory of trained gates there is none.
+    Rule, at the start: that of BatchNorm over channels, with gamma a in place of gamma, and an
+    injection from the four parameters of each channel. There is no theory of trained gates.
 
     Attributes:
         gate: beta_hat at the start.
@@ -36,8 +36,8 @@ class InstanceEnhancementBatchNorm(Norm):
         Liang, Huang, Liang & Yang 2019 (arXiv:1908.04008).
 
     Accuracy:
-        BatchNorm's. What gamma_hat adds to T, of O(1) against O(width), takes m and z_hat to be
-        independent (tests/test_batch_group_norm.py).
+        That of BatchNorm. The contribution of gamma_hat to T, O(1) compared with O(width), treats
+        m and z_hat as independent (tests/test_batch_group_norm.py).
     """
 
     norm_name: ClassVar[str | None] = "instance_enhancement"
@@ -58,10 +58,10 @@ class InstanceEnhancementBatchNorm(Norm):
         after, own = batch_rule(gated, kernel, over_positions=True)
         if own is None or own.scale is None:
             return after, None
-        # of gamma, and of what the gate depends on: beta_hat, and gamma_hat times m
+        # contributions of gamma and of the gate's parameters: beta_hat, and gamma_hat times m
         instance = (kernel.pooled() if kernel.positions else kernel).moment
         gates = (self.gamma * a * (1 - a)) ** 2
-        # the instance's at all pairs of positions
+        # the means of the instances, at all pairs of positions
         scale = own.scale.map(
             lambda entry, means: (a**2 + gates * (1 + of_rank(means, entry.ndim))) * entry,
             instance,
@@ -74,11 +74,11 @@ class InstanceEnhancementBatchNorm(Norm):
     def value_problems(self) -> Iterator[Problem]:
         yield from super().value_problems()
         if not np.all(np.isfinite(self.gate)):
-            yield "gate", self.gate, "not a finite number", "give a finite number"
+            yield "gate", self.gate, "must be finite", "pass a finite number"
 
 
 class InstanceEnhancementModule(BatchNormModule):
-    """The Flax module of :class:`InstanceEnhancementBatchNorm`; as :class:`BatchNormModule`.
+    """The Flax module of :class:`InstanceEnhancementBatchNorm`; see also :class:`BatchNormModule`.
 
     Attributes:
         gate_scale: gamma_hat, (channels,).

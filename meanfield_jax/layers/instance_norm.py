@@ -1,4 +1,4 @@
-"""InstanceNorm: normalization of a sample and channel over positions."""
+"""InstanceNorm: normalization of each channel of a sample over positions."""
 
 import math
 from typing import ClassVar
@@ -16,8 +16,8 @@ from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_optio
 class InstanceNorm(Norm):
     """gamma (z - mean) / sqrt(variance + eps) + beta, over the positions of a sample and channel.
 
-    Scale and offset are one a channel. Samples are not coupled: training, evaluation and the three
-    ``statistics`` of :func:`analyze` are the same.
+    There is one scale and offset per channel. Samples are not coupled, so that training, evaluation
+    and the three ``statistics`` of :func:`analyze` are the same.
 
     Rule: :func:`meanfield_jax.layers.group_norm.group_rule` with groups of one channel.
 
@@ -40,12 +40,13 @@ class InstanceNorm(Norm):
 
     def output(self, signal: Signal) -> Signal:
         if len(signal.shape) != 3:
-            cause, remedy = "it takes maps", "use LayerNorm on vectors"
+            cause = "InstanceNorm needs inputs of shape (height, width, channels)"
+            remedy = "use LayerNorm for vectors"
             raise problem(SpecError, "InstanceNorm", signal.shape, cause, remedy)
         check_gaussian("InstanceNorm", signal)
         size = math.prod(signal.shape[:-1])
         if size < LEAST_VALUES:
-            cause = f"an inverse variance of {size} values has no expectation"
+            cause = f"the inverse variance of only {size} values has no expectation"
             raise problem(SpecError, "InstanceNorm", signal.shape, cause, "use it on larger maps")
         return signal
 

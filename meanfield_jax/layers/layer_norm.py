@@ -12,10 +12,11 @@ from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_optio
 class LayerNorm(Norm):
     """gamma (z - mean) / sqrt(variance + eps) + beta, over a sample's positions and channels.
 
-    Scale and offset are one a channel. Samples are not coupled: training, evaluation and the three
-    ``statistics`` of :func:`analyze` are the same.
+    There is one scale and offset per channel. Samples are not coupled, so that training, evaluation
+    and the three ``statistics`` of :func:`analyze` are the same.
 
-    Rule, s_a^2 the average of K_aa over positions: K_ab <- gamma^2 K_ab / (s_a s_b), T alike.
+    Rule, with s_a^2 the average of K_aa over positions: K_ab <- gamma^2 K_ab / (s_a s_b), and the
+    same for T.
 
     Attributes:
         gamma, beta, eps, trainable: See :class:`Norm`.
@@ -23,12 +24,12 @@ class LayerNorm(Norm):
     Source:
         Ba, Kiros & Hinton 2016 (arXiv:1607.06450).
 
-        Departure: on maps the paper leaves open what a layer's units are; here positions count
-        among them, as for images elsewhere (:class:`GroupNorm` with one group).
+        Departure: the paper leaves open what the units of a layer are on maps; here they include
+        positions, as is usual for images (:class:`GroupNorm` with one group).
 
     Accuracy:
-        That of the wide limit: a unit's mean over channels, its variance's fluctuation and the
-        derivative of both are of relative size 1/channels.
+        That of the wide limit: the mean over channels, the fluctuation of the variance and the
+        derivatives of both are of relative size 1/channels.
     """
 
     norm_name: ClassVar[str | None] = "layer"

@@ -1,4 +1,4 @@
-"""What normalization layers share: scale, offset, and what they add to the tangent."""
+"""What normalization layers have in common: scale, offset, and their terms in the tangent."""
 
 import dataclasses
 import math
@@ -29,13 +29,13 @@ from meanfield_jax.layers.base import (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Norm(Layer):
-    """gamma z_hat + beta: what is normalized, and over what, is the subclass's.
+    """gamma z_hat + beta; each subclass defines what z_hat is normalized over.
 
     Attributes:
         gamma: Initial scale, the same for all channels.
-        beta: Initial offset.
+        beta: Initial offset, the same for all channels.
         eps: Added to the variance.
-        trainable: Whether scale and offset are parameters (of the Fisher matrix, of the module).
+        trainable: Whether scale and offset are parameters, in the Fisher matrix and in the module.
     """
 
     is_norm: ClassVar[bool] = True
@@ -56,7 +56,7 @@ class Norm(Layer):
         return 2 * math.prod(self.parameter_shape(shape)) if self.trainable else 0
 
     def gain(self, matrix: Matrix, var: Array) -> Array:
-        """1 / (s_a s_b) for every pair of a matrix, s^2 = var + eps a number of each value."""
+        """1 / (s_a s_b) for every pair of values, with s^2 = var + eps for each value."""
         var = var + self.eps
         inverse = safe.divide(jnp.ones_like(var), safe.sqrt(var))
         a, b = matrix.of_members(inverse)
@@ -65,16 +65,16 @@ class Norm(Layer):
     def affine(
         self, kernel: Kernel, correlation: Matrix, tangent: Matrix, alike: Array | float = 1.0
     ) -> tuple[Kernel, Injection | None]:
-        """The kernel after gamma z_hat + beta, and what the two add to its tangent.
+        """The kernel after gamma z_hat + beta, and what gamma and beta add to its tangent.
 
         Args:
-            kernel: Before the layer.
-            correlation: Of z_hat.
-            tangent: Of z_hat.
+            kernel: The kernel before the layer.
+            correlation: Correlation of z_hat.
+            tangent: Tangent of z_hat.
             alike: 1 for pairs of values with the same scale and offset, else 0.
 
         Returns:
-            As :meth:`Layer.rule`; the injection is None where scale and offset do not learn.
+            As :meth:`Layer.rule`; the injection is None if scale and offset are not trained.
         """
         after = kernel.after(
             covariance=correlation * self.gamma**2,
@@ -87,7 +87,7 @@ class Norm(Layer):
         return after, Injection(offset=correlation.full(1.0) * alike, scale=correlation * alike)
 
     def parameters(self, shape: Shape) -> tuple[nnx.Variable, nnx.Variable]:
-        """Scale and offset of the module: parameters, or variables that do not learn."""
+        """Scale and offset of the module: parameters, or variables that are not trained."""
         variable = nnx.Param if self.trainable else nnx.Variable
         size = self.parameter_shape(shape)
         scale, bias = (jnp.full(size, value, jnp.float32) for value in (self.gamma, self.beta))
@@ -97,17 +97,17 @@ class Norm(Layer):
         for field in ("gamma", "beta"):
             value = getattr(self, field)
             if not np.all(np.isfinite(value)):
-                yield field, value, "not a finite number", "give a finite number"
+                yield field, value, "must be finite", "pass a finite number"
         yield from variance_problems(self, "eps")
 
 
 class FlaxNorm(nnx.Module):
-    """Scale and offset of a specification after a norm of Flax that has none of its own.
+    """A Flax norm without scale and offset, followed by those of a specification.
 
-    Statistics of half precision are float32; the output has the input's dtype.
+    Statistics of half-precision inputs are float32; the output has the input's dtype.
 
     Attributes:
-        norm: Flax's module.
+        norm: The Flax module.
     """
 
     def __init__(self, norm: Callable[[Array], Array], spec: Norm, shape: Shape):
@@ -122,51 +122,52 @@ class FlaxNorm(nnx.Module):
 
 
 def flax_options(spec: Norm, rngs: nnx.Rngs) -> dict[str, Any]:
-    """What a norm of Flax needs inside a :class:`FlaxNorm`."""
+    """The options of a Flax norm inside a :class:`FlaxNorm`."""
     options: dict[str, Any] = dict(use_scale=False, use_bias=False, use_fast_variance=False)
     return dict(epsilon=float(spec.eps), rngs=rngs, **options)
 
 
 def check_gaussian(name: str, signal: Signal) -> None:
-    """Raises SpecError where units need not have mean 0 over the channels of a sample."""
+    """Raises SpecError if units need not have mean 0 over the channels of a sample."""
     if not signal.gaussian:
-        cause = "its inputs are not sums over many random weights"
+        cause = "it needs Gaussian inputs, but these are not sums over many random weights"
         raise problem(SpecError, name, signal.shape, cause, "put it after a Dense or Conv")
 
 
 MOST_GROUPS, LEAST_CHANNELS = 8, 4
-"""Groups that :func:`fitting_groups` chooses at most, and channels of each at least."""
+"""The most groups that :func:`fitting_groups` chooses, and the fewest channels per group."""
 
 
 def fitting_groups(widths: Sequence[int]) -> int:
-    """A number of groups that divides all numbers of channels."""
+    """A number of groups that divides each of these numbers of channels."""
     common = math.gcd(*widths)
     most = max(1, min(MOST_GROUPS, min(widths) // LEAST_CHANNELS))
     return max(count for count in range(1, most + 1) if common % count == 0)
 
 
 def check_groups(name: str, num_groups: int, channels: int) -> None:
-    """Raises SpecError where the groups do not divide the channels."""
+    """Raises SpecError if the number of groups does not divide the number of channels."""
     if channels % num_groups:
         divisors = [str(count) for count in range(1, channels + 1) if channels % count == 0]
-        cause, remedy = f"does not divide {channels} channels", f"use {', '.join(divisors[-12:])}"
+        cause = f"it does not divide {channels} channels"
+        remedy = f"use {', '.join(divisors[-12:])}"
         raise problem(SpecError, f"{name}.num_groups", num_groups, cause, remedy)
 
 
 def statistics_dtype(x: Array) -> jnp.dtype:
-    """The dtype of means and variances: that of x, but float32 for half precision."""
+    """The dtype of means and variances: that of x, but float32 if x is in half precision."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def of_rank(value: Array | float, ndim: int) -> Array:
-    """The value with axes of size 1 in front: JAX can be set to refuse to add them by itself."""
+    """The value with leading axes of size 1, which JAX can be configured not to add by itself."""
     return jnp.expand_dims(value, range(ndim - jnp.ndim(value)))
 
 
 def normalize(
     x: Array, mean: Array, var: Array, scale: Array | float, bias: Array | float, eps: float
 ) -> Array:
-    """Scale (x - mean) / sqrt(var + eps) + bias, broadcast; of x's dtype."""
+    """Computes scale (x - mean) / sqrt(var + eps) + bias by broadcasting, in the dtype of x."""
     mean, var, scale, bias = (of_rank(value, x.ndim) for value in (mean, var, scale, bias))
     y = (x - mean) * (scale * jax.lax.rsqrt(var + eps)) + bias
     return y.astype(x.dtype)

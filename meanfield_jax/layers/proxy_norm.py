@@ -1,4 +1,4 @@
-"""ProxyNorm: a norm of each sample by itself, an activation, and what BatchNorm does beyond."""
+"""ProxyNorm: a norm of each sample, an activation, and the other effects of BatchNorm."""
 
 import math
 import statistics
@@ -37,43 +37,44 @@ NUM_QUANTILES = 256
 
 _LEVELS = (np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES
 QUANTILES = np.array([statistics.NormalDist().inv_cdf(level) for level in _LEVELS])
-"""Points of N(0, 1) that stand for equal shares of its mass."""
+"""Points of N(0, 1) that represent equal fractions of its mass."""
 
 
 @layer
 class ProxyNorm(Layer):
-    r"""Norm, activation, and a normalization of its output by what a Gaussian would give.
+    r"""Norm, activation, and a normalization of the output by the moments of a Gaussian proxy.
 
     .. math:: \frac{\phi(\gamma y + \beta) - \mathrm{E} \phi(\gamma Y + \beta)}
         {\sqrt{\mathrm{Var} \phi(\gamma Y + \beta) + \epsilon}}, \quad
         Y \sim N(\tilde\beta, (1 + \tilde\gamma)^2)
 
-    y is what the norm normalizes, gamma and beta are its scale and offset. As BatchNorm, it keeps
-    every channel's mean and variance after the activation in place, whatever gamma and beta;
-    unlike BatchNorm it looks at no other sample, and training and evaluation are the same. A
-    channel's mean before the norm, as biases make it (``bias_var``), it cannot know. beta
-    tilde and gamma tilde, one each a channel, start at 0 and are meant to be decayed to 0, see
-    :class:`ProxyNormModule`. Goes where a norm goes: ``mf.mlp(..., norm=ProxyNorm())`` puts its
-    activation inside.
+    Here y is the normalized value, and gamma and beta are the norm's scale and offset. Like
+    BatchNorm, it fixes the mean and variance of every channel after the activation, whatever gamma
+    and beta are; unlike BatchNorm, it uses no other sample, so that training and evaluation are the
+    same. It cannot know the mean that biases (``bias_var``) give a channel before the norm. There
+    is one beta tilde and one gamma tilde per channel; they start at 0 and are meant to be decayed
+    to 0, see :class:`ProxyNormModule`. Use it in place of a norm: ``mf.mlp(..., norm=ProxyNorm())``
+    puts the network's activation inside.
 
-    Rule, with m_a = E[phi(u_a)] for a value's own variance, mu and s^2 the proxy's mean and its
+    Rule, with m_a = E[phi(u_a)] at the variance of u_a, mu the mean of the proxy and s^2 its
     variance plus eps: K <- (E[phi phi] - mu (m_a + m_b) + mu^2) / s^2; T <- T E[phi' phi'] / s^2.
-    The own parameters and what mu and s depend on gamma and beta by add O(1) to T. It is entered
-    as a line of its own beside the norm's, and may be negative there: mu and s work against gamma
-    and beta.
+    beta tilde, gamma tilde and the dependence of mu and s on gamma and beta add O(1) to T. This
+    contribution has a row of its own beside the norm's, and it may be negative, because mu and s
+    counteract gamma and beta.
 
     Attributes:
         norm: A norm of each sample by itself, LayerNorm or GroupNorm.
-        activation: What follows the norm.
-        eps: Added to the proxy's variance.
+        activation: The activation after the norm.
+        eps: Added to the variance of the proxy.
         trainable: Whether beta tilde and gamma tilde are parameters.
 
     Source:
         Labatie, Masters, Eaton-Rosen & Luschi 2021 (arXiv:2106.03743), section 5.
 
     Accuracy:
-        256 quantiles, in network and theory alike: for ReLU and beta 0 the mean is 0.09 % and the
-        variance 0.65 % low (tests/test_proxy_norm.py). The own parameters' part by Mehler's series.
+        Network and theory use the same 256 quantiles: for ReLU and beta = 0 the mean is 0.09 % and
+        the variance 0.65 % low (tests/test_proxy_norm.py). The contribution of the layer's own
+        parameters is computed by Mehler's series.
 
     Example:
         >>> import meanfield_jax as mf
@@ -95,7 +96,7 @@ class ProxyNorm(Layer):
 
     def output(self, signal: Signal) -> Signal:
         if not isinstance(self.norm, Norm) or self.norm.over_batch:
-            cause, remedy = "no norm of each sample by itself", "use LayerNorm or GroupNorm"
+            cause, remedy = "must normalize each sample by itself", "use LayerNorm or GroupNorm"
             raise problem(SpecError, "ProxyNorm.norm", type(self.norm).__name__, cause, remedy)
         return located("activation", self.activation, located("norm", self.norm, signal))
 
@@ -134,9 +135,9 @@ class ProxyNorm(Layer):
         if not (self.trainable or self.norm.trainable):
             return after, None
 
-        # functions of a value, by their coefficients: how the output moves with gamma and beta,
-        # times std. plain is what is injected at the norm already; beta tilde and gamma tilde
-        # move mean and std gamma times as much as beta and gamma do
+        # functions of a value, by their Hermite coefficients: derivatives of the output with
+        # respect to gamma and beta, times std. The norm has injected the direct part already;
+        # beta tilde and gamma tilde change mean and std gamma times as much as beta and gamma do
         output = value.at[0].add(-mean) / std
         functions, weights = [], []
         for direct, dmean, dstd in zip(
@@ -194,7 +195,8 @@ class ProxyNormModule(nnx.Module):
 
     Attributes:
         norm: The norm's module; its scale and offset are read there.
-        beta_tilde, gamma_tilde: Of the proxy, (channels,). To decay them to 0, as published:
+        beta_tilde, gamma_tilde: Offset and scale of the proxy, (channels,). They can be decayed to
+            0, as published, by the rule in the example.
 
     Example:
         >>> import jax, meanfield_jax as mf, optax
@@ -208,7 +210,7 @@ class ProxyNormModule(nnx.Module):
         self.norm: Any = spec.norm.build(shape, rngs)
         for name in ("scale", "bias"):
             if not isinstance(getattr(self.norm, name, None), nnx.Variable):
-                given, cause = type(self.norm).__name__, f"a module without {name}"
+                given, cause = type(self.norm).__name__, f"its module has no {name}"
                 remedy = "use LayerNorm or GroupNorm"
                 raise problem(SpecError, "ProxyNorm.norm", given, cause, remedy)
         self.activation = spec.activation.nonlinearity.function
@@ -239,7 +241,7 @@ def proxy_normalize(
     gamma_tilde: Array,
     eps: float,
 ) -> Array:
-    """(phi(y) - mean) / sqrt(variance + eps), both of phi(scale Y + bias); of y's dtype."""
+    """(phi(y) - mean) / sqrt(variance + eps), with those of phi(scale Y + bias), in y's dtype."""
     mean, var = proxy_statistics(function, scale, bias, beta_tilde, gamma_tilde)
     value = function(y.astype(statistics_dtype(y)))
     return normalize(value, mean, var, 1.0, 0.0, eps).astype(y.dtype)
@@ -256,13 +258,13 @@ def proxy_statistics(
 
     Args:
         function: phi, elementwise.
-        scale: (channels,) or a scalar; at least float32.
+        scale: (channels,) or a scalar, in float32 or float64.
         bias: Likewise.
         beta_tilde: Likewise.
         gamma_tilde: Likewise.
 
     Returns:
-        Both of the shape of ``scale``, over the 256 quantiles of Y.
+        Mean and variance over the 256 quantiles of Y, each of the shape of ``scale``.
     """
     points = jnp.asarray(QUANTILES, scale.dtype).reshape(-1, *[1] * scale.ndim)
     scale, bias, beta_tilde, gamma_tilde = (
