@@ -118,7 +118,7 @@ def _on_data(
 
 
 iid = compiled(_iid, ("input_shape", "num_outputs", "statistics"))
-on_data = compiled(_on_data, ("num_outputs", "statistics", "modulus"))
+on_data = compiled(_on_data, ("num_outputs", "statistics", "modulus"), small=2**13)
 
 
 def _top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
