@@ -54,8 +54,8 @@ class Analyze:
         console.print(repr(network), highlight=False)
         console.print(_order_table(dataset))
         console.print(_fisher_table(theory, dataset))
-        if reason := theory.fisher.domain_reason():
-            console.print(f"Outside the theory's domain: {reason}.")
+        if dataset.domain != "within":
+            console.print(f"Outside the theory's domain: {dataset.domain}.")
 
 
 def _order_table(dataset: xr.Dataset) -> Table:
