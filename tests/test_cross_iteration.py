@@ -259,7 +259,7 @@ def test_theory_is_that_of_weights_and_batch_norm(x64):
         for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_array_equal(one, other)
     assert first.num_parameters == second.num_parameters
-    assert a.shares.layers[:2] == ("layers/0/layers/0", "layers/0/layers/1")
+    assert a.contributions.layers[:2] == ("layers/0/layers/0", "layers/0/layers/1")
 
 
 @pytest.mark.slow

@@ -294,7 +294,7 @@ def test_two_strong_directions_spread_alike_in_a_draw_of_a_narrow_network():
     network = mf.mlp([50] * 2, inputs=20, outputs=10, norm=mf.BatchNorm())
     fisher = mf.analyze(network, data=x).fisher
     # the draw's spread against a mean is not what decides
-    assert fisher.outlier_high > 2 * fisher.rest_high
+    assert fisher.outlier_high > 2 * fisher.bulk_high
     assert not fisher.within_domain
     operator = mf.fisher_operator(mf.build(network, rngs=nnx.Rngs(1)), x)
     assert mf.top_eigenvalues(operator, 1, tol=1e-2).eigenvalues[0] > 2 * fisher.lambda_max

@@ -287,7 +287,10 @@ def test_a_kink_is_where_no_step_helps(x64):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(over="scale"), r"over='scale': no layer .* use one or more of gamma, weight_var"),
+        (
+            dict(over="scale"),
+            r"over='scale': no layer .* use one or more of beta, bias_var, gamma, weight_var",
+        ),
         (dict(over=()), r"over=\(\): no layer"),
         (dict(over=("gamma", "alpha")), "over="),
         (dict(bounds=dict(beta=(0, 1))), r"bounds\['beta'\]=\(0, 1\): .* not tuned; use one of g"),

@@ -139,7 +139,11 @@ def _table(tuned: Tuning) -> Table:
     ends = tuned.history.isel(step=[0, -1])
     tables = [theory.to_xarray() for theory in (tuned.before, tuned.after)]
     shares: Any = xr.concat(
-        [data.share_weights + data.share_biases + data.share_norm for data in tables], "step"
+        [
+            sum(data[f"contribution_{kind}"] for kind in ("weights", "biases", "norm"))
+            for data in tables
+        ],
+        "step",
     )
     fields = [str(name) for name in ends.data_vars if "layer" in ends[name].dims]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
