@@ -279,6 +279,8 @@ def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
     """Downloads one file into the first root; pooch removes the remains of a failed download."""
     import pooch
 
+    pooch.get_logger().setLevel("WARNING")  # the bar says it
+
     path, url = roots[0] / name / filename, _MIRRORS[name] + filename
     if os.path.isfile(path):  # pooch would replace a copy that was repacked
         return path

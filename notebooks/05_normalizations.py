@@ -77,8 +77,8 @@ _ = axes.legend()
 # ## What LayerNorm does not do
 #
 # LayerNorm lets the mean of a channel over the data drift: with depth all samples become the same.
-# P1 is the share of a signal's power that is the same for all inputs; here it is shown behind the
-# weights of each layer. Proxy norm, behind the activation, takes out what the activation adds and
+# P1 is the share of a signal's power that is the same for all inputs; here it is shown after the
+# weights of each layer. Proxy norm, after the activation, takes out what the activation adds and
 # never looks at the batch. What a bias adds it cannot know: there is none here.
 
 # %%
@@ -92,7 +92,7 @@ for name, norm in deep.items():
     weights = [i for i, layer in enumerate(spec.layers) if isinstance(layer, mf.Dense)]
     shares = [float(mf.diagnostics.power(outputs[f"layers/{i}"]).P1) for i in weights]
     axes.plot(np.arange(1, len(shares) + 1), shares, "o-", ms=4, label=name)
-axes.set(xlabel="layer", ylabel="P1 behind the weights", ylim=(0, 1))
+axes.set(xlabel="layer", ylabel="P1 after the weights", ylim=(0, 1))
 axes.grid(alpha=0.25)
 _ = axes.legend()
 # %% [markdown]
