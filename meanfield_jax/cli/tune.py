@@ -138,13 +138,9 @@ def _table(tuned: Tuning) -> Table:
     """Before and after, by layer: the tuned numbers, and the layer's share of the outlier."""
     ends = tuned.history.isel(step=[0, -1])
     tables = [theory.to_xarray() for theory in (tuned.before, tuned.after)]
-    shares: Any = xr.concat(
-        [
-            sum(data[f"contribution_{kind}"] for kind in ("weights", "biases", "norm"))
-            for data in tables
-        ],
-        "step",
-    )
+    kinds = [f"contribution_{kind}" for kind in ("weights", "biases", "norm")]
+    parts = [data[kinds].to_dataarray("kind").sum("kind") for data in tables]
+    shares: Any = xr.concat(parts, "step")
     fields = [str(name) for name in ends.data_vars if "layer" in ends[name].dims]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
