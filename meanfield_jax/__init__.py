@@ -21,10 +21,11 @@ are listed in this order::
 
 from meanfield_jax import data, diagnostics, layers, objectives
 from meanfield_jax.empirical.density import SpectralDensity, spectral_density
-from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
+from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import TopEigenvalues, top_eigenvalues
 from meanfield_jax.empirical.layer_table import layer_table
 from meanfield_jax.empirical.model import build, calibrate, functional
+from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import Trace, trace
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary

@@ -16,9 +16,9 @@ from rich.table import Table
 from meanfield_jax.cli.options import DataOptions, NetworkOptions, chosen
 from meanfield_jax.cli.output import check_folder, plain, write, write_png
 from meanfield_jax.empirical.density import spectral_density
-from meanfield_jax.empirical.fisher import fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
+from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.plots import plot_spectrum
 from meanfield_jax.theory.analyze import analyze as analyze_network
 from meanfield_jax.variants import has_batch_norm

@@ -17,27 +17,21 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
-from jax.core import Tracer
 from jax.tree_util import Partial
 
 from meanfield_jax import precise
-from meanfield_jax.empirical.generic import couples_samples, dense_layers, differ
+from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.inputs import check_batch, check_params
+from meanfield_jax.empirical.likelihood import LIKELIHOODS, likelihood_factor
+from meanfield_jax.empirical.mode import MODES, check_mode
 from meanfield_jax.empirical.model import (
     Functional,
-    functional,
-    in_mode,
-    never_calibrated,
     path_name,
 )
 from meanfield_jax.empirical.operator import Product, SymmetricOperator, register_unchecked
 from meanfield_jax.empirical.products import jacobian, outer
 from meanfield_jax.errors import DataError, SpecError, check_choice, problem
-
-LIKELIHOODS = ("gaussian", "categorical", "bernoulli")
-MODES = ("batch", "frozen")
 
 
 def static(default: Any) -> Any:
@@ -178,7 +172,7 @@ class FisherOperator(SymmetricOperator):
         apply, params = linen(module, variables, statistics, call)
         op = cls(apply, params, x, likelihood, batch_size, output)
         remedy = "set the mode with an argument of the call, such as train=..."
-        _check_mode(op, statistics, apply.running, apply.moved, remedy)
+        check_mode(op, statistics, apply.running, apply.moved, remedy)
         return op
 
     @functools.cached_property
@@ -353,7 +347,7 @@ class FisherOperator(SymmetricOperator):
 
     def _product(self) -> Callable[[Any], Any]:
         outputs, forward, backward = jacobian(self)
-        factor, transposed = _likelihood_factor(self.likelihood, outputs)
+        factor, transposed = likelihood_factor(self.likelihood, outputs)
 
         def product(vector: Any) -> Any:
             vector = jax.tree.map(
@@ -418,7 +412,7 @@ class FisherDual(SymmetricOperator):
         """Evaluates the network once and returns the product u -> A u, from (n C,) to (n C,)."""
         op = self.fisher
         outputs, product = outer(op)
-        factor, transposed = _likelihood_factor(op.likelihood, outputs)
+        factor, transposed = likelihood_factor(op.likelihood, outputs)
 
         def dual(u: Array) -> Array:
             moved = transposed(product(factor(u.reshape(outputs.shape))))
@@ -450,7 +444,7 @@ def _parameter_product(op: FisherOperator, vector: Any) -> Any:
 def _to_parameters(dual: FisherDual, vectors: Array) -> Array:
     op = dual.fisher
     outputs, _, backward = jacobian(op)
-    factor, _ = _likelihood_factor(op.likelihood, outputs)
+    factor, _ = likelihood_factor(op.likelihood, outputs)
 
     def one(u: Array) -> Array:
         gradient = op._flat(backward(factor(u.reshape(outputs.shape))))
@@ -459,132 +453,5 @@ def _to_parameters(dual: FisherDual, vectors: Array) -> Array:
     return jax.lax.map(one, vectors)
 
 
-def fisher_operator(
-    model: nnx.Module,
-    x: Any,
-    *,
-    statistics: str = "batch",
-    likelihood: str = "gaussian",
-    batch_size: int | None = None,
-    output: Any = None,
-    call: Callable[[Any, Any], Any] | None = None,
-) -> FisherOperator:
-    """The Fisher information matrix of a Flax NNX model on a batch, as an operator.
-
-    Args:
-        model: Any NNX model, from this package or not; its own mode does not matter. Dropout is
-            off.
-        x: Inputs, (n, *input_shape), or any pytree of arrays whose leading axes run over the
-            samples. If the model takes several arguments, a tuple is unpacked into positional
-            arguments and a dictionary into keyword arguments.
-        statistics: ``"batch"``: BatchNorm normalizes by the statistics of the batch, and their
-            derivatives count, as in training. ``"frozen"``: BatchNorm uses its running statistics
-            as constants; set them by training or with :func:`calibrate`.
-        likelihood: ``"gaussian"`` (squared loss), ``"categorical"`` (cross-entropy) or
-            ``"bernoulli"`` (binary cross-entropy), see :class:`FisherOperator`.
-        batch_size: Number of samples linearized at a time; only where samples are independent.
-        output: Index or key of the output to use, where the model returns several.
-        call: How to call the model, ``lambda model, x: ...``, where these rules do not fit it.
-
-    Returns:
-        The operator, for use with :func:`top_eigenvalues`, :func:`spectral_density`, :func:`trace`
-        or :func:`layer_table`.
-
-    Raises:
-        SpecError: if the model would silently be measured in a mode other than the one requested,
-            or if an option cannot be used.
-        DataError: if the inputs cannot be used.
-
-    Accuracy:
-        Products are in full precision; they are compared with dense Jacobians in
-        tests/test_any_model.py. A dense layer's part of the product is computed from the Gram
-        matrix of its inputs only after the result was found equal to plain differentiation at
-        random parameters and inputs.
-
-    Example:
-        >>> import jax, meanfield_jax as mf
-        >>> from flax import nnx
-        >>> net = mf.mlp([64], inputs=8, outputs=3, norm=mf.BatchNorm())
-        >>> x = jax.random.normal(jax.random.key(0), (100, 8))
-        >>> op = mf.fisher_operator(mf.build(net, rngs=nnx.Rngs(0)), x)
-        >>> mf.top_eigenvalues(op, k=3).eigenvalues.shape
-        (3,)
-    """
-    if not isinstance(model, nnx.Module):
-        remedy = "pass an nnx.Module, or use FisherOperator(apply, params, x)"
-        raise problem(SpecError, "model", type(model).__name__, "not a Flax NNX model", remedy)
-    if statistics not in MODES:
-        cause, remedy = "a Flax model has no such mode", "use 'batch' or 'frozen'"
-        raise problem(SpecError, "statistics", statistics, cause, remedy)
-    model = in_mode(model, statistics)
-    apply, params = functional(model, call)
-    op = FisherOperator(apply, params, x, likelihood, batch_size, output)
-    running = nnx.state(model, nnx.BatchStat)
-
-    def moved() -> Functional:
-        other = nnx.clone(model)
-        nnx.update(other, jax.tree.map(lambda leaf: 2 * leaf + 1, running))
-        return functional(other, call)[0]
-
-    remedy = "do not pass use_running_average in the call, but use model.train() or model.eval()"
-    _check_mode(op, statistics, running, moved, remedy)
-    return op.replace(dense=dense_layers(op))
-
-
-def _check_mode(
-    op: FisherOperator, statistics: str, running: Any, moved: Callable[[], Any], remedy: str
-) -> None:
-    """Refuses a model that would be measured in a mode other than the one requested.
-
-    Args:
-        op: The operator of the model.
-        statistics: The requested mode.
-        running: The model's running statistics, any pytree.
-        moved: Returns the function of the model with different running statistics.
-        remedy: What the error recommends if the mode cannot be set.
-    """
-    leaves = jax.tree.leaves(running)
-    if statistics == "batch":
-        if leaves and op.num_samples < 2:
-            cause = "BatchNorm has no variance on a single sample"
-            raise problem(DataError, "x.shape", (1,), cause, "pass at least 2 samples")
-        if leaves and couples_samples(op) is False:
-            traced = any(isinstance(leaf, Tracer) for leaf in leaves)
-            if traced or differ(op, op.replace(apply=moved())):
-                cause = "the model uses running statistics whatever its mode"
-                raise problem(SpecError, "statistics", statistics, cause, remedy)
-        return
-    if leaves and never_calibrated(running):
-        cause = "the running statistics were never set"
-        remedy = "call mf.calibrate(model, x) or train first, or use statistics='batch'"
-        raise problem(SpecError, "statistics", statistics, cause, remedy)
-    if couples_samples(op):
-        cause = "the model uses batch statistics whatever its mode"
-        raise problem(SpecError, "statistics", statistics, cause, remedy)
-
-
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, (np.ndarray, np.generic, jax.Array))
-
-
-def _likelihood_factor(likelihood: str, outputs: Array) -> tuple[Product, Product]:
-    """Products with B and with B^T, where B B^T = Lambda for every sample.
-
-    Categorical: B = diag(s) (1 - s s^T), s = sqrt(p). Bernoulli: B = diag(sqrt(p (1 - p))).
-
-    Returns:
-        Two functions that act on arrays of the outputs' shape.
-    """
-    if likelihood == "gaussian":
-        return (lambda u: u), (lambda u: u)
-    if likelihood == "bernoulli":
-        # computed from |f|, so that nothing overflows
-        decay = jnp.exp(-jnp.abs(outputs) / 2)
-        root = decay / (1 + decay**2)
-        return (lambda u: root * u), (lambda u: root * u)
-    root = jnp.sqrt(jax.nn.softmax(outputs, axis=-1))
-
-    def project(u: Array) -> Array:
-        return u - root * jnp.sum(root * u, axis=-1, keepdims=True)
-
-    return (lambda u: root * project(u)), (lambda u: project(root * u))

@@ -13,9 +13,9 @@ from jax import Array
 from rich.console import Console
 from rich.progress import track
 
-from meanfield_jax.empirical.fisher import fisher_operator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build
+from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.errors import SpecError, check_choice, problem
 from meanfield_jax.experiments.train import Samples, train
 from meanfield_jax.experiments.validate import standard_error

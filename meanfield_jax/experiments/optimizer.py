@@ -9,9 +9,10 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
-from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
+from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.lanczos import top_eigenvalues
+from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze

@@ -13,9 +13,10 @@ from jax import Array
 from rich.console import Console
 from rich.progress import track
 
-from meanfield_jax.empirical.fisher import FisherOperator, fisher_operator
+from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
+from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, check_choice, check_data, problem
 from meanfield_jax.kernel.kernel import STATISTICS

@@ -1,0 +1,32 @@
+"""The likelihood's part of a Fisher matrix: a factor of the information of each output."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from meanfield_jax.empirical.operator import Product
+
+LIKELIHOODS = ("gaussian", "categorical", "bernoulli")
+
+
+def likelihood_factor(likelihood: str, outputs: Array) -> tuple[Product, Product]:
+    """Products with B and with B^T, where B B^T = Lambda for every sample.
+
+    Categorical: B = diag(s) (1 - s s^T), s = sqrt(p). Bernoulli: B = diag(sqrt(p (1 - p))).
+
+    Returns:
+        Two functions that act on arrays of the outputs' shape.
+    """
+    if likelihood == "gaussian":
+        return (lambda u: u), (lambda u: u)
+    if likelihood == "bernoulli":
+        # computed from |f|, so that nothing overflows
+        decay = jnp.exp(-jnp.abs(outputs) / 2)
+        root = decay / (1 + decay**2)
+        return (lambda u: root * u), (lambda u: root * u)
+    root = jnp.sqrt(jax.nn.softmax(outputs, axis=-1))
+
+    def project(u: Array) -> Array:
+        return u - root * jnp.sum(root * u, axis=-1, keepdims=True)
+
+    return (lambda u: root * project(u)), (lambda u: project(root * u))
