@@ -3,8 +3,8 @@
 Heavy ball (momentum 0.9) on the squared loss with one-hot targets, minibatches of 100 out of 2000
 MNIST images, 20 epochs, five seeds. The grid: 12 rates from 1e-4 to 1. Against it, each one run
 without any search: ``mf.optimizer`` given one batch (half of the largest stable rate), the same
-with rates by layer, at 0.8 of it (the median of the best rates in the phase diagrams, see
-``meanfield-jax reproduce fig2``), and ``mf.learning_rate_for`` each draw. The loss to be reached is
+at 0.8 of it (the median of the best rates in the phase diagrams, see ``reproduce.py fig2``), and
+``mf.learning_rate_for`` each draw. The loss to be reached is
 the lowest that any rate of the grid has after half of the epochs, median over seeds.
 
 Claim: ``mf.optimizer`` needs at most 1.5 times the steps of the best rate of the grid, which costs
