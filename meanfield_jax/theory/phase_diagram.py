@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.table import is_smooth, tabulated
-from meanfield_jax.layers import Activation, Dense, Layer
+from meanfield_jax.layers import Activation, Layer
 from meanfield_jax.status import Status
 from meanfield_jax.theory.compiled import known_numbers
 from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point, solve
@@ -131,7 +130,7 @@ def _checked_axis(name: str, axis) -> Array:
 def _with_table(inner: Layer) -> Layer:
     """The layer, with expectations that would need quadrature interpolated from a table."""
     if isinstance(inner, Activation) and is_smooth(inner.nonlinearity):
-        return dataclasses.replace(inner, function=tabulated(inner.nonlinearity))
+        return inner.replace(function=tabulated(inner.nonlinearity))
     return inner
 
 
@@ -141,8 +140,8 @@ def _solved(block: Layer, weight_var: Array, bias_var: Array, **options):
 
     def at(weight_var: Array, bias_var: Array) -> FixedPoint:
         def change(inner: Layer) -> Layer:
-            if isinstance(inner, Dense):
-                return dataclasses.replace(inner, weight_var=weight_var, bias_var=bias_var)
+            if inner.is_weights:
+                return inner.replace(weight_var=weight_var, bias_var=bias_var)
             return inner
 
         return solve(block.changed(change), **options)
