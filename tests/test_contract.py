@@ -331,3 +331,14 @@ def test_a_residual_flax_block_adds_its_input():
     x = jax.random.normal(jax.random.key(0), (5, 6))
     inner = model.layers[0].branch(x)
     np.testing.assert_array_equal(model(x), x + inner)
+
+
+def test_no_two_layers_have_the_same_structure():
+    """Else a program compiled for one could be run for the other."""
+    structures = {}
+    for name, cls in LAYERS.items():
+        inner = cls(*{"Dense": (3,), "Conv": (3,), "Activation": ("relu",)}.get(name, ()))
+        structures[name] = jax.tree.structure(inner)
+    for one, a in structures.items():
+        for other, b in structures.items():
+            assert (a == b) == (one == other), (one, other)

@@ -267,11 +267,35 @@ def tunable_fields() -> dict[str, bool]:
     return dict(sorted(found.items(), key=lambda item: not item[1]))
 
 
+def _register(cls: type[Layer]) -> None:
+    """Makes a layer a pytree whose structure names its class.
+
+    JAX takes two dataclasses with the same fields to have the same structure (jaxlib 0.10), so that
+    a program of one could be run for the other.
+    """
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    data = [field.name for field in fields if not field.metadata.get("static")]
+    meta = [field.name for field in fields if field.metadata.get("static")]
+
+    def flatten(inner: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(inner, name) for name in data], (cls, *(getattr(inner, n) for n in meta))
+
+    def flatten_with_keys(inner: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        leaves, structure = flatten(inner)
+        return list(zip(map(jax.tree_util.GetAttrKey, data), leaves, strict=True)), structure
+
+    def unflatten(structure: tuple[Any, ...], leaves: Any) -> Any:
+        statics = zip(meta, structure[1:], strict=True)
+        return cls(**dict(zip(data, leaves, strict=True)), **dict(statics))
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
 @dataclass_transform(frozen_default=True)
 def layer(cls: type[T]) -> type[T]:
     """Makes a Layer subclass a frozen dataclass and a pytree, and registers its name for JSON."""
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    jax.tree_util.register_dataclass(cls)
+    _register(cls)
     LAYERS[cls.__name__] = cls
     return cls
 
