@@ -24,12 +24,12 @@ from meanfield_jax.layers import (
     Sequential,
 )
 from meanfield_jax.layers.base import Signal, check_positive_int
+from meanfield_jax.pytree import pytree, static
 
 FORMAT = "meanfield_jax.Network/1"
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@pytree(repr=False)
 class Network:
     """The specification of a network, from which theory, Flax network and JSON are made.
 
@@ -52,7 +52,7 @@ class Network:
           layers/2  Dense(width=10, weight_var=2.0, bias_var=0.5)   (10,)    1,010
     """
 
-    input_shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    input_shape: tuple[int, ...] = static()
     layers: tuple[Layer, ...]
 
     def __post_init__(self):

@@ -20,6 +20,7 @@ from jax import Array
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import Kernel, M
 from meanfield_jax.kernel.matrix import Matrix
+from meanfield_jax.pytree import pytree, static
 
 Shape = tuple[int, ...]
 Problem = tuple[str, Any, str, str]
@@ -38,8 +39,7 @@ class Signal(NamedTuple):
     gaussian: bool = False
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Injection:
     """What a layer's own parameters add to its output's tangent, by kind of parameter.
 
@@ -55,8 +55,7 @@ class Injection:
     deviation: Matrix | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Perturbation:
     """Zeros added to a layer's output, with respect to which the theory is differentiated."""
 
@@ -65,8 +64,7 @@ class Perturbation:
     deviation: Matrix | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Record:
     """What the forward pass recorded at a layer with parameters.
 
@@ -267,42 +265,12 @@ def tunable_fields() -> dict[str, bool]:
     return dict(sorted(found.items(), key=lambda item: not item[1]))
 
 
-def _register(cls: type[Layer]) -> None:
-    """Makes a layer a pytree whose structure names its class.
-
-    JAX takes two dataclasses with the same fields to have the same structure (jaxlib 0.10), so that
-    a program of one could be run for the other.
-    """
-    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    data = [field.name for field in fields if not field.metadata.get("static")]
-    meta = [field.name for field in fields if field.metadata.get("static")]
-
-    def flatten(inner: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return [getattr(inner, name) for name in data], (cls, *(getattr(inner, n) for n in meta))
-
-    def flatten_with_keys(inner: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        leaves, structure = flatten(inner)
-        return list(zip(map(jax.tree_util.GetAttrKey, data), leaves, strict=True)), structure
-
-    def unflatten(structure: tuple[Any, ...], leaves: Any) -> Any:
-        statics = zip(meta, structure[1:], strict=True)
-        return cls(**dict(zip(data, leaves, strict=True)), **dict(statics))
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-
-
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def layer(cls: type[T]) -> type[T]:
     """Makes a Layer subclass a frozen dataclass and a pytree, and registers its name for JSON."""
-    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    _register(cls)
+    cls = pytree(cls, repr=False)
     LAYERS[cls.__name__] = cls
     return cls
-
-
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """A field that describes structure: part of the pytree's definition, not one of its leaves."""
-    return dataclasses.field(default=default, metadata=dict(static=True))
 
 
 def tunable(default: float, *, positive: bool) -> Any:

@@ -17,10 +17,10 @@ from meanfield_jax.layers.base import (
     Signal,
     check_positive_int,
     layer,
-    static,
 )
 from meanfield_jax.layers.batch_norm import BatchNormModule, batch_rule
 from meanfield_jax.layers.norm import Norm, check_groups, fitting_groups
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -57,7 +57,7 @@ class BatchGroupNorm(Norm):
     abbreviation: ClassVar[str] = "BGN"
     over_batch: ClassVar[bool] = True
 
-    num_groups: int = static(32)
+    num_groups: int = static(default=32)
 
     def __post_init__(self):
         check_positive_int("BatchGroupNorm.num_groups", self.num_groups)

@@ -20,9 +20,9 @@ from meanfield_jax.layers.base import (
     Signal,
     check_positive_int,
     layer,
-    static,
     total,
 )
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -168,7 +168,7 @@ class Repeat(Layer):
     """
 
     block: Layer = Sequential()
-    times: int = static(1)
+    times: int = static(default=1)
 
     def __post_init__(self):
         check_positive_int("Repeat.times", self.times)

@@ -21,11 +21,11 @@ from meanfield_jax.layers.base import (
     Signal,
     check_positive_int,
     layer,
-    static,
     tunable,
     variance_problems,
 )
 from meanfield_jax.layers.dense import linear_options, linear_rule
+from meanfield_jax.pytree import static
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
@@ -57,9 +57,9 @@ class Conv(Layer):
     is_weights: ClassVar[bool] = True
 
     width: int = static()
-    kernel_size: int = static(3)
-    stride: int = static(1)
-    padding: str = static("SAME")
+    kernel_size: int = static(default=3)
+    stride: int = static(default=1)
+    padding: str = static(default="SAME")
     weight_var: float | Array = tunable(2.0, positive=True)
     bias_var: float | Array = tunable(0.5, positive=True)
 

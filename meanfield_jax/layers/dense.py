@@ -19,11 +19,11 @@ from meanfield_jax.layers.base import (
     Signal,
     check_positive_int,
     layer,
-    static,
     tunable,
     variance_problems,
 )
 from meanfield_jax.precise import HIGHEST
+from meanfield_jax.pytree import static
 
 
 @layer

@@ -19,7 +19,6 @@ from meanfield_jax.layers.base import (
     Signal,
     check_positive_int,
     layer,
-    static,
 )
 from meanfield_jax.layers.norm import (
     FlaxNorm,
@@ -29,6 +28,7 @@ from meanfield_jax.layers.norm import (
     fitting_groups,
     flax_options,
 )
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -56,7 +56,7 @@ class GroupNorm(Norm):
     abbreviation: ClassVar[str] = "GN"
     within_sample: ClassVar[bool] = True
 
-    num_groups: int = static(32)
+    num_groups: int = static(default=32)
 
     def __post_init__(self):
         check_positive_int("GroupNorm.num_groups", self.num_groups)
