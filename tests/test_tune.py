@@ -73,7 +73,7 @@ def test_derivatives_are_those_of_differences(x64):
         gamma, beta, weight_var = numbers
         norm = mf.BatchNorm(gamma=gamma, beta=beta)
         numbers = dict(norm=norm, weight_var=weight_var)
-        net = mf.mlp([300] * 2, inputs=50, outputs=10, activation="tanh", **numbers)
+        net = mf.mlp([300], inputs=50, outputs=10, activation="tanh", **numbers)
         theories = {kind: mf.analyze(net, statistics=kind, num_samples=40) for kind in KINDS}
         return jnp.stack([objective(theories[kind]) for objective, kind in OBJECTIVES.values()])
 
