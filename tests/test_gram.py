@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import SMALL_NORM, correlated, dense, wide
+from networks import SMALL_NORM, correlated, wide
 from tolerance import assert_close
 
 import meanfield_jax as mf
