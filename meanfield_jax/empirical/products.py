@@ -60,6 +60,9 @@ def _lean(function: Callable[..., Array]) -> Callable[..., Array]:
 
     All else is computed again in every product. For a ResNet-18 this takes a third of the memory
     and two thirds of the time, because reading what is kept takes longer than computing it.
+
+    Returns:
+        A function with the same values and derivatives.
     """
 
     def kept(primitive: Any, *_: Any, **__: Any) -> bool:
