@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from meanfield_jax.arguments import as_given, checked
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.experiments.diagram import averaged
@@ -42,6 +43,7 @@ NORM_COLORS = (
 LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
 
 
+@checked()
 def plot_validation(dataset: xr.Dataset) -> Figure:
     """lambda_max and eta_max over gamma: theory as curves, measurements as points.
 
@@ -103,6 +105,7 @@ def _vanilla(axes, dataset: xr.Dataset, transform) -> None:
     axes.errorbar(right, value, error, fmt="D", mfc="white", ms=6, capsize=3, label=label, **style)
 
 
+@checked()
 def plot_spectrum(
     density: SpectralDensity,
     *,
@@ -145,6 +148,7 @@ def plot_spectrum(
     return figure
 
 
+@checked(value=as_given)
 def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     """A phase diagram of training: a result over learning rate and scale, with the boundaries.
 
@@ -215,6 +219,7 @@ def draw_sweep(
         axes.legend(fontsize=7, loc="upper right")
 
 
+@checked()
 def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
     """Depth scale of correlations over the variances of weights and biases, in logarithmic colours.
 
@@ -264,6 +269,7 @@ def _edges(centers: np.ndarray) -> np.ndarray:
     return np.exp(edges) if positive else edges
 
 
+@checked()
 def plot_tuning(tuning: Tuning) -> Figure:
     """The tuned numbers before and after, by layer, with each layer's share of lambda_max.
 
@@ -313,6 +319,7 @@ def _shares(theory: Theory) -> np.ndarray:
     return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
 
 
+@checked()
 def plot_comparison(dataset: xr.Dataset) -> Figure:
     """The norms side by side: stability over batch size, and training loss and test accuracy.
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from meanfield_jax.arguments import as_given, checked
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import dense_layers
 from meanfield_jax.empirical.mode import MODES, check_mode
@@ -13,6 +14,7 @@ from meanfield_jax.empirical.model import Functional, functional, in_mode
 from meanfield_jax.errors import SpecError, problem
 
 
+@checked(model=as_given)
 def fisher_operator(
     model: nnx.Module,
     x: Any,
