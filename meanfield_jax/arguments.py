@@ -194,7 +194,8 @@ def grid(argument: str, value: Any) -> Any:
     """The axes of a sweep, whose cells are counted before there are any."""
     cells = 1
     for name, axis in mapping(argument, value).items():
-        cells *= max(1, len(axis)) if hasattr(axis, "__len__") and np.ndim(axis) else 1
+        values = numbers(f"{argument}[{name!r}]", axis)
+        cells *= np.size(values)
         within("MEMORY", f"{argument}[{name!r}]", f"{cells} cells", BYTES_OF_CELL * cells)
     return value
 

@@ -4,6 +4,7 @@ What can only mean one thing is accepted: a NumPy number or an array without axe
 wanted. Values that are being traced are not known and pass.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +16,16 @@ from jax import Array
 from jax.core import Tracer
 
 from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.limits import within
 
 MOST_UNITS = 2**63 - 1
 """The largest width, or other integer of a layer."""
 
 LARGEST = 2**31 - 1
 """The largest integer of JAX's default type; sizes that are computed in Python may be larger."""
+
+BYTES_OF_ITEM = 1000.0
+"""Memory of an item of a sequence, with what is made of it."""
 
 MOST_LABELS = 5
 """Labels outside the outputs that a message shows."""
@@ -38,9 +43,9 @@ def whole(argument: str, value: Any, least: int | None = None, most: int = LARGE
     """An integer in this range, or a traced one; raises SpecError for anything else."""
     if isinstance(value, Tracer):
         return value
-    if isinstance(value, Array) and value.ndim == 0 and value.dtype.kind in "iuf":
+    if isinstance(value, Array) and value.ndim == 0 and is_number(value):
         found: Any = value.item()
-        found = int(found) if float(found).is_integer() else found
+        found = int(found) if np.isfinite(found) and found % 1 == 0 else found
     else:
         found = plain(value)
     bound = "" if least is None else f" of at least {least}"
@@ -84,7 +89,8 @@ def scalar(argument: str, value: Any) -> Any:
 def numbers(argument: str, value: Any) -> Any:
     """A number, or a sequence of numbers as an array."""
     if isinstance(value, (list, tuple, range)):
-        return np.array([scalar(f"{argument}[{i}]", item) for i, item in enumerate(value)], float)
+        items = enumerate(sequence(argument, value))
+        return np.array([scalar(f"{argument}[{i}]", item) for i, item in items], float)
     return number(argument, value)
 
 
@@ -116,6 +122,11 @@ def sequence(argument: str, value: Any) -> Any:
     listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     if not (flat or listed):
         raise problem(SpecError, argument, value, "must be a sequence", "pass a list or a tuple")
+    try:
+        length = len(value)
+    except OverflowError:  # of a range
+        length = math.inf
+    within("MEMORY", argument, value, BYTES_OF_ITEM * length)
     return value
 
 

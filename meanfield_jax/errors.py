@@ -11,7 +11,18 @@ class DataError(ValueError):
     """A data set is missing, damaged, or of the wrong shape or type."""
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    """Representations that are cut off before they are long."""
+
+    def repr_instance(self, x: object, level: int) -> str:
+        """Of a layer with layers inside only the name: it may stand for any number of them."""
+        children = getattr(type(x), "children", None)
+        if children is not None and children(x):
+            return f"{type(x).__name__}(...)"
+        return super().repr_instance(x, level)
+
+
+_SHORT = _Short()
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 20
 _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 300, 60, 300
 

@@ -173,9 +173,9 @@ def _without_children(layer: Layer) -> str:
 def check_numbers(layer: Layer) -> None:
     """Raises SpecError with every known number inside the layer that is not valid."""
     problems = [
-        f"{path}/{type(inner).__name__}.{field}={value!r}: {cause}; {remedy}".lstrip("/")
+        str(problem(SpecError, f"{path}/{type(inner).__name__}.{field}".lstrip("/"), *rest))
         for path, inner in walk(layer)
-        for field, value, cause, remedy in _number_problems(inner)
+        for field, *rest in _number_problems(inner)
     ]
     if problems:
         raise SpecError(" | ".join(problems))
@@ -378,7 +378,9 @@ def _around(norm: Layer | None, weights: Layer | None, activation) -> tuple[Laye
 
 def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
     """The problems with the layer's values, once they are known to be numbers."""
-    known, held = True, {path.partition("/")[0] for path in inner.children()}
+    known = True
+    # the layers inside have numbers of their own
+    held = {path.partition("/")[0] for path in inner.children()} | {"layers"}
     for field in dataclasses.fields(inner):  # pyright: ignore[reportArgumentType]
         value = getattr(inner, field.name)
         if field.metadata.get("static") or field.name in held:
