@@ -35,7 +35,7 @@ from meanfield_jax.checks import (
 )
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.activation import Activation
-from meanfield_jax.layers.base import Layer, as_layer
+from meanfield_jax.layers.base import Layer, as_layer, is_layer
 from meanfield_jax.limits import check_structure, within
 
 P = ParamSpec("P")
@@ -159,12 +159,17 @@ def block(argument: str, value: Any) -> Layer:
 
 def activation(argument: str, value: Any) -> Activation:
     """An activation, also from its name or its function."""
-    return value if isinstance(value, Activation) else Activation(value)
+    from meanfield_jax.network import check_numbers
+
+    found = value if isinstance(value, Activation) else Activation(value)
+    check_numbers(found)
+    return found
 
 
 def operator(argument: str, value: Any) -> Any:
     """A matrix that is known by its products."""
-    if not all(hasattr(value, name) for name in ("shape", "dtype", "linearize")):
+    has_shape = isinstance(getattr(value, "shape", None), tuple)
+    if not (has_shape and hasattr(value, "dtype") and hasattr(value, "linearize")):
         remedy = "pass mf.fisher_operator(model, x) or mf.FisherOperator(apply, params, x)"
         cause = "not an operator"
         raise problem(SpecError, argument, type(value).__name__, cause, remedy)
@@ -177,6 +182,29 @@ def instance_of(module: str, name: str, remedy: str) -> Check:
     def check(argument: str, value: Any) -> Any:
         if not isinstance(value, getattr(importlib.import_module(module), name)):
             raise problem(SpecError, argument, type(value).__name__, f"not a {name}", remedy)
+        return value
+
+    return check
+
+
+def dataset_of(source: str, *names: str) -> Check:
+    """The check of a data set, by some of its variables.
+
+    Args:
+        source: The function that returns it, for messages.
+        *names: The variables.
+
+    Returns:
+        The check.
+    """
+
+    def check(argument: str, value: Any) -> Any:
+        import xarray as xr
+
+        if not isinstance(value, xr.Dataset) or not set(names) <= set(value.variables):
+            cause = f"not a data set with {', '.join(names)}"
+            remedy = f"pass what {source} returns"
+            raise problem(SpecError, argument, type(value).__name__, cause, remedy)
         return value
 
     return check
@@ -251,9 +279,18 @@ def shape(argument: str, value: Any) -> tuple[Any, ...]:
     return tuple(sizes(argument, (single,) if isinstance(single, int) else single))
 
 
+def vector(argument: str, value: Any) -> Array:
+    """A one-dimensional array."""
+    found = array(argument, value)
+    if found.ndim != 1:
+        shape = f"{argument}.shape"
+        raise problem(SpecError, shape, found.shape, "must have one axis", "pass (n,)")
+    return found
+
+
 def arrays(argument: str, value: Any) -> Any:
     """Arrays in containers of any kind."""
-    return jax.tree.map(lambda leaf: array(argument, leaf), value)
+    return jax.tree.map(lambda leaf: array(argument, leaf), value, is_leaf=is_layer)
 
 
 def arrays_by_name(argument: str, value: Any) -> Any:
@@ -305,16 +342,14 @@ KINDS: dict[Check, str] = {
     scalars: "gammas learning_rates",
     sizes: "batch_sizes",
     shape: "shape",
-    array: "data y probabilities predicted measured",
+    array: "data y probabilities",
+    vector: "predicted measured",
     pair: "test",
     pair_of_arrays: "used full",
     arrays: "grads",
     arrays_by_name: "activations",
     names: "over layers",
     mapping: "bounds",
-    instance_of("xarray", "Dataset", "pass the one that the function to be plotted returns"): """
-        dataset
-    """,
     instance_of(
         "meanfield_jax.empirical.density", "SpectralDensity", "pass spectral_density(op)"
     ): """
@@ -322,8 +357,8 @@ KINDS: dict[Check, str] = {
     """,
     instance_of("meanfield_jax.tune", "Tuning", "pass what mf.tune returns"): "tuning",
     as_given: """
-        blocks channels head inputs kernel_size likelihood loss name norm outputs padding params
-        split statistics stride theory widths x output
+        blocks channels dataset head inputs kernel_size likelihood loss name norm outputs padding
+        params split statistics stride theory widths x output
     """,
 }
 """By check, the names of the arguments that it is for."""

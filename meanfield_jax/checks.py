@@ -33,10 +33,12 @@ MOST_LABELS = 5
 
 def plain(value: Any) -> Any:
     """NumPy numbers, and arrays without axes, as numbers of Python; other values as they are."""
-    given = value.dtype if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else None
+    if not isinstance(value, (np.generic, np.ndarray)) or value.ndim:
+        return value
     # half precision stays as it is, because the theory refuses it
-    known = given is not None and (given.kind in "biu" or given in (np.float32, np.float64))
-    return value.item() if known else value
+    if value.dtype.kind == "f" and value.itemsize > 2:
+        return float(value)
+    return value.item() if value.dtype.kind in "biu" else value
 
 
 def whole(argument: str, value: Any, least: int | None = None, most: int = LARGEST) -> Any:
@@ -153,15 +155,27 @@ def check_data(x: Any, name: str = "x") -> Array:
 
 def array(name: str, value: Any) -> Array:
     """The value as a JAX array of numbers; raises DataError for anything else."""
-    if isinstance(value, Array):
+    if isinstance(value, Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return value
+    _check_length(name, value)
     try:
-        given = np.asarray(value)
-        if given.dtype.kind not in "OUSMm" and value is not None:
+        given = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
+        if given is not None and given.dtype.kind not in "OUSMm" and value is not None:
             return jnp.asarray(given)
     except (TypeError, ValueError, OverflowError):
         pass
     raise problem(DataError, name, type(value).__name__, "not an array of numbers", "pass one")
+
+
+def _check_length(name: str, value: Any) -> None:
+    """Raises SpecError if sequences in sequences would make too long an array."""
+    waiting, items = [value], 0
+    while waiting:
+        given = waiting.pop()
+        if isinstance(given, (list, tuple, range)):
+            items += len(sequence(name, given))
+            within("MEMORY", name, value, BYTES_OF_ITEM * items)
+            waiting += [] if isinstance(given, range) else given
 
 
 def check_finite(name: str, values: Array) -> None:

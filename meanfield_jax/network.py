@@ -354,11 +354,11 @@ def _blocks(argument: str, widths: Any) -> tuple[int, ...]:
 
 def _norm(argument: str, norm: Any, widths: Sequence[int]) -> Layer | None:
     """A norm given as a layer, by its name or by its class; None for no norm."""
-    if norm is None or norm == "none":
-        return None
     if isinstance(norm, str):
         check_choice(argument, norm, ("none", *norm_layers()))
-        norm = norm_layers()[norm]
+        norm = norm_layers().get(norm)
+    if norm is None:
+        return None
     if isinstance(norm, type) and issubclass(norm, Layer) and norm.is_norm:
         return norm.fitting(widths)
     found = as_layer(argument, norm)

@@ -364,7 +364,12 @@ def _prepared(
     outputs = jax.eval_shape(apply, params, x)
     if y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer) and getattr(outputs, "ndim", 0) == 2:
         check_labels("y", y, max(outputs.shape[1], 2))
-    shape = jax.eval_shape(loss, outputs, y).shape
+    try:
+        shape = jax.eval_shape(loss, outputs, y).shape
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        cause = f"cannot be applied to outputs and y ({' '.join(str(error).split())[:200]})"
+        remedy = "pass a function such as optax.softmax_cross_entropy_with_integer_labels"
+        raise problem(SpecError, "loss", loss, cause, remedy) from error
     if shape != (len(x),):
         remedy = f"return the samples' losses, {(len(x),)}, not their mean"
         raise problem(SpecError, "loss", shape, "the returned shape is wrong", remedy)

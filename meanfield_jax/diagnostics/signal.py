@@ -112,7 +112,7 @@ def power(activation: Array) -> Power:
 
 
 def _checked(activation: Array) -> Array:
-    if jnp.ndim(activation) < 2:
+    if jnp.ndim(activation) < 2 or jnp.size(activation) == 0:
         remedy = "pass (samples, channels) or (samples, *positions, channels)"
         shape = jnp.shape(activation)
         raise problem(DataError, "activation.shape", shape, "not a batch of channels", remedy)

@@ -190,7 +190,7 @@ class FisherOperator(SymmetricOperator):
             found = jax.eval_shape(self.evaluate, self.params, self.x)
         except (SpecError, DataError):
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
             shapes = jax.tree.map(np.shape, self.x)
             cause = f"the model cannot be applied to x ({' '.join(str(error).split())[:200]})"
             raise problem(DataError, "x.shape", shapes, cause, "pass valid inputs") from error

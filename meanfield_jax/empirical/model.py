@@ -30,9 +30,10 @@ class Model(nnx.Sequential):
 
     def __call__(self, x: Array) -> Array:
         """Outputs (samples, C) for inputs (samples, *input_shape)."""
-        if x.shape[1:] != self.input_shape:
+        shape = getattr(x, "shape", ())
+        if shape[1:] != self.input_shape:
             remedy = f"pass an array of shape (samples, {', '.join(map(str, self.input_shape))})"
-            raise problem(DataError, "x.shape", x.shape, "does not fit the network", remedy)
+            raise problem(DataError, "x.shape", shape, "does not fit the network", remedy)
         return super().__call__(x)
 
 

@@ -69,7 +69,7 @@ def fisher_operator(
     if not isinstance(model, nnx.Module):
         remedy = "pass an nnx.Module, or use FisherOperator(apply, params, x)"
         raise problem(SpecError, "model", type(model).__name__, "not a Flax NNX model", remedy)
-    if statistics not in MODES:
+    if not isinstance(statistics, str) or statistics not in MODES:
         cause, remedy = "a Flax model has no such mode", "use 'batch' or 'frozen'"
         raise problem(SpecError, "statistics", statistics, cause, remedy)
     model = in_mode(model, statistics)

@@ -328,6 +328,11 @@ def as_layer(argument: str, value: Any) -> Layer:
     raise problem(SpecError, argument, value, "not a layer", f"use one of {', '.join(LAYERS)}")
 
 
+def is_layer(node: Any) -> bool:
+    """Whether a node of a pytree is a layer, which may stand for any number of leaves."""
+    return isinstance(node, Layer)
+
+
 def as_layers(path: str, value: Any) -> tuple[Layer, ...]:
     """A sequence of layers as a tuple of them; raises SpecError for anything else."""
     if not isinstance(value, (tuple, list)):

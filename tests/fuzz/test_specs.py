@@ -26,6 +26,7 @@ from flax import nnx
 
 import meanfield_jax as mf
 from meanfield_jax import arguments
+from meanfield_jax.errors import shown
 from meanfield_jax.layers.base import LAYERS
 
 SMALL = mf.mlp([4], inputs=3, outputs=2, norm=mf.BatchNorm())
@@ -174,7 +175,8 @@ def test_specifications():
     answers = []
     for index, rng in enumerate(draws("specifications")):
         what = f"seed {index}"
-        answers.append(answer(lambda: checked(some_network(rng), index % 20 == 0), what))
+        whole = index % 20 == 0
+        answers.append(answer(lambda rng=rng, n=whole: checked(some_network(rng), n), what))
     assert any(found is not None for found in answers)
     assert any(found is None for found in answers)
 
@@ -201,9 +203,8 @@ def mutated(rng: random.Random, value: Any) -> Any:
         if kind < 0.1:
             return {name: item for name, item in value.items() if name != key}
         if kind < 0.2:
-            return value | {
-                rng.choice(["x", "", "type", "times", "\ud800"]): rng.choice([1, "Conv"])
-            }
+            name = rng.choice(["x", "", "type", "times", "\ud800"])
+            return value | {name: rng.choice([1, "Conv"])}
         return value | {key: mutated(rng, value[key])}
     if isinstance(value, list) and value and rng.random() < 0.9:
         index = rng.randrange(len(value))
@@ -213,9 +214,8 @@ def mutated(rng: random.Random, value: Any) -> Any:
 
 
 def some_text(rng: random.Random) -> Any:
-    network = rng.choice(
-        [SMALL, MAPS, mf.Network((3,), (BLOCK, mf.Repeat(mf.Dense(4)), mf.Dense(2)))]
-    )
+    deep = mf.Network((3,), (BLOCK, mf.Repeat(mf.Dense(4)), mf.Dense(2)))
+    network = rng.choice([SMALL, MAPS, deep])
     spec = json.loads(network.to_json())
     for _ in range(rng.randint(1, 3)):
         spec = mutated(rng, spec)
@@ -237,7 +237,8 @@ def some_text(rng: random.Random) -> Any:
 def test_json():
     for index, rng in enumerate(draws("json")):
         text = some_text(rng)
-        answer(lambda: checked(mf.Network.from_json(text), False), f"seed {index}: {text!r:.300}")
+        what = f"seed {index}: {_text(text)}"
+        answer(lambda text=text: checked(mf.Network.from_json(text), False), what)
 
 
 # ---- arguments
@@ -292,14 +293,14 @@ def given():
     """Right arguments by name, and for single functions."""
     model = mf.build(SMALL, rngs=0)
     operator = mf.fisher_operator(model, X)
-    spectrum = mf.SpectralDensity(jnp.ones((1, 4)), jnp.full((1, 4), 0.25), jnp.array(4))
+    spectrum = mf.SpectralDensity(jnp.ones((1, 4)), jnp.full((1, 4), 0.25))
     named = dict(
         network=SMALL, model=model, x=X, y=Y, data=(X, Y), test=(X, Y), block=BLOCK, op=operator,
         rngs=0, key=1, activation="relu", num_samples=8, gamma=1.0, beta=0.0, widths=[4], inputs=3,
         outputs=2, channels=[4], lambda_max=1.0, momentum=0.9, epochs=1, batch_size=4, norm=None,
         weight_var=[1.0, 2.0], bias_var=[0.1], grid=dict(learning_rate=[0.1, 0.2]), loss="squared",
-        learning_rate=0.1, seed=0, objective=mf.objectives.unit_growth(), name="gaussian", value=0.1,
-        dataset=xr.Dataset(), density=spectrum, num_eigenvalues=2, tuning=None, location="x",
+        learning_rate=0.1, seed=0, objective=mf.objectives.unit_growth(), name="gaussian",
+        value=0.1, dataset=xr.Dataset(), density=spectrum, num_eigenvalues=2, tuning=None,
         grads={"a": X}, activations={"a": X}, used=(X, X**2), full=(X[0], X[0] ** 2),
         batch_sizes=[4],
     )  # fmt: skip
@@ -341,15 +342,13 @@ def test_arguments(cut_off, given):
     """Calls with odd arguments; RuntimeErrors are those of results that say that they failed."""
     for index, rng in enumerate(draws("arguments")):
         name, call = some_call(rng, given)
-        shown = {key: f"{type(value).__name__} {_text(value)}" for key, value in call.items()}
-        answer(lambda: functions()[name](**call), f"seed {index}: {name}({shown})")
+        listed = ", ".join(f"{key}={_text(value)}" for key, value in call.items())
+        what = f"seed {index}: {name}({listed})"
+        answer(lambda name=name, call=call: functions()[name](**call), what)
 
 
 def _text(value: Any) -> str:
-    try:
-        return f"{value!r:.80}"
-    except Exception:
-        return "without a repr"
+    return f"{type(value).__name__} {shown(value):.200}"
 
 
 def test_every_argument_is_checked():
@@ -436,17 +435,18 @@ TOO_MUCH = {
 }
 
 
+REFUSED = r"above the limit of .* MEANFIELD_JAX_MAX"
+
+
 @pytest.mark.parametrize("case", TOO_MUCH)
 def test_work_without_bounds_is_refused_before_it_begins(case):
-    with pytest.raises(
-        (mf.SpecError, mf.DataError), match="above the limit of .* MEANFIELD_JAX_MAX"
-    ):
+    with pytest.raises((mf.SpecError, mf.DataError), match=REFUSED):
         TOO_MUCH[case]()
 
 
 def test_a_limit_can_be_raised_and_lowered(monkeypatch):
     monkeypatch.setenv("MEANFIELD_JAX_MAX_OPERATIONS", "3")
-    with pytest.raises(mf.SpecError, match="takes 4 layers written out .*above the limit of 3"):
+    with pytest.raises(mf.SpecError, match=r"takes 4 layers written out .*above the limit of 3"):
         mf.mlp([4], inputs=3, outputs=2, norm="batch")
     monkeypatch.setenv("MEANFIELD_JAX_MAX_OPERATIONS", "4")
     mf.mlp([4], inputs=3, outputs=2, norm="batch")
