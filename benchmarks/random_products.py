@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from meanfield_jax.checks import whole
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers.base import check_positive_int
 from meanfield_jax.precise import matmul
 
 
@@ -44,8 +44,8 @@ def random_product_singular_values(key: Array, depth: int, size: int) -> Array:
     Source:
         Bjorck et al. 2018 (arXiv:1806.02375), section 4.
     """
-    check_positive_int("depth", depth)
-    check_positive_int("size", size)
+    whole("depth", depth, 1)
+    whole("size", size, 1)
 
     return _squares(key, depth, size)
 
@@ -80,7 +80,7 @@ def fuss_catalan_moments(depth: int, orders: Sequence[int]) -> np.ndarray:
     Source:
         Bjorck et al. 2018 (arXiv:1806.02375), section 4.
     """
-    check_positive_int("depth", depth)
+    whole("depth", depth, 1)
     if any(int(order) != order or order < 0 for order in orders):
         raise problem(SpecError, "orders", list(orders), "not whole numbers", "give e.g. [1, 2, 3]")
     counts = [int(order) for order in orders]
@@ -105,5 +105,5 @@ def fuss_catalan_support(depth: int) -> float:
     Source:
         Bjorck et al. 2018 (arXiv:1806.02375), section 4.
     """
-    check_positive_int("depth", depth)
+    whole("depth", depth, 1)
     return (depth + 1) ** (depth + 1) / depth**depth

@@ -15,6 +15,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import tarfile
 import textwrap
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 
+from meanfield_jax.arguments import checked, integer
 from meanfield_jax.errors import DataError, problem
+from meanfield_jax.limits import within
 
 if TYPE_CHECKING:
     pass
@@ -48,11 +51,17 @@ DATASETS = ("gaussian", *_IMAGES)
 _FASHION_FOLDERS = ("fashion_mnist", "fashion-mnist")
 _BATCH_FOLDER, _BATCH_ARCHIVE = "cifar-10-batches-py", "cifar-10-python.tar.gz"
 _NPZ_TRAIN = 4096
+_MOST_BYTES = 2**29
+"""The most bytes that a file may hold when unpacked: three times the largest that is known."""
+_MOST_REFERENCES = 32
+"""The most references of a pickled batch to its own values; published ones have none."""
 _MIRRORS = {
     "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "cifar10": "https://www.cs.toronto.edu/~kriz/",
 }
+# Bytes of the largest of the files as the mirrors serve them.
+_LARGEST = {"mnist": 9_912_422, "fashion_mnist": 26_421_880, "cifar10": 170_498_071}
 # SHA-256 of the files as the mirrors serve them: images and labels for training, then for testing.
 _SHA256 = {
     "mnist": (
@@ -83,6 +92,7 @@ _CONTENTS = {
 }
 
 
+@checked(error=DataError)
 def shape_of(name: str) -> tuple[int, ...]:
     """The shape of one sample before flattening, for choosing a network's inputs.
 
@@ -99,12 +109,13 @@ def shape_of(name: str) -> tuple[int, ...]:
         >>> shape_of("cifar10")
         (32, 32, 3)
     """
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         remedy = f"use one of {', '.join(DATASETS)}"
         raise problem(DataError, "name", name, "unknown data set", remedy)
     return _GAUSSIAN_SHAPE if name == "gaussian" else _IMAGES[name][0]
 
 
+@checked(error=DataError, num_samples=integer)
 def load(
     name: str,
     *,
@@ -156,6 +167,8 @@ def load(
     _check_arguments(name, split, num_samples, seed, shape)
     if name == "gaussian":
         count = num_samples or _GAUSSIAN_SAMPLES
+        size = count * math.prod(shape or _GAUSSIAN_SHAPE)
+        within("MEMORY", "num_samples", count, 8 * size, error=DataError)
         x, labels = _gaussian((count, *(shape or _GAUSSIAN_SHAPE)), [seed, split == "test"])
     else:
         read = {"digits": _read_digits, "cifar10": _read_cifar10}.get(name, _read_mnist)
@@ -172,7 +185,7 @@ def _check_arguments(
     name: str, split: str, num_samples: int | None, seed: int, shape: tuple[int, ...] | None
 ) -> None:
     shape_of(name)
-    if split not in ("train", "test"):
+    if not isinstance(split, str) or split not in ("train", "test"):
         raise problem(DataError, "split", split, "unknown split", "use 'train' or 'test'")
     if num_samples is not None and num_samples < 1:
         raise problem(DataError, "num_samples", num_samples, "must be at least 1", "use 1 or more")
@@ -289,7 +302,8 @@ def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
     missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            bar: Any = _Bar(progress, filename)  # Any: pooch's type hints do not allow its usage
+            # Any: pooch's type hints do not allow its usage
+            bar: Any = _Bar(progress, filename, _LARGEST[name])
             fetch: Any = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16)
             pooch.retrieve(url, sha256, filename, path.parent, downloader=fetch)
     except (OSError, ValueError) as error:  # connection, HTTP status, disk; checksum
@@ -305,13 +319,20 @@ def _download(name: str, filename: str, sha256: str, roots: list[Path]) -> Path:
 
 
 class _Bar:
-    """A progress bar drawn by rich, with the interface that pooch expects."""
+    """A progress bar drawn by rich, with the interface that pooch expects; it ends what has no end.
 
-    def __init__(self, progress: Progress, label: str):
-        self.total = 0
+    Attributes:
+        total: The size that the server announced.
+    """
+
+    def __init__(self, progress: Progress, label: str, most: int):
+        self.total, self._size, self._most = 0, 0, most
         self._progress, self._task = progress, progress.add_task(label, visible=False)
 
     def update(self, size: int) -> None:
+        self._size += size
+        if max(self._size, self.total) > self._most:
+            raise ValueError(f"the server sends more than {self._most} bytes, the largest file")
         # Visible only now, because pooch prints a line before it starts.
         self._progress.update(self._task, advance=size, total=self.total or None, visible=True)
 
@@ -341,24 +362,41 @@ def _read_mnist(name: str, train: bool, roots: list[Path]) -> _Pair:
 
 def _read_idx(path: Path, wanted: str, item: tuple[int, ...]) -> np.ndarray:
     """Reads a file of big-endian numbers (2049 + dimensions of an item, sizes), then bytes."""
-    with _reading(path):
-        raw = path.read_bytes()
-        if raw.startswith(b"\x1f\x8b"):  # not by name: browsers unpack files but keep the .gz
-            raw = gzip.decompress(raw)
     start, expected = 4 * (2 + len(item)), 2049 + len(item)
-    magic, *sizes = (int.from_bytes(raw[i : i + 4], "big") for i in range(0, start, 4))
-    if magic != expected:
-        kind = {2049: ", that of labels", 2051: ", that of images"}.get(magic, "")
-        raise _bad_file(path, f"has the magic number {magic}{kind}, not {expected}")
-    if tuple(sizes[1:]) != item:
-        raise _bad_file(path, f"declares items of shape {tuple(sizes[1:])}, not {item}")
-    size = start + math.prod(sizes)
+    with _reading(path), _unzipped(path) as stream:
+        head = stream.read(start)
+        magic, *sizes = (int.from_bytes(head[i : i + 4], "big") for i in range(0, start, 4))
+        if magic != expected:
+            kind = {2049: ", that of labels", 2051: ", that of images"}.get(magic, "")
+            raise _bad_file(path, f"has the magic number {magic}{kind}, not {expected}")
+        if tuple(sizes[1:]) != item:
+            raise _bad_file(path, f"declares items of shape {tuple(sizes[1:])}, not {item}")
+        size = start + math.prod(sizes)
+        if size > _MOST_BYTES:
+            raise _bad_file(path, f"declares {sizes[0]} items in {size} bytes, too many")
+        # one byte more than declared, which is enough to find that there are more
+        raw = head + stream.read(size - start + 1)
     if len(raw) != size:
-        raise _bad_file(path, f"declares {sizes[0]} items in {size} bytes but has {len(raw)}")
+        has = f"{len(raw)}{' or more' * (len(raw) > size)}"
+        raise _bad_file(path, f"declares {sizes[0]} items in {size} bytes but has {has}")
     contents = _CONTENTS.get(hashlib.sha256(raw).hexdigest()[:16], wanted)
     if contents != wanted:
         raise _bad_file(path, f"holds {contents}, not {wanted}")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes)
+
+
+@contextmanager
+def _unzipped(path: Path) -> Iterator[Any]:
+    """The file as a stream of bytes, unpacked if it is packed."""
+    with open(path, "rb") as stream:
+        # not by name: browsers unpack files but keep the .gz
+        packed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        if not packed:
+            yield stream
+            return
+        with gzip.open(stream) as unpacked:
+            yield unpacked
 
 
 def _read_cifar10(name: str, train: bool, roots: list[Path]) -> _Pair:
@@ -379,11 +417,27 @@ def _read_cifar10(name: str, train: bool, roots: list[Path]) -> _Pair:
 
 def _read_npz(path: Path) -> _Pair:
     with _reading(path), open(path, "rb") as stream:  # np.load leaves a damaged file open
-        archive = np.load(stream, allow_pickle=False)
+        archive: Any = np.load(stream, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise _bad_file(path, "is not a zip archive of arrays")
+        for name in ("images", "labels"):
+            # from the header, before the array is allocated, and from the archive's table
+            size = _declared_bytes(archive.zip, f"{name}.npy")
+            if size > _MOST_BYTES:
+                raise _bad_file(path, f"declares {size} bytes of {name}, too many")
         pair = archive["images"], archive["labels"]
     return _checked(path, "cifar10", *pair)
+
+
+def _declared_bytes(archive: Any, name: str) -> int:
+    """The size of an array of a zip archive, by its own header and by the archive's table."""
+    with archive.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    return max(math.prod(shape) * max(1, dtype.itemsize), archive.getinfo(name).file_size)
 
 
 def _read_batches(source: Path, names: list[str]) -> _Pair:
@@ -400,12 +454,18 @@ def _read_batches(source: Path, names: list[str]) -> _Pair:
 
 def _unpacked(path: Path, names: list[str]) -> list[bytes]:
     found = {}
-    with gzip.open(path) as packed, tarfile.open(fileobj=packed, mode="r:") as archive:
+    with contextlib.ExitStack() as stack:
+        bounded: Any = _Bounded(stack.enter_context(gzip.open(path)))
+        archive = stack.enter_context(tarfile.open(fileobj=bounded, mode="r|"))
         # In the archive's order: looking up members by name would unpack it once for each.
         for member in archive:
-            content = archive.extractfile(member) if member.name in names else None
+            if member.name not in names:
+                continue
+            if not member.isreg() or member.issparse() or member.size > _MOST_BYTES:
+                raise _bad_file(path, f"holds {member.name} as something other than a file")
+            content = archive.extractfile(member)
             found[member.name] = content.read() if content else b""
-        while packed.read(1 << 20):  # to the end, where gzip verifies its checksum
+        while bounded.read(1 << 20):  # to the end, where gzip verifies its checksum
             pass
     missing = [name for name in names if not found.get(name)]
     if missing:
@@ -413,12 +473,46 @@ def _unpacked(path: Path, names: list[str]) -> list[bytes]:
     return [found[name] for name in names]
 
 
+class _Bounded:
+    """A stream that may be read to a limit of bytes."""
+
+    def __init__(self, stream: Any):
+        self._stream, self._left = stream, _MOST_BYTES
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; raises ValueError beyond the limit."""
+        found = self._stream.read(min(size, self._left + 1))
+        self._left -= len(found)
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {_MOST_BYTES} bytes")
+        return found
+
+
 def _parse_batch(path: Path, raw: bytes) -> _Pair:
     with _reading(path):
+        if raw:
+            _check_pickle(raw)
         batch = _BatchUnpickler(io.BytesIO(raw), encoding="bytes").load()
         images = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.array(batch[b"labels"])
-    return _checked(path, "cifar10", images, labels)
+        labels = batch[b"labels"]
+        if not (isinstance(labels, list) and all(isinstance(label, int) for label in labels)):
+            raise _bad_file(path, "holds labels other than the integers 0..9")
+    return _checked(path, "cifar10", images, np.array(labels))
+
+
+def _check_pickle(raw: bytes) -> None:
+    """Refuses what would take a reader of pickles more memory or time than the file is long.
+
+    These are places in its memory far beyond the number of values, which the reader would allocate,
+    and tuples of tuples named many times over, whose hash takes forever.
+    """
+    references = 0
+    for code, argument, _ in pickletools.genops(raw):
+        if "PUT" in code.name and argument is not None and argument > len(raw):
+            raise pickle.UnpicklingError(f"place {argument} is beyond the end of the file")
+        references += code.name in ("GET", "BINGET", "LONG_BINGET", "DUP")
+    if references > _MOST_REFERENCES:
+        raise pickle.UnpicklingError(f"a CIFAR-10 batch does not need {references} references")
 
 
 class _BatchUnpickler(pickle.Unpickler):
@@ -437,9 +531,13 @@ def _uint8(code: bytes, *_flags: object) -> np.dtype:
     return np.dtype(np.uint8)
 
 
+def _empty_array(*_given: object) -> np.ndarray:
+    # What follows in the pickle sets shape and contents; the shape given here may be anything.
+    return np.empty(0, np.uint8)
+
+
 _PICKLE_NAMES = {
-    # NumPy's own function, without naming the private module that defines it
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of the function above
     ("numpy", "dtype"): _uint8,
 }

@@ -1,12 +1,6 @@
 """Errors caused by a user's input; they name the argument, its value, the cause and the remedy."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
-from jax.core import Tracer
+import reprlib
 
 
 class SpecError(ValueError):
@@ -17,29 +11,31 @@ class DataError(ValueError):
     """A data set is missing, damaged, or of the wrong shape or type."""
 
 
+class _Short(reprlib.Repr):
+    """Representations that are cut off before they are long."""
+
+    def repr_instance(self, x: object, level: int) -> str:
+        """Of a layer with layers inside only the name: it may stand for any number of them."""
+        children = getattr(type(x), "children", None)
+        if children is not None and children(x):
+            return f"{type(x).__name__}(...)"
+        return super().repr_instance(x, level)
+
+
+_SHORT = _Short()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 20
+_SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 300, 60, 300
+
+
+def shown(value: object) -> str:
+    """A value as text of one line, however long or broken its own representation is."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # an integer of 5000 digits, layers nested too deeply, a class of anyone's
+        return f"<{type(value).__name__}>"
+    return " ".join(text.split()) if "\n" in text else text
+
+
 def problem(error: type[ValueError], argument: str, value: object, cause: str, remedy: str):
     """Builds an error whose single line names the argument, its value, the cause and the remedy."""
-    return error(f"{argument}={value!r}: {cause}; {remedy}")
-
-
-def check_data(x: Any) -> Array:
-    """The inputs as a floating-point array; raises DataError if they cannot be used."""
-    given, x = x, jnp.asarray(x)
-    if x.ndim < 2 or x.shape[0] == 0:
-        remedy = "pass (samples, features) or (samples, height, width, channels)"
-        raise problem(DataError, "x.shape", x.shape, "not a batch", remedy)
-    if x.dtype not in (jnp.float32, jnp.float64):
-        remedy = "convert it with x.astype('float32')"
-        raise problem(DataError, "x.dtype", str(x.dtype), "must be float32 or float64", remedy)
-    # NumPy computes at once even where everything else is being traced
-    known = not isinstance(given, Tracer)
-    if known and (count := int((~np.isfinite(np.asarray(given))).sum())):
-        remedy = "remove or replace these values"
-        raise problem(DataError, "x", f"{count} values", "NaN or infinite", remedy)
-    return x
-
-
-def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises SpecError unless value is one of the choices."""
-    if value not in choices:
-        raise problem(SpecError, argument, value, "unknown", f"use one of {', '.join(choices)}")
+    return error(f"{argument}={shown(value)}: {cause}; {remedy}")

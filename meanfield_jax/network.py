@@ -11,6 +11,8 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import MOST_UNITS, check_choice, is_number, number, plain, sequence, whole
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import (
     LAYERS,
@@ -23,7 +25,8 @@ from meanfield_jax.layers import (
     Residual,
     Sequential,
 )
-from meanfield_jax.layers.base import Signal, check_positive_int
+from meanfield_jax.layers.base import Signal, as_layer, as_layers, norm_layers
+from meanfield_jax.limits import check_structure, within
 from meanfield_jax.pytree import pytree, static
 
 FORMAT = "meanfield_jax.Network/1"
@@ -56,20 +59,18 @@ class Network:
     layers: tuple[Layer, ...]
 
     def __post_init__(self):
-        object.__setattr__(self, "input_shape", tuple(self.input_shape))
-        object.__setattr__(self, "layers", tuple(self.layers))
+        shape = plain(self.input_shape)
+        shape = (shape,) if isinstance(shape, int) else sequence("input_shape", shape)
+        sizes = tuple(whole("input_shape", size, 1, MOST_UNITS) for size in shape)
+        object.__setattr__(self, "input_shape", sizes)
+        object.__setattr__(self, "layers", as_layers("layers", self.layers))
         if len(self.input_shape) not in (1, 3):
             remedy = "use (features,) or (height, width, channels)"
             cause = "must have one or three entries"
             raise problem(SpecError, "input_shape", self.input_shape, cause, remedy)
-        for size in self.input_shape:
-            check_positive_int("input_shape", size)
-        for index, inner in enumerate(self.layers):
-            if not isinstance(inner, Layer):
-                remedy = f"use one of {', '.join(LAYERS)}"
-                raise problem(SpecError, f"layers/{index}", inner, "not a layer", remedy)
         if not self.layers:
             raise problem(SpecError, "layers", self.layers, "empty", "pass at least one layer")
+        check_structure(self.layers)
         self.body.output(Signal(self.input_shape))
 
     @property
@@ -81,6 +82,15 @@ class Network:
     def output_shape(self) -> tuple[int, ...]:
         """Shape of one sample after the last layer."""
         return self.body.output(Signal(self.input_shape)).shape
+
+    @property
+    def num_outputs(self) -> int:
+        """C, the number of outputs; raises SpecError if the last layer returns a map."""
+        shape = self.output_shape
+        if len(shape) != 1:
+            remedy = "end with Flatten() or GlobalMeanPool() and Dense(outputs)"
+            raise problem(SpecError, "output shape", shape, "not a vector", remedy)
+        return shape[0]
 
     @property
     def num_parameters(self) -> int:
@@ -104,17 +114,29 @@ class Network:
     @classmethod
     def from_json(cls, text: str) -> "Network":
         """Reads what :meth:`to_json` wrote; raises SpecError for any other text."""
+        remedy = "write the specification with to_json"
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise problem(SpecError, "specification", text, "not a text", remedy)
         try:
-            spec = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecError(f"specification: not JSON ({error}); write it with to_json") from None
-        if not isinstance(spec, dict) or spec.get("format") != FORMAT:
-            raise SpecError(f"specification: its format is not {FORMAT!r}; write it with to_json")
-        for name in ("input_shape", "layers"):
-            if not isinstance(spec.get(name), list):
-                remedy = "write the specification with to_json"
-                raise problem(SpecError, name, spec.get(name), "must be a list", remedy)
-        return cls(tuple(spec["input_shape"]), tuple(_decode(inner) for inner in spec["layers"]))
+            spec = json.loads(text, object_pairs_hook=_without_repeats)
+            if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+                cause = f"its format is not {FORMAT!r}"
+                raise SpecError(f"specification: {cause}; write it with to_json")
+            for name in ("input_shape", "layers"):
+                if not isinstance(spec.get(name), list):
+                    raise problem(SpecError, name, spec.get(name), "must be a list", remedy)
+            if unknown := sorted(set(spec) - {"format", "input_shape", "layers"}):
+                raise problem(SpecError, "specification", unknown, "unknown keys", remedy)
+            network = cls(spec["input_shape"], tuple(map(_decode, spec["layers"])))
+        except SpecError:
+            raise
+        except RecursionError:
+            raise SpecError(f"specification: nested too deeply; {remedy}") from None
+        except ValueError as error:  # of the text's encoding or structure
+            cause = " ".join(str(error).split())
+            raise SpecError(f"specification: not JSON ({cause}); write it with to_json") from None
+        network.validate()
+        return network
 
     def __repr__(self) -> str:
         rows, signal = [], Signal(self.input_shape)
@@ -149,9 +171,9 @@ def _without_children(layer: Layer) -> str:
 def check_numbers(layer: Layer) -> None:
     """Raises SpecError with every known number inside the layer that is not valid."""
     problems = [
-        f"{path}/{type(inner).__name__}.{field}={value!r}: {cause}; {remedy}".lstrip("/")
+        str(problem(SpecError, f"{path}/{type(inner).__name__}.{field}".lstrip("/"), *rest))
         for path, inner in walk(layer)
-        for field, value, cause, remedy in _number_problems(inner)
+        for field, *rest in _number_problems(inner)
     ]
     if problems:
         raise SpecError(" | ".join(problems))
@@ -169,13 +191,14 @@ def normalizes_over_batch(layer: Layer) -> bool:
     return any(inner.over_batch for _, inner in walk(layer))
 
 
+@checked(weight_var=number, bias_var=number)
 def mlp(
     widths: Sequence[int],
     *,
     inputs: int,
     outputs: int,
     activation: str | Callable[[Array], Array] | Activation = "relu",
-    norm: Layer | None = None,
+    norm: Layer | type[Layer] | str | None = None,
     weight_var: float | Array = 2.0,
     bias_var: float | Array = 0.5,
 ) -> Network:
@@ -186,7 +209,8 @@ def mlp(
         inputs: Number of input features.
         outputs: Number of output units, C.
         activation: A name, a function, or an :class:`Activation`.
-        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``.
+        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``; also its
+            class, or its name, such as ``"batch"``.
         weight_var: sigma_w^2 of every layer.
         bias_var: sigma_b^2 of every layer.
 
@@ -198,12 +222,14 @@ def mlp(
         >>> mf.mlp([1000] * 3, inputs=784, outputs=10).num_parameters
         2797010
     """
+    widths, norm = _blocks("widths", widths), _norm("norm", norm, widths)
     layers: list[Layer] = []
     for width in widths:
         layers += _around(norm, Dense(width, weight_var, bias_var), activation)
     return Network((inputs,), (*layers, Dense(outputs, weight_var, bias_var)))
 
 
+@checked(weight_var=number, bias_var=number)
 def cnn(
     channels: Sequence[int],
     *,
@@ -214,7 +240,7 @@ def cnn(
     padding: str = "SAME",
     head: str = "flatten",
     activation: str | Callable[[Array], Array] | Activation = "relu",
-    norm: Layer | None = None,
+    norm: Layer | type[Layer] | str | None = None,
     weight_var: float | Array = 2.0,
     bias_var: float | Array = 0.5,
 ) -> Network:
@@ -229,7 +255,8 @@ def cnn(
         padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
         head: ``"flatten"`` or ``"mean"`` (over positions).
         activation: A name, a function, or an :class:`Activation`.
-        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``.
+        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``; also its
+            class, or its name, such as ``"batch"``.
         weight_var: sigma_w^2 of every layer.
         bias_var: sigma_b^2 of every layer.
 
@@ -242,8 +269,9 @@ def cnn(
         (10,)
     """
     heads: dict[str, Layer] = {"flatten": Flatten(), "mean": GlobalMeanPool()}
-    if head not in heads:
+    if not isinstance(head, str) or head not in heads:
         raise problem(SpecError, "head", head, "unknown", "use 'flatten' or 'mean'")
+    channels, norm = _blocks("channels", channels), _norm("norm", norm, channels)
     layers: list[Layer] = []
     for width in channels:
         conv = Conv(width, kernel_size, stride, padding, weight_var, bias_var)
@@ -251,6 +279,7 @@ def cnn(
     return Network(inputs, (*layers, heads[head], Dense(outputs, weight_var, bias_var)))
 
 
+@checked(weight_var=number, bias_var=number)
 def preact_resnet(
     channels: Sequence[int],
     *,
@@ -258,7 +287,7 @@ def preact_resnet(
     inputs: tuple[int, ...] = (32, 32, 3),
     outputs: int = 10,
     activation: str | Callable[[Array], Array] | Activation = "relu",
-    norm: Layer | None = None,
+    norm: Layer | type[Layer] | str | None = None,
     weight_var: float | Array = 2.0,
     bias_var: float | Array = 0.0,
 ) -> Network:
@@ -278,7 +307,8 @@ def preact_resnet(
         inputs: (height, width, channels) of the images.
         outputs: Number of output units, C.
         activation: A name, a function, or an :class:`Activation`.
-        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``.
+        norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``; also its
+            class, or its name, such as ``"batch"``.
         weight_var: sigma_w^2 of every layer.
         bias_var: sigma_b^2 of every layer.
 
@@ -290,7 +320,11 @@ def preact_resnet(
         >>> mf.preact_resnet([16, 32, 64], blocks=3, norm=mf.BatchNorm()).num_parameters
         316778
     """
-    check_positive_int("blocks", blocks)
+    blocks = whole("blocks", blocks, 1)
+    channels, norm = _blocks("channels", channels), _norm("norm", norm, channels)
+    if len(channels) == 0:
+        raise problem(SpecError, "channels", channels, "empty", "pass at least one number")
+    within("OPERATIONS", "blocks", blocks, 2 * blocks * len(channels))
 
     def conv(width: int, stride: int = 1) -> Conv:
         return Conv(width, 3, stride, "SAME", weight_var, bias_var)
@@ -310,6 +344,28 @@ def preact_resnet(
     return Network(inputs, (*layers, Dense(outputs, weight_var, bias_var)))
 
 
+def _blocks(argument: str, widths: Any) -> tuple[int, ...]:
+    """The widths of a preset's layers, or stages, as integers."""
+    within("OPERATIONS", argument, widths, len(sequence(argument, widths)))
+    return tuple(whole(argument, width, 1, MOST_UNITS) for width in widths)
+
+
+def _norm(argument: str, norm: Any, widths: Sequence[int]) -> Layer | None:
+    """A norm given as a layer, by its name or by its class; None for no norm."""
+    if isinstance(norm, str):
+        check_choice(argument, norm, ("none", *norm_layers()))
+        norm = norm_layers().get(norm)
+    if norm is None:
+        return None
+    if isinstance(norm, type) and issubclass(norm, Layer) and norm.is_norm:
+        return norm.fitting(widths)
+    found = as_layer(argument, norm)
+    if not (found.is_norm or found.norm_name):
+        names = ", ".join(norm_layers())
+        raise problem(SpecError, argument, norm, "not a norm", f"use one of {names}, or its layer")
+    return found
+
+
 def _around(norm: Layer | None, weights: Layer | None, activation) -> tuple[Layer, ...]:
     """Weights (if any), normalization and activation."""
     phi = activation if isinstance(activation, Activation) else Activation(activation)
@@ -320,15 +376,20 @@ def _around(norm: Layer | None, weights: Layer | None, activation) -> tuple[Laye
 
 def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
     """The problems with the layer's values, once they are known to be numbers."""
-    known, held = True, {path.partition("/")[0] for path in inner.children()}
+    known = True
+    # the layers inside have numbers of their own
+    held = {path.partition("/")[0] for path in inner.children()} | {"layers"}
     for field in dataclasses.fields(inner):  # pyright: ignore[reportArgumentType]
         value = getattr(inner, field.name)
         if field.metadata.get("static") or field.name in held:
             continue
         if isinstance(value, Tracer):
             known = False
-        elif not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+        elif not is_number(value):
             yield field.name, value, "must be a number", "pass a float"
+            known = False
+        elif isinstance(value, int) and abs(value) > MOST_UNITS:
+            yield field.name, value, "too large", "pass a float"
             known = False
         elif jnp.result_type(value) in (jnp.float16, jnp.bfloat16):
             cause = "half precision is too coarse for the theory"
@@ -348,7 +409,18 @@ def _encode(value: Any) -> Any:
         cause = "a function cannot be written as JSON"
         remedy = "use a named activation in networks to be saved"
         raise problem(SpecError, "Activation.function", value, cause, remedy)
-    return np.asarray(value).tolist() if isinstance(value, (np.ndarray, jax.Array)) else value
+    known = isinstance(value, (np.ndarray, np.generic, jax.Array))
+    return np.asarray(value, np.float64).tolist() if known else value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object, each of whose keys may occur once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = sorted({key for key in keys if keys.count(key) > 1})
+        raise problem(SpecError, "specification", repeated, "keys repeat", "pass each key once")
+    return found
 
 
 def _decode(value: Any) -> Any:
@@ -358,7 +430,7 @@ def _decode(value: Any) -> Any:
         return value
     fields = {name: _decode(item) for name, item in value.items() if name != "type"}
     name = value.get("type")
-    if name not in LAYERS:
+    if not isinstance(name, str) or name not in LAYERS:
         raise problem(SpecError, "type", name, "not a layer", f"use one of {', '.join(LAYERS)}")
     try:
         return LAYERS[name](**fields)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from meanfield_jax.arguments import checked
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.theory.analyze import Theory
@@ -49,6 +50,7 @@ class Objective:
         return f"{self.measure.__name__.lstrip('_')}({options})"
 
 
+@checked()
 def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
     r"""Makes the largest stable learning rate equal to ``value``.
 
@@ -76,6 +78,7 @@ def _target_eta_max(theory: Theory, value: float, momentum: float) -> Array:
     return _log_square(theory.eta_max(momentum) / value)
 
 
+@checked()
 def max_eta_max(min_output_variance: float = 1.0) -> Objective:
     r"""Maximizes the largest stable learning rate while the outputs still vary over the inputs.
 
@@ -113,6 +116,7 @@ def _barrier(distance: Array, margin: float) -> Array:
     return margin * jnp.where(distance > edge, -inside, beyond)
 
 
+@checked()
 def sharpness(output_variance: float = 1.0) -> Objective:
     r"""Minimizes the ratio of largest to mean eigenvalue, a measure of pathological sharpness.
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from meanfield_jax.arguments import as_given, checked, dataset_of
+from meanfield_jax.checks import check_choice
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.experiments.diagram import averaged
@@ -42,6 +44,7 @@ NORM_COLORS = (
 LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
 
 
+@checked(dataset=dataset_of("mf.validate", "predicted", "measured"))
 def plot_validation(dataset: xr.Dataset) -> Figure:
     """lambda_max and eta_max over gamma: theory as curves, measurements as points.
 
@@ -103,6 +106,7 @@ def _vanilla(axes, dataset: xr.Dataset, transform) -> None:
     axes.errorbar(right, value, error, fmt="D", mfc="white", ms=6, capsize=3, label=label, **style)
 
 
+@checked()
 def plot_spectrum(
     density: SpectralDensity,
     *,
@@ -145,6 +149,7 @@ def plot_spectrum(
     return figure
 
 
+@checked(value=as_given, dataset=dataset_of("mf.sweep", "diverged_at"))
 def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     """A phase diagram of training: a result over learning rate and scale, with the boundaries.
 
@@ -158,10 +163,13 @@ def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
         diverged, with lines at the boundaries that the theory predicts.
 
     Raises:
-        DataError: if the data set does not have these axes.
+        SpecError, DataError: if the data set does not have these axes, or not this result.
     """
     from matplotlib.figure import Figure
 
+    if value is not None:
+        results = ("test_loss", "loss", "test_accuracy")
+        check_choice("value", value, [name for name in results if name in dataset])
     across = [
         str(name) for name in dataset.diverged_at.dims if name not in ("learning_rate", "seed")
     ]
@@ -215,6 +223,7 @@ def draw_sweep(
         axes.legend(fontsize=7, loc="upper right")
 
 
+@checked(dataset=dataset_of("mf.phase_diagram", "xi_c", "chi_1", "critical_weight_var"))
 def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
     """Depth scale of correlations over the variances of weights and biases, in logarithmic colours.
 
@@ -264,6 +273,7 @@ def _edges(centers: np.ndarray) -> np.ndarray:
     return np.exp(edges) if positive else edges
 
 
+@checked()
 def plot_tuning(tuning: Tuning) -> Figure:
     """The tuned numbers before and after, by layer, with each layer's share of lambda_max.
 
@@ -313,6 +323,7 @@ def _shares(theory: Theory) -> np.ndarray:
     return total[np.isin(shares.layers, theory.order_parameters.layers)] / total.sum()
 
 
+@checked(dataset=dataset_of("mf.compare", "best_rate", "measured"))
 def plot_comparison(dataset: xr.Dataset) -> Figure:
     """The norms side by side: stability over batch size, and training loss and test accuracy.
 

@@ -13,6 +13,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import whole
 from meanfield_jax.descent import (
     FAR,
     TOLERANCE,
@@ -23,7 +25,7 @@ from meanfield_jax.descent import (
     largest,
 )
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers.base import check_positive_int, tunable_fields
+from meanfield_jax.layers.base import tunable_fields
 from meanfield_jax.network import Network
 from meanfield_jax.objectives import Objective
 from meanfield_jax.status import Status
@@ -87,6 +89,7 @@ class Tuning:
 SCALARS = ("objective", "lambda_max", "eta_max")
 
 
+@checked()
 def tune(
     network: Network,
     objective: Callable[[Theory], Array],
@@ -154,7 +157,7 @@ def tune(
         >>> tuned.status.name, round(float(tuned.after.fisher.lambda_max), 1)
         ('CONVERGED', 50.0)
     """
-    check_positive_int("max_steps", max_steps)
+    max_steps = whole("max_steps", max_steps, 1)
     eta_max(1.0, momentum)  # checks the momentum
     network.validate()
     if any(np.shape(number) for number in jax.tree.leaves(network)):

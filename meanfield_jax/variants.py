@@ -6,10 +6,11 @@ from typing import Any
 
 from jax import Array
 
+from meanfield_jax.checks import whole
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import Layer, Sequential
-from meanfield_jax.layers.base import check_positive_int
 from meanfield_jax.layers.combine import placed
+from meanfield_jax.limits import within
 from meanfield_jax.network import Network, normalizes_over_batch, walk
 
 VANILLA = "vanilla"
@@ -84,7 +85,7 @@ def with_depth(network: Network, depth: int) -> Network:
     Raises:
         SpecError: if the hidden layers are not repetitions of one block.
     """
-    check_positive_int("depth", depth)
+    depth = whole("depth", depth, 1)
     *hidden, last = network.layers
     starts = [i for i, inner in enumerate(hidden) if inner.is_weights]
     blocks = [tuple(hidden[a:b]) for a, b in itertools.pairwise([*starts, len(hidden)])]
@@ -92,6 +93,7 @@ def with_depth(network: Network, depth: int) -> Network:
         cause = "the network's hidden blocks are not all alike"
         remedy = "use a network such as mlp([100] * 3, ...)"
         raise problem(SpecError, "depth", depth, cause, remedy)
+    within("OPERATIONS", "depth", depth, depth * len(blocks[0]))
     return Network(network.input_shape, (*blocks[0] * depth, last))
 
 

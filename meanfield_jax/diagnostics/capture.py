@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import array
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.combine import RepeatModule
 
@@ -15,6 +17,7 @@ ROOT = "/"
 """The path of the model itself, for an output that no module inside it produced."""
 
 
+@checked(x=array)
 def activations(model: nnx.Module, x: Array) -> dict[str, Array]:
     """The output of every module, by path, in the order of computation.
 

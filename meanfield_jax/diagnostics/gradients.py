@@ -13,10 +13,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from meanfield_jax.arguments import checked, integers
+from meanfield_jax.checks import array, check_labels, function, whole
 from meanfield_jax.diagnostics.capture import blocks_around, check_module, repeated_paths, unrolled
 from meanfield_jax.empirical.model import Functional, Params, functional, path_name
 from meanfield_jax.errors import DataError, SpecError, problem
-from meanfield_jax.layers.base import check_positive_int
+from meanfield_jax.limits import within
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -25,6 +27,7 @@ Loss = Callable[[Array, Array], Array]
 """Maps outputs (n, ...) and targets (n, ...) to the losses of the samples, (n,)."""
 
 
+@checked(loss=function, x=array)
 def gradients(model: nnx.Module, loss: Loss, x: Array, y: Array) -> dict[str, Array]:
     """The gradient of the mean loss for each weight; paths are as in :func:`activations`.
 
@@ -67,6 +70,7 @@ def _repeated_axes(model: nnx.Module, params: Params) -> dict[str, int]:
     return {name: len(blocks_around(name, blocks)) for name in params}
 
 
+@checked()
 def gradient_tails(grads: Any, *, tail_share: float = 0.01) -> xr.Dataset:
     r"""How heavy the tails of the distribution over the entries of each weight's gradient are.
 
@@ -132,6 +136,7 @@ def _tails(grad: Array, tail_share: float) -> tuple[float, float, float, int]:
     return kurtosis, index, index / math.sqrt(count), count
 
 
+@checked(loss=function, x=array)
 def input_dependence(model: nnx.Module, loss: Loss, x: Array, y: Array) -> xr.Dataset:
     r"""How far the samples' gradients cancel: 1 where they are equal for all inputs.
 
@@ -218,6 +223,7 @@ def _sums(
     return over_entries(gradient(jnp.ones(len(x)))), of_absolutes
 
 
+@checked(loss=function, x=array, batch_size=integers)
 def gradient_noise(
     model: nnx.Module,
     loss: Loss,
@@ -286,8 +292,9 @@ def gradient_noise(
             SpecError, "learning_rate", rates.tolist(), "must be finite and >= 0", "pass e.g. 0.1"
         )
     for size in sizes.tolist():
-        check_positive_int("batch_size", size)
-    check_positive_int("num_batches", num_batches)
+        whole("batch_size", size, 1)
+    num_batches = whole("num_batches", num_batches, 2)
+    within("MEMORY", "num_batches", num_batches, 8 * num_batches * float(sizes.max()))
     mean, variance = _sample_variance(apply, params, loss, x, y)
     spread = []
     for size, key in zip(
@@ -350,12 +357,19 @@ def _prepared(
 ) -> tuple[Functional, Params, Array, Array]:
     """The model as a function, and the data as arrays; raises if they do not fit."""
     check_module(model)
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    if len(x) != len(y):
-        cause = f"there are {len(x)} inputs"
-        raise problem(DataError, "y.shape", y.shape, cause, "pass one target for each")
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or len(x) == 0:
+        cause = f"the inputs have shape {x.shape}"
+        raise problem(DataError, "y.shape", y.shape, cause, "pass one target for each input")
     apply, params = functional(model)
-    shape = jax.eval_shape(lambda params: loss(apply(params, x), y), params).shape
+    outputs = jax.eval_shape(apply, params, x)
+    if y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer) and getattr(outputs, "ndim", 0) == 2:
+        check_labels("y", y, max(outputs.shape[1], 2))
+    try:
+        shape = jax.eval_shape(loss, outputs, y).shape
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        cause = f"cannot be applied to outputs and y ({' '.join(str(error).split())[:200]})"
+        remedy = "pass a function such as optax.softmax_cross_entropy_with_integer_labels"
+        raise problem(SpecError, "loss", loss, cause, remedy) from error
     if shape != (len(x),):
         remedy = f"return the samples' losses, {(len(x),)}, not their mean"
         raise problem(SpecError, "loss", shape, "the returned shape is wrong", remedy)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import array
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.kernel import safe
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@checked()
 def moments(activations: Mapping[str, Array]) -> xr.Dataset:
     r"""Mean and variance of each layer's activations, over samples, positions and channels.
 
@@ -69,6 +72,7 @@ class Power(NamedTuple):
     P4: Array
 
 
+@checked(activation=array)
 def power(activation: Array) -> Power:
     r"""Splits the power of activations into four parts.
 
@@ -108,7 +112,7 @@ def power(activation: Array) -> Power:
 
 
 def _checked(activation: Array) -> Array:
-    if jnp.ndim(activation) < 2:
+    if jnp.ndim(activation) < 2 or jnp.size(activation) == 0:
         remedy = "pass (samples, channels) or (samples, *positions, channels)"
         shape = jnp.shape(activation)
         raise problem(DataError, "activation.shape", shape, "not a batch of channels", remedy)

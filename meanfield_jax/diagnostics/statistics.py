@@ -12,9 +12,12 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import check_data, whole
 from meanfield_jax.diagnostics.capture import blocks_around, check_module, repeated_paths, unrolled
 from meanfield_jax.empirical.model import batch_statistics
-from meanfield_jax.errors import DataError, SpecError, check_data, problem
+from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.limits import within
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -36,6 +39,7 @@ class StatisticsError(NamedTuple):
     var_standard_error: Array
 
 
+@checked()
 def statistics_error(used: tuple[Array, Array], full: tuple[Array, Array]) -> StatisticsError:
     r"""The error of means and variances, such as those a layer uses, relative to those of all data.
 
@@ -90,6 +94,7 @@ def statistics_error(used: tuple[Array, Array], full: tuple[Array, Array]) -> St
     return StatisticsError(*(error.mean() for error in errors), *standard_errors)
 
 
+@checked()
 def batch_statistics_error(
     model: nnx.Module,
     x: Array,
@@ -143,6 +148,8 @@ def batch_statistics_error(
     if not 2 <= batch_size <= len(x):
         cause = f"must be between 2 and the number of samples, {len(x)}"
         raise problem(SpecError, "batch_size", batch_size, cause, "pass a size in this range")
+    num_batches = whole("num_batches", num_batches, 2)
+    within("MEMORY", "num_batches", num_batches, 8 * num_batches * batch_size)
     full = _by_layer(model, x)
     known = list(full) if layers is None else list(layers)
     if not full or not set(known) <= set(full):

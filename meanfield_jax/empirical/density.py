@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from meanfield_jax import precise
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import numbers, scalar
 from meanfield_jax.empirical.lanczos import begin, check_dtype, expand
 from meanfield_jax.empirical.linearized import linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.limits import within
 from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
 
@@ -64,7 +67,7 @@ class SpectralDensity:
             SpecError: if a width is negative.
         """
         for name, value in (("sigma", sigma), ("relative_sigma", relative_sigma)):
-            if value is not None and value < 0:
+            if value is not None and not scalar(name, value) >= 0:
                 raise problem(SpecError, name, value, "must not be negative", "pass 0 or more")
         nodes, weights = self.nodes.ravel(), self.weights.ravel() / self.nodes.shape[0]
         spread = jnp.max(nodes) - jnp.min(nodes)
@@ -73,7 +76,9 @@ class SpectralDensity:
         width = (default if sigma is None else sigma) + relative_sigma * jnp.abs(nodes)
         # a node at exactly 0 keeps a finite height
         width = jnp.maximum(width, jnp.finfo(nodes.dtype).eps * scale)
-        score = (jnp.asarray(grid, nodes.dtype)[:, None] - nodes[None, :]) / width[None, :]
+        grid = jnp.ravel(jnp.asarray(numbers("grid", grid), nodes.dtype))
+        within("MEMORY", "grid.shape", grid.shape, 12.0 * grid.size * nodes.size)
+        score = (grid[:, None] - nodes[None, :]) / width[None, :]
         heights = weights / (width * math.sqrt(2 * math.pi))
         return precise.matmul(jnp.exp(-(score**2) / 2), heights)
 
@@ -135,6 +140,7 @@ def _nodes_and_weights(krylov):
     return nodes, vectors[0] ** 2
 
 
+@checked()
 def spectral_density(
     op: Any, *, num_steps: int = 90, num_draws: int = 1, key: jax.Array | None = None
 ) -> SpectralDensity:
@@ -179,6 +185,8 @@ def spectral_density(
     for name, value in (("num_steps", num_steps), ("num_draws", num_draws)):
         if value < 1:
             raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
+    within("MEMORY", "num_steps", num_steps, 4.0 * num_steps * (op.shape[0] + num_steps))
+    within("MEMORY", "num_draws", num_draws, 8.0 * num_draws * num_steps)
     key = jax.random.key(0) if key is None else key
     run = _density_stepwise if loops_on_host(op, key) else _density_compiled
     return SpectralDensity(*run(op, key, num_steps=num_steps, num_draws=num_draws))

@@ -21,6 +21,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from meanfield_jax import precise
+from meanfield_jax.checks import check_choice, whole
 from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.inputs import check_batch, check_params
 from meanfield_jax.empirical.likelihood import LIKELIHOODS, likelihood_factor
@@ -31,7 +32,7 @@ from meanfield_jax.empirical.model import (
 )
 from meanfield_jax.empirical.operator import Product, SymmetricOperator
 from meanfield_jax.empirical.products import jacobian, outer
-from meanfield_jax.errors import DataError, SpecError, check_choice, problem
+from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.pytree import pytree, static
 
 
@@ -106,6 +107,7 @@ class FisherOperator(SymmetricOperator):
             self._check_batch_size(self.batch_size)
 
     def _check_batch_size(self, batch_size: int) -> None:
+        object.__setattr__(self, "batch_size", whole("batch_size", batch_size))
         if batch_size < 1:
             cause, remedy = "must be at least 1", "pass a positive integer, or None"
             raise problem(SpecError, "batch_size", batch_size, cause, remedy)
@@ -183,7 +185,7 @@ class FisherOperator(SymmetricOperator):
             found = jax.eval_shape(self.evaluate, self.params, self.x)
         except (SpecError, DataError):
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
             shapes = jax.tree.map(np.shape, self.x)
             cause = f"the model cannot be applied to x ({' '.join(str(error).split())[:200]})"
             raise problem(DataError, "x.shape", shapes, cause, "pass valid inputs") from error

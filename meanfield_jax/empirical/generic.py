@@ -85,10 +85,11 @@ def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
     Returns:
         Their paths.
     """
-    if not isinstance(op.apply, Functional) or op.batch_size is not None:
+    model = op.apply
+    if not isinstance(model, Functional) or op.batch_size is not None:
         return ()
     try:
-        inputs = jax.eval_shape(lambda p, x: op.apply.with_added(p, {}, x)[1], op.params, op.x)
+        inputs = jax.eval_shape(lambda p, x: model.with_added(p, {}, x)[1], op.params, op.x)
         layers = tuple(
             name
             for name, value in inputs.items()

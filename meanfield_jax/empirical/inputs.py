@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.layers.base import is_layer
 
 
 def check_batch(x: Any) -> Any:
@@ -78,7 +79,7 @@ def check_params(params: Any) -> Any:
 
 
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_layer)
 
 
 def _argument(name: str, path: tuple) -> str:
@@ -90,6 +91,8 @@ def _dtype(leaf: Any) -> Any:
     """The dtype in JAX; None for what is not a number."""
     if isinstance(leaf, (bool, int, float, complex)):
         return jnp.result_type(leaf)
+    if isinstance(leaf, (jax.ShapeDtypeStruct, np.ma.MaskedArray)):
+        return None
     dtype = getattr(leaf, "dtype", None)
     # objects, text, dates
     return None if dtype is None or getattr(dtype, "kind", "") in "OUSMm" else dtype

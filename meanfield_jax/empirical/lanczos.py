@@ -16,8 +16,10 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from meanfield_jax.arguments import checked
 from meanfield_jax.empirical.linearized import linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.limits import within
 from meanfield_jax.precise import matmul
 from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
@@ -279,6 +281,7 @@ def _ended(state, *, vectors):
     return TopEigenvalues(theta, residual, error, state.step, state.status, eigenvectors)
 
 
+@checked()
 def top_eigenvalues(
     op: Any,
     k: int = 1,
@@ -362,6 +365,7 @@ def top_eigenvalues(
     if limit < k:
         cause = f"k={k} eigenvalues need at least {k} products"
         raise problem(SpecError, "max_steps", max_steps, cause, "raise max_steps or lower k")
+    within("MEMORY", "max_steps" if max_steps else "k", max_steps or k, 4.0 * size * room)
     key = jax.random.key(0) if key is None else key
     sizes = dict(size=size, dtype=solved.dtype, capacity=min(capacity, room), room=room)
     start = _begin_search(key, **sizes)

@@ -10,6 +10,7 @@ from jax import Array
 from rich.console import Console
 from rich.progress import track
 
+from meanfield_jax.arguments import as_given, checked
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.trace import trace
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@checked(op=as_given)
 def layer_table(
     op: FisherOperator,
     *,

@@ -5,12 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import array
 from meanfield_jax.errors import DataError, problem
+from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.pytree import pytree, static
 
@@ -26,13 +30,15 @@ class Model(nnx.Sequential):
 
     def __call__(self, x: Array) -> Array:
         """Outputs (samples, C) for inputs (samples, *input_shape)."""
-        if x.shape[1:] != self.input_shape:
+        shape = getattr(x, "shape", ())
+        if shape[1:] != self.input_shape:
             remedy = f"pass an array of shape (samples, {', '.join(map(str, self.input_shape))})"
-            raise problem(DataError, "x.shape", x.shape, "does not fit the network", remedy)
+            raise problem(DataError, "x.shape", shape, "does not fit the network", remedy)
         return super().__call__(x)
 
 
-def build(network: Network, *, rngs: nnx.Rngs) -> Model:
+@checked()
+def build(network: Network, *, rngs: nnx.Rngs | Array | int) -> Model:
     """The Flax NNX network with parameters drawn from the declared distributions.
 
     Weights are N(0, weight_var / fan_in) and biases N(0, bias_var); the scale of a BatchNorm starts
@@ -41,7 +47,7 @@ def build(network: Network, *, rngs: nnx.Rngs) -> Model:
 
     Args:
         network: The specification.
-        rngs: Flax's random streams, such as ``nnx.Rngs(0)``.
+        rngs: Flax's random streams, such as ``nnx.Rngs(0)``, or a seed or key of them.
 
     Returns:
         A module that maps (samples, *input_shape) to (samples, C) in float32, with products in full
@@ -58,6 +64,9 @@ def build(network: Network, *, rngs: nnx.Rngs) -> Model:
         (5, 3)
     """
     network.validate()
+    if not isinstance(jnp.zeros(()), Tracer):  # shapes alone take no memory
+        within("MEMORY", "network", network, 4 * network.num_parameters)
+    assert isinstance(rngs, nnx.Rngs)
     return Model(network, rngs)
 
 
@@ -155,6 +164,7 @@ def spread_over(signature: inspect.Signature, x: Any) -> tuple[tuple, dict[str, 
     return (x,), {}
 
 
+@checked()
 def functional(
     model: nnx.Module, call: Callable[[Any, Any], Any] | None = None
 ) -> tuple[Functional, Params]:
@@ -209,6 +219,7 @@ def in_mode(model: nnx.Module, statistics: str) -> nnx.Module:
     return copy
 
 
+@checked(x=array)
 def calibrate(model: nnx.Module, x: Array) -> None:
     """Sets the running statistics of every BatchNorm to exactly those of one batch.
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from meanfield_jax.arguments import as_given, checked
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import dense_layers
 from meanfield_jax.empirical.mode import MODES, check_mode
@@ -13,6 +14,7 @@ from meanfield_jax.empirical.model import Functional, functional, in_mode
 from meanfield_jax.errors import SpecError, problem
 
 
+@checked(model=as_given)
 def fisher_operator(
     model: nnx.Module,
     x: Any,
@@ -67,7 +69,7 @@ def fisher_operator(
     if not isinstance(model, nnx.Module):
         remedy = "pass an nnx.Module, or use FisherOperator(apply, params, x)"
         raise problem(SpecError, "model", type(model).__name__, "not a Flax NNX model", remedy)
-    if statistics not in MODES:
+    if not isinstance(statistics, str) or statistics not in MODES:
         cause, remedy = "a Flax model has no such mode", "use 'batch' or 'frozen'"
         raise problem(SpecError, "statistics", statistics, cause, remedy)
     model = in_mode(model, statistics)

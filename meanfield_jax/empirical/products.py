@@ -33,12 +33,13 @@ class Jacobian(NamedTuple):
 def jacobian(op: "FisherOperator") -> Jacobian:
     """The Jacobian of the operator's function; outside a block its columns are 0."""
     of_all = _whole(op) if op.batch_size is None else _in_batches(op, op.batch_size)
-    if op.mask is None:
+    mask = op.mask
+    if mask is None:
         return of_all
 
     def masked(tree: Any) -> Any:
         def scaled(path, leaf):
-            return leaf * op.mask[path_name(path)].astype(leaf.dtype)
+            return leaf * mask[path_name(path)].astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(scaled, tree)
 

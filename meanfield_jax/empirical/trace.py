@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from meanfield_jax.arguments import checked
 from meanfield_jax.empirical.lanczos import check_dtype
 from meanfield_jax.empirical.linearized import linearized, loops_on_host, multiply_rows
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.limits import within
 from meanfield_jax.precise import einsum, matmul
 from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
@@ -75,6 +77,7 @@ def _hutch(op: Any, key: Array, num_probes: int) -> tuple[Array, Array]:
     return _estimate(vectors, multiply_rows(op, vectors))
 
 
+@checked()
 def trace(op: Any, *, num_probes: int = 20, key: Array | None = None) -> Trace:
     r"""The trace of a positive semi-definite operator, by Hutch++.
 
@@ -118,6 +121,7 @@ def trace(op: Any, *, num_probes: int = 20, key: Array | None = None) -> Trace:
     if num_probes < 2:
         remedy = "pass 2 or more, which the standard error needs"
         raise problem(SpecError, "num_probes", num_probes, "must be at least 2", remedy)
+    within("MEMORY", "num_probes", num_probes, 24.0 * num_probes * op.shape[0])
     key, size = jax.random.key(0) if key is None else key, op.shape[0]
     if size <= 3 * num_probes:
         matrix = multiply_rows(op, jnp.eye(size, dtype=op.dtype))

@@ -14,9 +14,12 @@ from jax import Array
 from rich.console import Console
 from rich.progress import Progress
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import check_data, targets
 from meanfield_jax.empirical.model import Functional, Params, build, functional
-from meanfield_jax.errors import DataError, SpecError, check_data, problem
+from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.train import BLOW_UP
+from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.variants import variants_of
@@ -30,6 +33,7 @@ WIDEST = 64.0
 Draw = tuple[Functional, Params]
 
 
+@checked()
 def measured_boundary(
     network: Network,
     x: Array,
@@ -52,7 +56,7 @@ def measured_boundary(
     Args:
         network: The specification.
         x: Inputs, (n, *input_shape).
-        y: Targets, (n, C).
+        y: Integer labels (n,), or targets (n, C).
         gammas: Scales to use in every norm; the network without its norms is included as well.
             Empty: the network as it is.
         draws: Number of random draws of each network.
@@ -86,10 +90,8 @@ def measured_boundary(
     """
     import xarray as xr
 
-    x, y = check_data(x), jnp.asarray(y)
-    if y.shape != (len(x), *network.output_shape):
-        remedy = f"pass ({len(x)}, {network.output_shape[0]}), such as jax.nn.one_hot(labels, C)"
-        raise problem(DataError, "y.shape", y.shape, "does not fit the network's outputs", remedy)
+    x = check_data(x)
+    y = targets("y", y, len(x), network.num_outputs, x.dtype)
     for name, value in dict(draws=draws, num_steps=num_steps).items():
         if value < 1:
             raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
@@ -98,6 +100,8 @@ def measured_boundary(
             raise problem(SpecError, name, value, "must be above 0", "pass a positive number")
     # floats, because the theory would be compiled again for an integer
     variants = variants_of(network, map(float, gammas))
+    # a draw and its momenta, gradients and trial parameters
+    within("MEMORY", "draws", draws, 16 * draws * len(variants) * network.num_parameters)
     predicted = np.array(
         [float(analyze(variant, data=x).eta_max(momentum)) for variant in variants.values()]
     )

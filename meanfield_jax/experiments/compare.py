@@ -13,13 +13,16 @@ from jax import Array
 from rich.console import Console
 from rich.progress import track
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import check_choice, check_data, pair
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build
 from meanfield_jax.empirical.nnx_model import fisher_operator
-from meanfield_jax.errors import SpecError, check_choice, problem
+from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.train import Samples, train
 from meanfield_jax.experiments.validate import standard_error
 from meanfield_jax.layers.base import Layer, norm_layers
+from meanfield_jax.limits import within
 from meanfield_jax.network import Network, normalizes_over_batch, walk
 from meanfield_jax.theory.analyze import analyze, least_samples
 from meanfield_jax.theory.learning_rate import stable_rate
@@ -52,6 +55,7 @@ def norm_of(name: str, network: Network) -> Layer | None:
     return None if name == "none" else norm_layers()[name].fitting(hidden)
 
 
+@checked(data=pair)
 def compare(
     network: Network,
     data: Samples,
@@ -122,7 +126,9 @@ def compare(
     for name, value in dict(seeds=seeds, draws=draws).items():
         if value < 1:
             raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
-    x = jnp.asarray(data[0])
+    within("MEMORY", "seeds", seeds, 16 * seeds * len(learning_rates) * network.num_parameters)
+    within("MEMORY", "draws", draws, 100 * draws * len(variants) * len(batch_sizes))
+    x = check_data(data[0], "data[0]")
     if not 1 <= min(batch_sizes) <= max(batch_sizes) <= len(x):
         cause = f"there are {len(x)} training samples"
         remedy = f"pass sizes from 1 to {len(x)}"

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
+from meanfield_jax.arguments import checked, model_or_function
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.lanczos import top_eigenvalues
@@ -19,6 +20,7 @@ from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import eta_max
 
 
+@checked()
 def optimizer(
     network: Network,
     momentum: float = 0.9,
@@ -72,6 +74,7 @@ def optimizer(
     return optax.sgd(fraction * theory.eta_max(momentum), momentum)
 
 
+@checked(model=model_or_function)
 def learning_rate_for(
     model: nnx.Module | Callable[..., Array],
     x: Array,

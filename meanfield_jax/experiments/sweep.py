@@ -21,6 +21,8 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import pair
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.progress import Progress
 from meanfield_jax.experiments.store import Layout, Region, SweepStore, Variable, create, locked
@@ -31,15 +33,15 @@ from meanfield_jax.experiments.train import (
     Recipe,
     Samples,
     Training,
+    bytes_of_cell,
     check_cells,
     check_samples,
     recipe_of,
     run_cells,
 )
 from meanfield_jax.kernel.kernel import STATISTICS
-from meanfield_jax.layers.base import Signal
 from meanfield_jax.memory import memory_of
-from meanfield_jax.network import Network, walk
+from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import with_depth, with_gamma, with_weight_var, with_width
@@ -75,6 +77,7 @@ CELLS = dict(cpu=16)
 CELLS_ELSEWHERE = 1024
 
 
+@checked(data=pair)
 def sweep(
     network: Network,
     data: Samples,
@@ -377,25 +380,6 @@ def _cells_in_memory(recipes: Any, devices: list[Any]) -> int:
     each = max(bytes_of_cell(recipe) for recipe in recipes)
     most = CELLS.get(platform, CELLS_ELSEWHERE)
     return max(1, int(min(most, memory / each))) * len(devices)
-
-
-def bytes_of_cell(recipe: Recipe) -> int:
-    """A rough upper bound on the memory of one run.
-
-    It counts six copies of the parameters (draw, gradient, momentum, old and new), and four of what
-    a batch keeps of each layer, including the windows of convolutions.
-
-    Returns:
-        Bytes, four for each number (float32).
-    """
-    network = recipe.network
-    signals = network.body.signals(Signal(network.input_shape))
-    sides = (max(inner.kernel_size for _, inner in walk(layer)) for layer in network.layers)
-    windows = [side**2 for side in sides] + [1]
-    numbers = sum(
-        math.prod(signal.shape) * window for signal, window in zip(signals, windows, strict=True)
-    )
-    return 4 * (6 * network.num_parameters + 4 * recipe.batch_size * numbers)
 
 
 def _predict(store: SweepStore, recipes, axes, fixed, x: Array) -> None:

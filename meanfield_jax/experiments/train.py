@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,9 +16,13 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 
+from meanfield_jax.arguments import checked, integers
+from meanfield_jax.checks import check_choice, check_data, numbers, pair, targets
 from meanfield_jax.empirical.model import build
-from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
-from meanfield_jax.network import Network
+from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.layers.base import Signal
+from meanfield_jax.limits import within
+from meanfield_jax.network import Network, walk
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.status import Status, first_failure
 from meanfield_jax.variants import has_norm, with_gamma, with_norms, with_weight_var
@@ -140,6 +145,7 @@ class Training:
         return xr.Dataset(data, dict(epoch=np.arange(1, self.loss.shape[-1] + 1)))
 
 
+@checked(data=pair, momentum=numbers, seed=integers)
 def train(
     network: Network,
     data: Samples,
@@ -209,7 +215,9 @@ def train(
     check_cells(network, given)
     shape = jnp.broadcast_shapes(*(value.shape for value in given.values()))
     cells = Cell(**{name: jnp.broadcast_to(v, shape).ravel() for name, v in given.items()})
-    result = run_cells(recipe, cells, *check_samples(recipe, data, test))
+    samples = check_samples(recipe, data, test)
+    check_size(recipe, math.prod(shape), len(samples[0][0]))
+    result = run_cells(recipe, cells, *samples)
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), result)
 
 
@@ -226,6 +234,7 @@ def recipe_of(
     for name, value in dict(epochs=epochs, batch_size=batch_size).items():
         if value < 1:
             raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
+    network.num_outputs  # noqa: B018, raises for maps
     network.validate()
     # floats, because integers would be compiled again
     spec = jax.tree.map(float, network if train_gamma else with_norms(network, trainable=False))
@@ -233,6 +242,33 @@ def recipe_of(
     constants = tuple(number if path[-1].name == "eps" else None for path, number in leaves)
     numbers = [None if path[-1].name == "eps" else number for path, number in leaves]
     return Recipe(numbers, constants, structure, epochs, batch_size, loss, optimizer)
+
+
+def bytes_of_cell(recipe: Recipe) -> int:
+    """A rough upper bound on the memory of one run.
+
+    It counts six copies of the parameters (draw, gradient, momentum, old and new), and four of what
+    a batch keeps of each layer, including the windows of convolutions.
+
+    Returns:
+        Bytes, four for each number (float32).
+    """
+    network = recipe.network
+    signals = network.body.signals(Signal(network.input_shape))
+    sides = (max(inner.kernel_size for _, inner in walk(layer)) for layer in network.layers)
+    windows = [side**2 for side in sides] + [1]
+    numbers = sum(
+        math.prod(signal.shape) * window for signal, window in zip(signals, windows, strict=True)
+    )
+    return 4 * (6 * network.num_parameters + 4 * recipe.batch_size * numbers)
+
+
+def check_size(recipe: Recipe, cells: int, num_samples: int) -> None:
+    """Raises SpecError for runs that would take more memory or steps than the limits."""
+    steps = recipe.epochs * max(1, num_samples // recipe.batch_size)
+    within("STEPS", "epochs", recipe.epochs, steps)
+    curves = 16 * recipe.epochs * cells
+    within("MEMORY", "runs", cells, curves + cells * bytes_of_cell(recipe))
 
 
 def check_cells(network: Network, numbers: dict[str, Array]) -> None:
@@ -263,20 +299,12 @@ def check_samples(
 
 def _checked(network: Network, data: Samples, name: str) -> Arrays:
     """Inputs and targets (n, C) of one data set."""
-    x = check_data(data[0])
-    y = jnp.asarray(data[1])
+    x = check_data(data[0], f"{name}[0]")
     if x.shape[1:] != network.input_shape:
         remedy = f"pass inputs of shape (samples, {', '.join(map(str, network.input_shape))})"
         cause = "does not fit the network's input shape"
         raise problem(DataError, f"{name}[0].shape", x.shape, cause, remedy)
-    (num_outputs,) = network.output_shape
-    if y.shape == (len(x),) and jnp.issubdtype(y.dtype, jnp.integer):
-        return x, jax.nn.one_hot(y, num_outputs, dtype=x.dtype)
-    if y.shape != (len(x), num_outputs):
-        remedy = f"pass integer labels ({len(x)},) or targets ({len(x)}, {num_outputs})"
-        cause = "fits neither labels nor targets"
-        raise problem(DataError, f"{name}[1].shape", y.shape, cause, remedy)
-    return x, y.astype(x.dtype)
+    return x, targets(f"{name}[1]", data[1], len(x), network.num_outputs, x.dtype)
 
 
 @partial(jax.jit, static_argnames="mesh")

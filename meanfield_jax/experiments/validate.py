@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,13 +14,16 @@ from jax import Array
 from rich.console import Console
 from rich.progress import track
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import check_choice, check_data
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
-from meanfield_jax.errors import SpecError, check_choice, check_data, problem
+from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import STATISTICS
+from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import stable_rate
@@ -36,6 +40,7 @@ CURVE_POINTS = 60
 PROBES = 30
 
 
+@checked()
 def validate(
     network: Network,
     x: Array,
@@ -116,7 +121,8 @@ def validate(
 
     k = num_eigenvalues or 1
     shape = (len(variants), len(MODES), draws)
-    measured = np.full((*shape, k * network.output_shape[0]), np.nan)
+    within("MEMORY", "draws", draws, 16 * math.prod(shape) * k * network.num_outputs)
+    measured = np.full((*shape, k * network.num_outputs), np.nan)
     traces = np.full(shape, np.nan)
     jobs = [
         (row, draw, variant)
@@ -132,7 +138,7 @@ def validate(
             traces[row, :, draw] = _in_both_modes(
                 variant, x, seed + draw, lambda op: trace(op).value
             )
-    outliers = measured[..., : network.output_shape[0]]
+    outliers = measured[..., : network.num_outputs]
     labels = list(variants)
     dataset = _dataset(labels, predicted, outliers, curve, momentum, num_samples, network)
     if num_eigenvalues is None:
@@ -193,7 +199,7 @@ def measure(
     """
 
     def top(op: FisherOperator) -> np.ndarray:
-        count = min(k * network.output_shape[0], op.dual.shape[0])
+        count = min(k * network.num_outputs, op.dual.shape[0])
         result = top_eigenvalues(op, count, tol=tol, key=jax.random.key(seed))
         return np.where(result.status == 0, result.eigenvalues, np.nan)
 

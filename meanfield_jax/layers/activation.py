@@ -1,12 +1,17 @@
 """Activation: an elementwise nonlinearity, given by name or as a function."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable, Iterator
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from meanfield_jax.checks import numbers
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.gaussian import NONLINEARITIES, Nonlinearity
-from meanfield_jax.layers.base import Kernel, Layer, Shape, Signal, layer
+from meanfield_jax.layers.base import Kernel, Layer, Problem, Shape, Signal, layer
 from meanfield_jax.pytree import static
 
 
@@ -31,14 +36,16 @@ class Activation(Layer):
     kinks: tuple[float, ...] = static(default=())
 
     def __post_init__(self):
-        if not callable(self.function) and self.function not in NONLINEARITIES:
-            raise problem(
-                SpecError,
-                "Activation.function",
-                self.function,
-                "unknown activation",
-                f"use one of {', '.join(NONLINEARITIES)}, or pass a function",
-            )
+        super().__post_init__()
+        given = self.function
+        if not callable(given) and not (isinstance(given, str) and given in NONLINEARITIES):
+            remedy = f"use one of {', '.join(NONLINEARITIES)}, or pass a function"
+            raise problem(SpecError, "Activation.function", given, "unknown activation", remedy)
+        if not isinstance(given, Hashable):
+            cause, remedy = "it has no hash", "pass a function"
+            raise problem(SpecError, "Activation.function", given, cause, remedy)
+        kinks = np.ravel(numbers("Activation.kinks", self.kinks)).tolist()
+        object.__setattr__(self, "kinks", tuple(kinks))
 
     @property
     def nonlinearity(self) -> Nonlinearity:
@@ -61,3 +68,19 @@ class Activation(Layer):
 
     def build(self, shape: Shape, rngs) -> Callable[[Array], Array]:
         return self.nonlinearity.function
+
+    def value_problems(self) -> Iterator[Problem]:
+        if callable(self.function) and not _is_elementwise(self.nonlinearity.function):
+            cause, remedy = "not elementwise", "pass a function such as jax.numpy.sin"
+            yield "function", self.function, cause, remedy
+
+
+@functools.lru_cache
+def _is_elementwise(function: Callable[[Array], Array]) -> bool:
+    """Whether a function maps a real array to one of the same shape."""
+    given = jax.ShapeDtypeStruct((2,), jnp.float32)
+    try:
+        found = jax.eval_shape(function, given)
+    except Exception:  # it is anyone's function
+        return False
+    return getattr(found, "shape", None) == (2,) and jnp.issubdtype(found.dtype, jnp.floating)

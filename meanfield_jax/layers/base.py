@@ -2,8 +2,8 @@
 
 A layer is a frozen dataclass registered as a pytree by :func:`layer`. Structure (width, kernel,
 axes) is static; numbers (weight_var, gamma) are leaves, so that a specification can be vmapped over
-them and differentiated with respect to them. ``__post_init__`` also runs on tracers, so it may
-check static fields only; numbers are checked on the host by :meth:`Layer.value_problems`.
+them and differentiated with respect to them. ``__post_init__`` also runs on tracers, so it checks
+static fields only; numbers are checked on the host by :meth:`Layer.value_problems`.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from meanfield_jax.checks import MOST_UNITS, check_choice, plain, truth, whole
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import Kernel, M
 from meanfield_jax.kernel.matrix import Matrix
@@ -111,6 +112,14 @@ class Layer:
     kernel_size: int = 1
     norm_name: ClassVar[str | None] = None
     abbreviation: ClassVar[str] = ""
+
+    def __post_init__(self):
+        """Checks the fields that are not numbers; raises SpecError if one cannot be used."""
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            given = getattr(self, field.name)
+            found = _checked(f"{type(self).__name__}.{field.name}", given, field)
+            if found is not given:
+                object.__setattr__(self, field.name, found)
 
     @property
     def ends_in_weights(self) -> bool:
@@ -265,6 +274,61 @@ def tunable_fields() -> dict[str, bool]:
     return dict(sorted(found.items(), key=lambda item: not item[1]))
 
 
+def as_layer(argument: str, value: Any) -> Layer:
+    """The value as a layer; a class stands for the layer with its defaults.
+
+    Args:
+        argument: The argument, for messages.
+        value: A layer, or the class of one.
+
+    Returns:
+        The layer.
+
+    Raises:
+        SpecError: if it is neither.
+    """
+    if isinstance(value, type) and issubclass(value, Layer):
+        try:
+            return value()
+        except TypeError:
+            remedy = f"pass a layer, such as {value.__name__}(...)"
+            cause = "a class that needs arguments"
+            raise problem(SpecError, argument, value.__name__, cause, remedy) from None
+    if isinstance(value, Layer):
+        return value
+    raise problem(SpecError, argument, value, "not a layer", f"use one of {', '.join(LAYERS)}")
+
+
+def is_layer(node: Any) -> bool:
+    """Whether a node of a pytree is a layer, which may stand for any number of leaves."""
+    return isinstance(node, Layer)
+
+
+def as_layers(path: str, value: Any) -> tuple[Layer, ...]:
+    """A sequence of layers as a tuple of them; raises SpecError for anything else."""
+    if not isinstance(value, (tuple, list)):
+        remedy = "pass a tuple of layers"
+        raise problem(SpecError, path, value, "not a sequence of layers", remedy)
+    return tuple(as_layer(f"{path}/{index}", inner) for index, inner in enumerate(value))
+
+
+def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
+    """A field's value in the form of its type; raises SpecError if it cannot be used."""
+    kind, options = field.type, field.metadata
+    if "choices" in options:
+        check_choice(name, value, options["choices"])
+        return value
+    if kind in (int, "int"):
+        return whole(name, value, options.get("least"), MOST_UNITS)
+    if kind in (bool, "bool"):
+        return truth(name, value)
+    if kind == tuple[Layer, ...]:
+        return as_layers(name, value)
+    if isinstance(kind, type) and issubclass(kind, Layer):
+        return as_layer(name, value)
+    return value if options.get("static") else plain(value)
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def layer(cls: type[T]) -> type[T]:
     """Makes a Layer subclass a frozen dataclass and a pytree, and registers its name for JSON."""
@@ -276,15 +340,6 @@ def layer(cls: type[T]) -> type[T]:
 def tunable(default: float, *, positive: bool) -> Any:
     """A number that ``tune`` may change; positive ones are tuned on a logarithmic scale."""
     return dataclasses.field(default=default, metadata=dict(positive=positive))
-
-
-def check_positive_int(argument: str, value: object) -> None:
-    """Raises SpecError unless value is an int of at least 1 or a traced width."""
-    if isinstance(value, Array):
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        cause, remedy = "must be an integer of at least 1", "pass a positive integer"
-        raise problem(SpecError, argument, value, cause, remedy)
 
 
 def variance_problems(layer: Any, *fields: str) -> Iterator[Problem]:

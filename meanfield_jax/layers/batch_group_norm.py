@@ -15,7 +15,6 @@ from meanfield_jax.layers.base import (
     Layer,
     Shape,
     Signal,
-    check_positive_int,
     layer,
 )
 from meanfield_jax.layers.batch_norm import BatchNormModule, batch_rule
@@ -57,10 +56,7 @@ class BatchGroupNorm(Norm):
     abbreviation: ClassVar[str] = "BGN"
     over_batch: ClassVar[bool] = True
 
-    num_groups: int = static(default=32)
-
-    def __post_init__(self):
-        check_positive_int("BatchGroupNorm.num_groups", self.num_groups)
+    num_groups: int = static(default=32, least=1)
 
     @classmethod
     def fitting(cls, widths: Sequence[int]) -> Layer:

@@ -54,10 +54,10 @@ class BatchNorm(Norm):
     axes: str = static(default="channel")
 
     def __post_init__(self):
-        if self.axes not in ("channel", "position"):
-            raise problem(
-                SpecError, "BatchNorm.axes", self.axes, "unknown", "use 'channel' or 'position'"
-            )
+        super().__post_init__()
+        if not isinstance(self.axes, str) or self.axes not in ("channel", "position"):
+            remedy = "use 'channel' or 'position'"
+            raise problem(SpecError, "BatchNorm.axes", self.axes, "unknown", remedy)
 
     def couples_positions(self, vary: bool) -> bool:
         return vary and self.axes == "channel"

@@ -18,7 +18,6 @@ from meanfield_jax.layers.base import (
     Rows,
     Shape,
     Signal,
-    check_positive_int,
     layer,
     total,
 )
@@ -168,10 +167,7 @@ class Repeat(Layer):
     """
 
     block: Layer = Sequential()
-    times: int = static(default=1)
-
-    def __post_init__(self):
-        check_positive_int("Repeat.times", self.times)
+    times: int = static(default=1, least=1)
 
     @property
     def ends_in_weights(self) -> bool:

@@ -19,7 +19,6 @@ from meanfield_jax.layers.base import (
     Problem,
     Shape,
     Signal,
-    check_positive_int,
     layer,
     tunable,
     variance_problems,
@@ -56,19 +55,12 @@ class Conv(Layer):
 
     is_weights: ClassVar[bool] = True
 
-    width: int = static()
-    kernel_size: int = static(default=3)
-    stride: int = static(default=1)
-    padding: str = static(default="SAME")
+    width: int = static(least=1)
+    kernel_size: int = static(default=3, least=1)
+    stride: int = static(default=1, least=1)
+    padding: str = static(default="SAME", choices=PADDINGS)
     weight_var: float | Array = tunable(2.0, positive=True)
     bias_var: float | Array = tunable(0.5, positive=True)
-
-    def __post_init__(self):
-        for field in ("width", "kernel_size", "stride"):
-            check_positive_int(f"Conv.{field}", getattr(self, field))
-        if self.padding not in PADDINGS:
-            remedy = f"use one of {', '.join(PADDINGS)}"
-            raise problem(SpecError, "Conv.padding", self.padding, "unknown", remedy)
 
     def output(self, signal: Signal) -> Signal:
         if len(signal.shape) != 3:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers.base import Layer, Shape, Signal, check_positive_int, layer
+from meanfield_jax.layers.base import Layer, Shape, Signal, layer
 from meanfield_jax.layers.batch_norm import BatchNorm, BatchNormModule, batch_statistics
 from meanfield_jax.layers.combine import Sequential
 from meanfield_jax.layers.conv import Conv
@@ -56,20 +56,20 @@ class CrossIterationBatchNorm(Sequential):
     abbreviation: ClassVar[str] = "CBN"
 
     layers: tuple[Layer, ...] = (BatchNorm(),)
-    window: int = static(default=4)
+    window: int = static(default=4, least=1)
     burn_in: int = static(default=0)
     compensate: bool = static(default=True)
 
     def __post_init__(self):
-        check_positive_int("CrossIterationBatchNorm.window", self.window)
-        if isinstance(self.burn_in, bool) or not isinstance(self.burn_in, int) or self.burn_in < 0:
+        super().__post_init__()
+        if self.burn_in < 0:
             name = "CrossIterationBatchNorm.burn_in"
             cause, remedy = "must be an integer of at least 0", "pass a number of iterations"
             raise problem(SpecError, name, self.burn_in, cause, remedy)
 
     def signals(self, signal: Signal) -> list[Signal]:
         kinds = [type(inner) for inner in self.layers]
-        over_channels = getattr(self.layers[-1], "axes", None) == "channel"
+        over_channels = bool(kinds) and getattr(self.layers[-1], "axes", None) == "channel"
         if kinds not in ([Dense, BatchNorm], [Conv, BatchNorm]) or not over_channels:
             names = tuple(kind.__name__ for kind in kinds)
             cause = "it needs weights and BatchNorm over channels"

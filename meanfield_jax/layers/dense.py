@@ -17,7 +17,6 @@ from meanfield_jax.layers.base import (
     Problem,
     Shape,
     Signal,
-    check_positive_int,
     layer,
     tunable,
     variance_problems,
@@ -43,12 +42,9 @@ class Dense(Layer):
 
     is_weights: ClassVar[bool] = True
 
-    width: int = static()
+    width: int = static(least=1)
     weight_var: float | Array = tunable(2.0, positive=True)
     bias_var: float | Array = tunable(0.5, positive=True)
-
-    def __post_init__(self):
-        check_positive_int("Dense.width", self.width)
 
     def output(self, signal: Signal) -> Signal:
         if len(signal.shape) != 1:

@@ -17,7 +17,6 @@ from meanfield_jax.layers.base import (
     Matrix,
     Shape,
     Signal,
-    check_positive_int,
     layer,
 )
 from meanfield_jax.layers.norm import (
@@ -56,10 +55,7 @@ class GroupNorm(Norm):
     abbreviation: ClassVar[str] = "GN"
     within_sample: ClassVar[bool] = True
 
-    num_groups: int = static(default=32)
-
-    def __post_init__(self):
-        check_positive_int("GroupNorm.num_groups", self.num_groups)
+    num_groups: int = static(default=32, least=1)
 
     def couples_positions(self, vary: bool) -> bool:
         return True

@@ -138,6 +138,10 @@ MOST_GROUPS, LEAST_CHANNELS = 8, 4
 """The most groups that :func:`fitting_groups` chooses, and the fewest channels per group."""
 
 
+MOST_DIVISOR = 10_000
+"""The largest divisor of a number of channels that a message names."""
+
+
 def fitting_groups(widths: Sequence[int]) -> int:
     """A number of groups that divides each of these numbers of channels."""
     common = math.gcd(*widths)
@@ -148,7 +152,8 @@ def fitting_groups(widths: Sequence[int]) -> int:
 def check_groups(name: str, num_groups: int, channels: int) -> None:
     """Raises SpecError if the number of groups does not divide the number of channels."""
     if channels % num_groups:
-        divisors = [str(count) for count in range(1, channels + 1) if channels % count == 0]
+        few = range(1, min(channels, MOST_DIVISOR) + 1)
+        divisors = [str(count) for count in few if channels % count == 0]
         cause = f"it does not divide {channels} channels"
         remedy = f"use {', '.join(divisors[-12:])}"
         raise problem(SpecError, f"{name}.num_groups", num_groups, cause, remedy)

@@ -94,6 +94,11 @@ class ProxyNorm(Layer):
     eps: float | Array = 0.03
     trainable: bool = static(default=True)
 
+    def __post_init__(self):
+        if not isinstance(self.activation, (Activation, type)):
+            object.__setattr__(self, "activation", Activation(self.activation))
+        super().__post_init__()
+
     def output(self, signal: Signal) -> Signal:
         if not isinstance(self.norm, Norm) or self.norm.over_batch:
             cause, remedy = "must normalize each sample by itself", "use LayerNorm or GroupNorm"

@@ -11,7 +11,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.numpy import result_type
 
-from meanfield_jax.errors import DataError, SpecError, check_choice, check_data, problem
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import check_choice, check_data
+from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel
 from meanfield_jax.kernel.sphere import LEAST_VALUES
 from meanfield_jax.layers.base import Layer
@@ -22,7 +24,7 @@ from meanfield_jax.theory.compiled import known_numbers, without_widths
 from meanfield_jax.theory.fisher import Fisher
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.likelihood import class_information
-from meanfield_jax.theory.memory_plan import modulus_for
+from meanfield_jax.theory.memory_plan import check_iid, modulus_for
 from meanfield_jax.theory.order_parameters import OrderParameters
 from meanfield_jax.theory.passes import iid, on_data
 
@@ -121,6 +123,7 @@ class Theory:
         return xr.Dataset(data, coords, attributes)
 
 
+@checked()
 def analyze(
     network: Network,
     *,
@@ -191,10 +194,7 @@ def analyze(
     """
     network.validate()
     check_choice("statistics", statistics, STATISTICS)
-    if len(network.output_shape) != 1:
-        remedy = "end with Flatten() or GlobalMeanPool() and Dense(outputs)"
-        raise problem(SpecError, "output shape", network.output_shape, "not a vector", remedy)
-    (num_outputs,) = network.output_shape
+    num_outputs = network.num_outputs
     network.body.check_theory(network.input_shape)
     body, widths = without_widths(known_numbers(network.body))
     if data is not None:
@@ -204,6 +204,7 @@ def analyze(
         found = on_data(body, widths, x, classes, num_outputs, statistics, modulus)
     else:
         check_num_samples(network.body, num_samples)
+        check_iid(network.body, network.input_shape, num_outputs)
         classes = class_information(network, likelihood, probabilities, None)
         shape = network.input_shape
         found = iid(body, widths, num_samples, classes, shape, num_outputs, statistics)
@@ -256,7 +257,8 @@ def check_num_samples(layer: Layer, num_samples) -> None:
     """Raises SpecError if the number of samples is known and too small for the layer."""
     if num_samples is None or isinstance(num_samples, Tracer):
         return
-    if not np.all(np.asarray(num_samples) >= 1):
+    given = np.asarray(num_samples)
+    if not np.all((given >= 1) & (np.floor(given) == given)):
         remedy = "pass a positive integer, or None for the limit"
         raise problem(SpecError, "num_samples", num_samples, "must be at least 1", remedy)
     least = least_samples(layer)

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import scalar
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.gaussian import Nonlinearity
 from meanfield_jax.layers import Activation
@@ -15,6 +17,7 @@ REACH = 8.0
 """Where the density of a component is cut off on large batches, in standard deviations."""
 
 
+@checked(gamma=scalar, beta=scalar)
 def batch_growth(
     activation: str | Activation,
     num_samples: int,

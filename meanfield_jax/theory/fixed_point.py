@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from meanfield_jax.errors import SpecError, check_choice, problem
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import check_choice
+from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel, iid_inputs
 from meanfield_jax.kernel.matrix import PairMatrix
@@ -91,6 +93,7 @@ class FixedPoint:
         )
 
 
+@checked()
 def fixed_point(
     block: Layer, *, statistics: str = "batch", num_samples: int | Array | None = None
 ) -> FixedPoint:

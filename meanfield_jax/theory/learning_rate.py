@@ -5,9 +5,12 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from meanfield_jax.arguments import checked
+from meanfield_jax.checks import numbers
 from meanfield_jax.errors import SpecError, problem
 
 
+@checked(momentum=numbers)
 def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
     """The largest stable learning rate, eta_max = 2 (1 + momentum) / lambda_max.
 

@@ -8,7 +8,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from meanfield_jax.errors import SpecError, check_choice, problem
+from meanfield_jax.checks import check_choice
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.precise import einsum
 
@@ -28,7 +30,8 @@ def class_information(
             cause, remedy = "a Gaussian likelihood uses none", "use likelihood='categorical'"
             raise problem(SpecError, "probabilities", "(given)", cause, remedy)
         return None
-    (num_outputs,) = network.output_shape
+    num_outputs = network.num_outputs
+    within("MEMORY", "likelihood", likelihood, 8 * num_outputs**2 * (num_samples or 1))
     dtype = jnp.result_type(float, *jax.tree.leaves(network))
     if probabilities is None:
         return _covariance(jnp.full((1, num_outputs), 1 / num_outputs, dtype))

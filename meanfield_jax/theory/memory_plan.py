@@ -12,6 +12,7 @@ from jax.core import Tracer
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.kernel.kernel import batch_inputs
 from meanfield_jax.layers.base import Layer, map_records
+from meanfield_jax.limits import within
 from meanfield_jax.memory import memory_of
 from meanfield_jax.network import walk
 from meanfield_jax.theory.compiled import with_widths
@@ -70,6 +71,15 @@ def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
         remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
+
+
+def check_iid(body: Layer, input_shape: tuple[int, ...], num_outputs: int) -> None:
+    """Raises SpecError if the theory of i.i.d. inputs does not fit the memory."""
+    positions = math.prod(input_shape[:-1])
+    entries = positions ** (2 if couples_positions(body) else 1)
+    bytes_each = jnp.zeros(()).dtype.itemsize
+    within("MEMORY", "input_shape", input_shape, LIVE[3] * bytes_each * entries)
+    within("MEMORY", "outputs", num_outputs, bytes_each * num_outputs)
 
 
 def records_on_data(body: Layer, widths: tuple, x: Array, statistics: str, modulus: int) -> Any:

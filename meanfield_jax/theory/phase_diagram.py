@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from meanfield_jax.arguments import checked
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.table import is_smooth, tabulated
 from meanfield_jax.layers import Activation, Layer
+from meanfield_jax.limits import within
 from meanfield_jax.status import Status
 from meanfield_jax.theory.compiled import known_numbers
 from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point, solve
@@ -39,6 +41,11 @@ NAMES = {
 }
 
 
+BYTES_OF_CELL = 1000.0
+"""Memory of a cell of a phase diagram."""
+
+
+@checked()
 def phase_diagram(
     block: Layer,
     *,
@@ -91,6 +98,8 @@ def phase_diagram(
         _checked_axis(name, axis).astype(dtype)
         for name, axis in (("weight_var", weight_var), ("bias_var", bias_var))
     )
+    cells = weight_var.size * bias_var.size
+    within("MEMORY", "weight_var.shape", weight_var.shape, BYTES_OF_CELL * cells)
     options: dict[str, Any] = dict(statistics=statistics, num_samples=num_samples)
     # checks the block and its numbers before they are traced
     jax.eval_shape(lambda: fixed_point(block, **options))

@@ -1,0 +1,261 @@
+"""Checks of single values, and the form in which the package works with them.
+
+What can only mean one thing is accepted: a NumPy number or an array without axes where a number is
+wanted. Values that are being traced are not known and pass.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.limits import within
+
+MOST_UNITS = 2**63 - 1
+"""The largest width, or other integer of a layer."""
+
+LARGEST = 2**31 - 1
+"""The largest integer of JAX's default type; sizes that are computed in Python may be larger."""
+
+BYTES_OF_ITEM = 1000.0
+"""Memory of an item of a sequence, with what is made of it."""
+
+MOST_LABELS = 5
+"""Labels outside the outputs that a message shows."""
+
+
+def plain(value: Any) -> Any:
+    """NumPy numbers, and arrays without axes, as numbers of Python; other values as they are."""
+    if not isinstance(value, (np.generic, np.ndarray)) or value.ndim:
+        return value
+    # half precision stays as it is, because the theory refuses it
+    if value.dtype.kind == "f" and value.itemsize > 2:
+        return float(value)
+    return value.item() if value.dtype.kind in "biu" else value
+
+
+def whole(argument: str, value: Any, least: int | None = None, most: int = LARGEST) -> Any:
+    """An integer in this range, or a traced one; raises SpecError for anything else."""
+    if isinstance(value, Tracer):
+        return value
+    if isinstance(value, Array) and value.ndim == 0 and is_number(value):
+        found: Any = value.item()
+        found = int(found) if np.isfinite(found) and found % 1 == 0 else found
+    else:
+        found = plain(value)
+    bound = "" if least is None else f" of at least {least}"
+    if isinstance(found, bool) or not isinstance(found, int) or (bound and found < (least or 0)):
+        kind = "a positive integer" if least == 1 else f"an integer{bound}"
+        raise problem(SpecError, argument, value, f"must be an integer{bound}", f"pass {kind}")
+    if abs(found) > most:
+        raise problem(SpecError, argument, value, "too large", f"pass at most {most}")
+    return found
+
+
+def number(argument: str, value: Any) -> Any:
+    """A real number, an array of them, or a traced one; raises SpecError for anything else."""
+    if isinstance(value, Tracer):
+        return value
+    found = plain(value)
+    if not is_number(found):
+        raise problem(SpecError, argument, value, "must be a number", "pass a float")
+    if isinstance(found, int) and abs(found) > MOST_UNITS:
+        raise problem(SpecError, argument, value, "too large", "pass a float")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number or an array of them."""
+    if isinstance(value, (np.ndarray, np.generic, Array)):
+        # the dtypes of JAX, such as bfloat16, have no kind of NumPy's
+        kinds = (jnp.integer, jnp.floating)
+        return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def scalar(argument: str, value: Any) -> Any:
+    """A single real number, or a traced one."""
+    found = number(argument, value)
+    if np.ndim(found):
+        raise problem(SpecError, argument, np.shape(found), "must be one number", "pass a float")
+    return found
+
+
+def numbers(argument: str, value: Any) -> Any:
+    """A number, or a sequence of numbers as an array."""
+    if isinstance(value, (list, tuple, range)):
+        items = enumerate(sequence(argument, value))
+        return np.array([scalar(f"{argument}[{i}]", item) for i, item in items], float)
+    return number(argument, value)
+
+
+def truth(argument: str, value: Any) -> bool:
+    """True or False; raises SpecError for anything else."""
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise problem(SpecError, argument, value, "must be a boolean", "pass True or False")
+    return found
+
+
+def path(argument: str, value: Any) -> Any:
+    """A path as text or as an object of pathlib."""
+    if not isinstance(value, (str, os.PathLike)) or "\0" in os.fspath(value):
+        raise problem(SpecError, argument, value, "must be a path", "pass a str or a pathlib.Path")
+    return value
+
+
+def function(argument: str, value: Any) -> Any:
+    """Anything that can be called."""
+    if not callable(value):
+        raise problem(SpecError, argument, value, "cannot be called", "pass a function")
+    return value
+
+
+def sequence(argument: str, value: Any) -> Any:
+    """A sequence or a one-dimensional array."""
+    flat = isinstance(value, (np.ndarray, Array)) and value.ndim == 1
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not (flat or listed):
+        raise problem(SpecError, argument, value, "must be a sequence", "pass a list or a tuple")
+    try:
+        length = len(value)
+    except OverflowError:  # of a range
+        length = math.inf
+    within("MEMORY", argument, value, BYTES_OF_ITEM * length)
+    return value
+
+
+def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises SpecError unless value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise problem(SpecError, argument, value, "unknown", f"use one of {', '.join(choices)}")
+
+
+def check_data(x: Any, name: str = "x") -> Array:
+    """The inputs as a floating-point array; raises DataError if they cannot be used."""
+    x = array(name, x)
+    if x.ndim < 2 or x.shape[0] == 0:
+        remedy = "pass (samples, features) or (samples, height, width, channels)"
+        raise problem(DataError, f"{name}.shape", x.shape, "not a batch", remedy)
+    if x.dtype not in (jnp.float32, jnp.float64):
+        remedy = f"convert it with {name}.astype('float32')"
+        raise problem(
+            DataError, f"{name}.dtype", str(x.dtype), "must be float32 or float64", remedy
+        )
+    check_finite(name, x)
+    return x
+
+
+def array(name: str, value: Any) -> Array:
+    """The value as a JAX array of numbers; raises DataError for anything else."""
+    if isinstance(value, Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return value
+    _check_length(name, value)
+    try:
+        given = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
+        if given is not None and given.dtype.kind not in "OUSMm" and value is not None:
+            return jnp.asarray(given)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise problem(DataError, name, type(value).__name__, "not an array of numbers", "pass one")
+
+
+def _check_length(name: str, value: Any) -> None:
+    """Raises SpecError if sequences in sequences would make too long an array."""
+    waiting, items = [value], 0
+    while waiting:
+        given = waiting.pop()
+        if isinstance(given, (list, tuple, range)):
+            items += len(sequence(name, given))
+            within("MEMORY", name, value, BYTES_OF_ITEM * items)
+            waiting += [] if isinstance(given, range) else given
+
+
+def check_finite(name: str, values: Array) -> None:
+    """Raises DataError if known values are not finite."""
+    if isinstance(values, Tracer):
+        return
+    # NumPy computes at once even where everything else is being traced
+    if count := int((~np.isfinite(np.asarray(values))).sum()):
+        remedy = "remove or replace these values"
+        raise problem(DataError, name, f"{count} values", "NaN or infinite", remedy)
+
+
+def targets(name: str, y: Any, num_samples: int, num_outputs: int, dtype: Any) -> Array:
+    """Labels or targets as targets.
+
+    Args:
+        name: The argument, for messages.
+        y: Integer labels (n,), or targets (n, C).
+        num_samples: n.
+        num_outputs: C.
+        dtype: The dtype of the inputs.
+
+    Returns:
+        The targets (n, C): those given, or 1 at the label and 0 elsewhere.
+
+    Raises:
+        DataError: if the shape does not fit, or for labels outside 0 to C - 1.
+    """
+    y = array(name, y)
+    if y.shape == (num_samples, num_outputs):
+        check_finite(name, y)
+        return y.astype(dtype)
+    if y.shape != (num_samples,):
+        remedy = f"pass integer labels ({num_samples},) or targets ({num_samples}, {num_outputs})"
+        raise problem(
+            DataError, f"{name}.shape", y.shape, "fits neither labels nor targets", remedy
+        )
+    check_finite(name, y)
+    if not (isinstance(y, Tracer) or np.all(np.asarray(y) % 1 == 0)):
+        remedy = f"pass integer labels, or targets ({num_samples}, {num_outputs})"
+        raise problem(DataError, name, str(y.dtype), "labels must be integers", remedy)
+    check_labels(name, y, num_outputs)
+    return jax.nn.one_hot(y.astype(int), num_outputs, dtype=dtype)
+
+
+def check_labels(name: str, labels: Array, num_outputs: int) -> None:
+    """Raises DataError if known labels are outside 0 to C - 1."""
+    if isinstance(labels, Tracer) or labels.size == 0:
+        return
+    values = np.asarray(labels)
+    outside = np.unique(values[(values < 0) | (values >= num_outputs)])
+    if outside.size == 0:
+        return
+    listed = ", ".join(f"{label:g}" for label in outside[:MOST_LABELS])
+    cause = f"labels {listed}{', ...' * (outside.size > MOST_LABELS)} are outside 0 to "
+    cause += f"{num_outputs - 1}, the range of {num_outputs} outputs"
+    from_one = values.min() == 1 and values.max() == num_outputs
+    remedy = "subtract 1" if from_one else "correct them, or use a network with more outputs"
+    ends = f"{values.min():g} to {values.max():g}"
+    raise DataError(f"{name}={ends}: {cause}; {remedy}")
+
+
+def pair(argument: str, value: Any) -> Any:
+    """Inputs and labels, a tuple or list of two."""
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return value
+    remedy = "pass (inputs, labels)"
+    raise problem(DataError, argument, type(value).__name__, "must be a pair", remedy)
+
+
+def mapping(argument: str, value: Any) -> Any:
+    """A mapping whose keys are text."""
+    if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise problem(SpecError, argument, value, "must be a mapping from names", "pass a dict")
+    return value
+
+
+def names(argument: str, value: Any) -> Any:
+    """A text, or a list or tuple of texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not (isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)):
+        raise problem(SpecError, argument, value, "must be names", "pass a str or a list of str")
+    return value
