@@ -14,7 +14,7 @@ from meanfield_jax.experiments.diagram import averaged
 from meanfield_jax.layers.base import abbreviation
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import stable_rate
-from meanfield_jax.tune import Tuning
+from meanfield_jax.tuning import Tuning
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -83,7 +83,7 @@ def test_a_saved_network_can_be_given(folder, capsys):
     net = mf.mlp([30], inputs=784, outputs=2, activation="erf", norm=mf.BatchNorm())
     (folder / "net.json").write_text(net.to_json())
     assert main(["analyze", "--spec", "net.json", "--gamma", "2", "--json"]) == 0
-    spec = json.loads(json.loads(capsys.readouterr().out)["attributes"]["network"])
+    spec = json.loads(capsys.readouterr().out)["network"]
     assert spec["layers"][1]["gamma"] == 2.0
 
 

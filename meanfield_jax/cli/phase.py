@@ -1,7 +1,6 @@
 """``meanfield-jax phase``."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from meanfield_jax.cli.output import check_folder, plain, write_png
+from meanfield_jax.cli.output import outputs, write_png
+from meanfield_jax.cli.result import print_json
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import Activation, BatchNorm, Dense, Sequential
 from meanfield_jax.plots import plot_phase_diagram
@@ -43,8 +43,7 @@ class Phase:
 
     def run(self) -> None:
         """Computes the phase diagram, draws it and prints the table."""
-        if self.output is not None:
-            check_folder(self.output)
+        pictures = [] if self.output is None else outputs("--output", self.output, ".png")
         norm = [BatchNorm(self.gamma)] if self.norm == "batch" else []
         block = Sequential((Dense(1), *norm, Activation(self.activation)))
         with jax.enable_x64():
@@ -54,16 +53,16 @@ class Phase:
                 bias_var=_axis("--bias-var", self.bias_var),
                 num_samples=self.num_samples,
             )
-        written = self.output and write_png(self.output, plot_phase_diagram(dataset))
+        written = [write_png(path, plot_phase_diagram(dataset)) for path in pictures]
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_json("phase", dataset)
         else:
             console = Console()
             console.print(_critical_table(dataset))
             for status, count in zip(*np.unique(dataset.status, return_counts=True), strict=True):
                 console.print(f"{count} of {dataset.status.size}: {Status(status).name}")
         if written:
-            print(f"wrote {written}", file=sys.stderr)
+            print("wrote", *written, file=sys.stderr)
 
 
 def _axis(option: str, text: str) -> np.ndarray:

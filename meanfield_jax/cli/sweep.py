@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
@@ -15,7 +13,8 @@ import tyro
 from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import plain
+from meanfield_jax.cli.output import local_store
+from meanfield_jax.cli.result import print_sweep
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.sweep import AXES, sweep
@@ -27,7 +26,7 @@ GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
 class Sweep:
     """Train at every point of a grid, to find which rates and scales diverge and which are best."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Annotated[str, tyro.conf.Positional]
     """Folder for the results (a Zarr group), which `meanfield-jax plot` draws."""
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
@@ -39,8 +38,8 @@ class Sweep:
     """Axes of the grid, each as AXIS=VALUES, where VALUES is a list such as 1,2,3 or LOW:HIGH:COUNT
     for values in equal ratios. Axes: gamma, learning_rate, seed, momentum, batch_size, weight_var,
     depth, width."""
-    num_test: int = 1000
-    """Number of test samples, evaluated after each epoch; 0 for none."""
+    num_test: int | None = None
+    """Number of test samples, evaluated after each epoch; 0 for none [1000, or all there are]."""
     epochs: int = 5
     """Passes over the training samples."""
     loss: Literal["squared", "cross_entropy"] = "squared"
@@ -68,18 +67,21 @@ class Sweep:
 
     def run(self) -> None:
         """Trains, stores the results and prints the table."""
-        grid = parse_grid(self.grid)
+        store, grid = local_store(self.store), parse_grid(self.grid)
         if self.distributed or self.coordinator is not None:
             self._connect()
         network = self.network.network(self.inputs.shape(self.network.net))
+        test = None
+        if self.num_test != 0:
+            test = self.inputs.load_test(network, self.num_test, 1000)
         with _stdout_for_results():
             dataset = sweep(
                 network,
                 self.inputs.load(network),
                 grid,
-                store=self.store,
+                store=store,
                 resume=self.resume,
-                test=self.inputs.load(network, "test", self.num_test) if self.num_test else None,
+                test=test,
                 epochs=self.epochs,
                 loss=self.loss,
                 train_gamma=not self.frozen_gamma,
@@ -91,11 +93,11 @@ class Sweep:
         if jax.process_index() > 0:
             return
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_sweep("sweep", dataset)
         elif "learning_rate" in dataset.dims:
             Console().print(sweep_table(dataset))
         diverged, cells = int((dataset.diverged_at >= 0).sum()), dataset.diverged_at.size
-        print(f"{cells} runs, {diverged} diverged; wrote {self.store}", file=sys.stderr)
+        print(f"{cells} runs, {diverged} diverged; wrote {store}", file=sys.stderr)
 
     def _connect(self) -> None:
         try:
