@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import os
 import re
 from typing import Any
 
+import jax
 import tyro
 
 from meanfield_jax.cli.analyze import Analyze
@@ -42,7 +44,7 @@ def run(arguments: list[str]) -> None:
     """Runs the command line.
 
     Raises:
-        Failure: if the command, an option or the data are not valid.
+        Failure: if the command, an option or the data are not valid, or JAX has no device.
     """
     command = _parse(arguments)
     try:
@@ -50,6 +52,20 @@ def run(arguments: list[str]) -> None:
             command.run()
     except (SpecError, DataError) as error:
         raise Failure(str(error), 2) from error
+    except Exception:
+        _check_devices()
+        raise
+
+
+def _check_devices() -> None:
+    """Raises Failure if JAX has no device, from which all kinds of errors follow."""
+    try:
+        jax.devices()
+    except Exception as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        cause = str(error) or "JAX finds no such device here"
+        remedy = 'install JAX for it, as with pip install "meanfield_jax[cuda13]", or unset it'
+        raise Failure(f"JAX_PLATFORMS={platforms!r}: {cause}; {remedy}", 1) from error
 
 
 def _parse(arguments: list[str]) -> Any:

@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import sys
-import traceback
 from typing import NoReturn
 
 from meanfield_jax import __version__
@@ -92,16 +91,25 @@ def main(arguments: list[str] | None = None) -> int:
 
             signals.running = True
             run(given)
-        sys.stdout.flush()
+        _flush()
     except BaseException as error:
         signals.running = False
         if TRACEBACK in os.environ:
-            traceback.print_exc()
+            sys.excepthook(type(error), error, error.__traceback__)
         message, status = _described(error)
         _say(message)
         return status
     signals.running = False
     return 0
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Failure(f"stdout: {error.strerror}; the result could not be written", 1) from error
 
 
 def _described(error: BaseException) -> tuple[str, int]:
@@ -120,8 +128,11 @@ def _described(error: BaseException) -> tuple[str, int]:
     fault = isinstance(error, (RecursionError, NotImplementedError))
     if isinstance(error, (OSError, RuntimeError)) and not fault:
         return text, 1
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{os.path.basename(last.filename)}:{last.lineno}"
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    code = place and place.tb_frame.f_code
+    where = f"{os.path.basename(code.co_filename)}:{place.tb_lineno}" if place and code else "?"
     remedy = f"please report it with its traceback, which {TRACEBACK}=1 shows"
     return f"a fault of the program, {type(error).__name__}: {text} ({where}); {remedy}", 1
 

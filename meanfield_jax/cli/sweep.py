@@ -15,6 +15,7 @@ from rich.console import Console
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import local_store
 from meanfield_jax.cli.result import print_sweep
+from meanfield_jax.cli.start import signals
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.sweep import AXES, sweep
@@ -106,6 +107,7 @@ class Sweep:
             cause = " ".join(str(error).split())
             remedy = "start it under SLURM, Open MPI or on a TPU pod, or use --coordinator"
             raise problem(SpecError, "--distributed", self.coordinator, cause, remedy) from None
+        signals.handle()  # JAX has taken SIGTERM over
 
 
 @contextlib.contextmanager
@@ -147,6 +149,7 @@ def _values(text: str, values: str) -> np.ndarray:
         cause = "its values cannot be read"
         remedy = "write a list such as 0.5,1,2, or LOW:HIGH:COUNT with LOW and HIGH above 0"
         raise problem(SpecError, "--grid", text, cause, remedy) from None
-    whole = np.round(numbers).astype(int)
-    numbers = whole if np.array_equal(whole, numbers) else numbers
+    # floats hold larger integers only roughly
+    if np.all(numbers == np.round(numbers)) and np.all(np.abs(numbers) < 2**53):
+        numbers = numbers.astype(int)
     return numbers[0] if len(numbers) == 1 else numbers
