@@ -76,9 +76,12 @@ def local_store(text: str) -> Path:
 
 def write(path: Path, save: Callable[[Path], Any]) -> str:
     """Writes a file completely or not at all, and returns its path."""
-    with _temporary(path) as unfinished:
-        save(unfinished)
-        unfinished.replace(path)
+    try:
+        with _temporary(path) as unfinished:
+            save(unfinished)
+            unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     return str(path)
 
 

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from meanfield_jax.cli.limits import MOST_CELLS, check_cells
 from meanfield_jax.cli.output import outputs, write_png
 from meanfield_jax.cli.result import print_json
 from meanfield_jax.errors import SpecError, problem
@@ -46,11 +47,14 @@ class Phase:
         pictures = [] if self.output is None else outputs("--output", self.output, ".png")
         norm = [BatchNorm(self.gamma)] if self.norm == "batch" else []
         block = Sequential((Dense(1), *norm, Activation(self.activation)))
+        weight_var = _axis("--weight-var", self.weight_var)
+        bias_var = _axis("--bias-var", self.bias_var)
+        check_cells("cells", weight_var.size, bias_var.size)
         with jax.enable_x64():
             dataset = phase_diagram(
                 block,
-                weight_var=_axis("--weight-var", self.weight_var),
-                bias_var=_axis("--bias-var", self.bias_var),
+                weight_var=weight_var,
+                bias_var=bias_var,
                 num_samples=self.num_samples,
             )
         written = [write_png(path, plot_phase_diagram(dataset)) for path in pictures]
@@ -69,7 +73,8 @@ def _axis(option: str, text: str) -> np.ndarray:
     """The values of lowest:highest:count."""
     try:
         lowest, highest, count = text.split(":")
-        values = np.linspace(float(lowest), float(highest), int(count))
+        # more cells than are allowed are refused later
+        values = np.linspace(float(lowest), float(highest), min(int(count), MOST_CELLS + 1))
     except ValueError:
         cause, remedy = "it is not of the form lowest:highest:count", "write, e.g., 0.5:4:128"
         raise problem(SpecError, option, text, cause, remedy) from None

@@ -12,6 +12,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from meanfield_jax.cli.limits import check_memory
 from meanfield_jax.cli.options import DataOptions, NetworkOptions, chosen
 from meanfield_jax.cli.output import outputs, write, write_png
 from meanfield_jax.cli.result import print_json
@@ -41,7 +42,7 @@ class Spectrum:
     vanilla: bool = False
     """Remove the BatchNorms."""
     num_steps: int = 90
-    """Lanczos steps for the spectral density."""
+    """Lanczos steps for the spectral density, at most one for each eigenvalue."""
     top: int = 20
     """Number of largest eigenvalues to measure and list."""
     output: Path = Path("meanfield-jax-spectrum")
@@ -54,6 +55,7 @@ class Spectrum:
         numbers, picture = outputs("--output", self.output, ".nc", ".png")
         shape = self.inputs.shape(self.network.net)
         network = chosen(self.network.network(shape), self.gamma, self.vanilla)
+        check_memory(network, self.inputs.num_samples, copies=3)
         x, _ = self.inputs.load(network)
         with Console(stderr=True).status("Predicting the spectrum"):
             fisher = analyze_network(network, statistics=self.statistics, data=x).fisher
@@ -64,7 +66,8 @@ class Spectrum:
         op = fisher_operator(model, x, statistics=self.statistics)
         with Console(stderr=True).status("Measuring the spectrum"):
             top = top_eigenvalues(op, self.top).raise_if_failed()
-            density = spectral_density(op, num_steps=self.num_steps).raise_if_failed()
+            steps = min(self.num_steps, op.dual.shape[0])
+            density = spectral_density(op, num_steps=steps).raise_if_failed()
         dataset = xr.Dataset(
             dict(
                 predicted=("predicted_rank", predicted),

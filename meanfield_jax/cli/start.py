@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             signals.running = True
             run(given)
-        _flush()
+        sys.stdout.flush()
     except BaseException as error:
         signals.running = False
         if TRACEBACK in os.environ:
@@ -101,15 +101,6 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     signals.running = False
     return 0
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise Failure(f"stdout: {error.strerror}; the result could not be written", 1) from error
 
 
 def _described(error: BaseException) -> tuple[str, int]:
@@ -123,6 +114,9 @@ def _described(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Failure):
         return str(error), error.status
     text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        # commands write named files, and stdout
+        text = f"{error.filename or 'stdout'}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"not enough memory: {text}; use fewer samples, a smaller network or grid", 1
     fault = isinstance(error, (RecursionError, NotImplementedError))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,14 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from meanfield_jax.cli.limits import MOST_CELLS, check_cells, check_count, check_memory
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import local_store
 from meanfield_jax.cli.result import print_sweep
 from meanfield_jax.cli.start import signals
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.experiments.sweep import AXES, sweep
+from meanfield_jax.experiments.sweep import AXES, WHOLE, sweep
 
 GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
 
@@ -72,6 +74,7 @@ class Sweep:
         if self.distributed or self.coordinator is not None:
             self._connect()
         network = self.network.network(self.inputs.shape(self.network.net))
+        check_memory(network, self.inputs.num_samples, copies=3)
         test = None
         if self.num_test != 0:
             test = self.inputs.load_test(network, self.num_test, 1000)
@@ -134,6 +137,9 @@ def parse_grid(texts: tuple[str, ...]) -> dict[str, np.ndarray]:
             )
             raise problem(SpecError, "--grid", text, cause, f"the axes are {', '.join(AXES)}")
         grid[name] = _values(text, values)
+        if name in WHOLE and grid[name].dtype.kind == "i" and grid[name].size > 0:
+            check_count("--grid", name, int(np.max(grid[name])))
+    check_cells("--grid", *(np.size(values) for values in grid.values()))
     return grid
 
 
@@ -144,7 +150,10 @@ def _values(text: str, values: str) -> np.ndarray:
             numbers = np.array([float(part) for part in parts])
         else:
             low, high, count = values.split(":")
-            numbers = np.geomspace(float(low), float(high), int(count))
+            low, high, count = float(low), float(high), int(count)
+            if not (0 < low < math.inf and 0 < high < math.inf and count > 0):
+                raise ValueError("not a range")
+            numbers = np.geomspace(low, high, min(count, MOST_CELLS + 1))
     except ValueError:
         cause = "its values cannot be read"
         remedy = "write a list such as 0.5,1,2, or LOW:HIGH:COUNT with LOW and HIGH above 0"
