@@ -9,7 +9,6 @@ import tyro
 import xarray as xr
 from rich.console import Console
 
-from meanfield_jax.cli.limits import check_memory
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import outputs, write, write_png
 from meanfield_jax.cli.result import print_json
@@ -64,8 +63,6 @@ class Compare:
         widths = self.network.widths or WIDTHS[self.network.net]
         options = dataclasses.replace(self.network, widths=widths)
         network = options.network(self.inputs.shape(self.network.net))
-        runs = self.seeds * len(self.learning_rates)
-        check_memory(network, self.inputs.num_samples, copies=3 * runs)
         dataset = compare(
             network,
             self.inputs.load(network),

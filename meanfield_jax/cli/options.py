@@ -18,6 +18,9 @@ from meanfield_jax.variants import with_gamma, without_norms
 LARGEST_SPEC = 2**24
 """Bytes; a network of 50,000 layers has that many."""
 
+MOST = 10**6
+"""Values of a range that is given by its ends and their number."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOptions:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from meanfield_jax.cli.limits import MOST_CELLS, check_cells
+from meanfield_jax.cli.options import MOST
 from meanfield_jax.cli.output import outputs, write_png
 from meanfield_jax.cli.result import print_json
 from meanfield_jax.errors import SpecError, problem
@@ -49,7 +49,6 @@ class Phase:
         block = Sequential((Dense(1), *norm, Activation(self.activation)))
         weight_var = _axis("--weight-var", self.weight_var)
         bias_var = _axis("--bias-var", self.bias_var)
-        check_cells("cells", weight_var.size, bias_var.size)
         with jax.enable_x64():
             dataset = phase_diagram(
                 block,
@@ -73,14 +72,13 @@ def _axis(option: str, text: str) -> np.ndarray:
     """The values of lowest:highest:count."""
     try:
         lowest, highest, count = text.split(":")
-        # more cells than are allowed are refused later
-        values = np.linspace(float(lowest), float(highest), min(int(count), MOST_CELLS + 1))
+        values = np.linspace(float(lowest), float(highest), min(int(count), MOST + 1))
     except ValueError:
         cause, remedy = "it is not of the form lowest:highest:count", "write, e.g., 0.5:4:128"
         raise problem(SpecError, option, text, cause, remedy) from None
-    if values.size < 2 or not values[0] < values[-1]:
-        cause = "it is not a range of at least two values"
-        remedy = "give the lower end first, and a count of at least 2"
+    if not 2 <= values.size <= MOST or not values[0] < values[-1]:
+        cause = f"it is not a range of 2 to {MOST:,} values"
+        remedy = "give the lower end first, and such a count"
         raise problem(SpecError, option, text, cause, remedy)
     return values
 

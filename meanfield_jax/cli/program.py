@@ -11,7 +11,6 @@ import tyro
 
 from meanfield_jax.cli.analyze import Analyze
 from meanfield_jax.cli.compare import Compare
-from meanfield_jax.cli.limits import check_counts
 from meanfield_jax.cli.phase import Phase
 from meanfield_jax.cli.plot import Plot
 from meanfield_jax.cli.schema import Schema
@@ -50,7 +49,6 @@ def run(arguments: list[str]) -> None:
     command = _parse(arguments)
     try:
         if command is not None:
-            check_counts(command)
             command.run()
     except (SpecError, DataError) as error:
         raise Failure(str(error), 2) from error

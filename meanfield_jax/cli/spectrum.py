@@ -12,7 +12,6 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from meanfield_jax.cli.limits import check_memory
 from meanfield_jax.cli.options import DataOptions, NetworkOptions, chosen
 from meanfield_jax.cli.output import outputs, write, write_png
 from meanfield_jax.cli.result import print_json
@@ -55,7 +54,6 @@ class Spectrum:
         numbers, picture = outputs("--output", self.output, ".nc", ".png")
         shape = self.inputs.shape(self.network.net)
         network = chosen(self.network.network(shape), self.gamma, self.vanilla)
-        check_memory(network, self.inputs.num_samples, copies=3)
         x, _ = self.inputs.load(network)
         with Console(stderr=True).status("Predicting the spectrum"):
             fisher = analyze_network(network, statistics=self.statistics, data=x).fisher

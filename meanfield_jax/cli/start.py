@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from typing import NoReturn
 
 from meanfield_jax import __version__
@@ -71,6 +72,8 @@ def entry() -> NoReturn:
     background after an interruption, and because a broken stdout would change the status.
     """
     signals.handle()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries; what a user should know is an error
     _open_missing_streams()
     status = main()
     with contextlib.suppress(OSError):

@@ -9,7 +9,6 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from meanfield_jax.cli.limits import check_memory
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import ComputationError, outputs, write, write_png
 from meanfield_jax.cli.result import print_json
@@ -49,7 +48,6 @@ class Validate:
         """Measures, prints the table and writes the files."""
         numbers, picture = outputs("--output", self.output, ".nc", ".png")
         network = self.network.network(self.inputs.shape(self.network.net))
-        check_memory(network, self.inputs.num_samples, copies=3)
         x, _ = self.inputs.load(network)
         dataset = validate(
             network,

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import resource
 import time
 from pathlib import Path
 
@@ -83,13 +84,14 @@ HOSTILE = {
 TOO_LONG = ("distributed", "coordinator")
 """Options that wait for other processes."""
 
+COMMAND_HELP: dict[str, str] = {}
+LOG = os.environ.get("MEANFIELD_JAX_FUZZ_LOG")
+"""A file to which every line is written with its status and seconds."""
+
 
 def options_of(command: str) -> list[str]:
     """The long options that --help of a command names."""
     return sorted(set(re.findall(r"--([a-z][a-z-]+)", COMMAND_HELP[command])))
-
-
-COMMAND_HELP: dict[str, str] = {}
 
 
 def line_of(number: int) -> list[str]:
@@ -164,7 +166,9 @@ def check(line: list[str], status: int, out: str, err: str, made: set[str]) -> N
         assert not made, f"{shown}\nleft {made}"
 
 
+# Python's own warnings are off in the program, see meanfield_jax.cli.start
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_every_command_line_is_refused_in_one_line_or_right(folder, capfd):
     deadline = time.monotonic() + SECONDS
     counts = dict.fromkeys((0, 1, 2), 0)
@@ -187,10 +191,7 @@ def test_every_command_line_is_refused_in_one_line_or_right(folder, capfd):
                 log.write(f"{number} {seconds:.1f} s, {status}: {line!r:.300} {err[-200:]!r}\n")
         for path in sorted(tree(folder) - there, reverse=True):
             Path(path).rmdir() if Path(path).is_dir() else Path(path).unlink()
-    print(f"{sum(counts.values())} command lines: {counts}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{sum(counts.values())} command lines by status: {counts}, peak {peak:.2f} GiB")
     assert not faults, "\n\n".join(faults[:20])
     assert counts[2] > 20
-
-
-LOG = os.environ.get("MEANFIELD_JAX_FUZZ_LOG")
-"""A file to which every line is written with its status and seconds."""
