@@ -109,6 +109,8 @@ def test_a_saved_network_can_be_given(folder, capsys):
         (["analyze", "--gamma", "nan"], ["BatchNorm.gamma=nan", "finite"]),
         (["analyze", "--widths", "0"], ["Dense.width=0", "at least 1"]),
         (["analyze", "--momentum", "1"], ["momentum=1", "[0, 1)"]),
+        (["validate", "--momentum", "-1"], ["momentum=-1", "[0, 1)"]),
+        (["compare", "--momentum", "5"], ["momentum=5", "[0, 1)"]),
         (["analyze", "--activation", "rellu"], ["'rellu'", "relu"]),
         (["analyze", "--num-samples", "1"], ["num_samples=1", "at least 4"]),
         (["analyze", "--statistics", "bach"], ["bach", "--statistics"]),
