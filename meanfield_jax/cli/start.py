@@ -5,6 +5,7 @@ and if that fails.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ from meanfield_jax import __version__
 
 TRACEBACK = "MEANFIELD_JAX_TRACEBACK"
 """If this environment variable is set, an error is shown with its traceback."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+"""Errors of writing."""
 
 LONGEST = 2000
 """Characters of the longest error."""
@@ -117,7 +121,7 @@ def _described(error: BaseException) -> tuple[str, int]:
     if isinstance(error, Failure):
         return str(error), error.status
     text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
         # commands write named files, and stdout
         text = f"{error.filename or 'stdout'}: {error.strerror}"
     if isinstance(error, MemoryError):
