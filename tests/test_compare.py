@@ -131,6 +131,15 @@ def test_statistics_of_too_few_samples_have_no_theory():
     assert np.isfinite(layer.predicted).all()
 
 
+@pytest.mark.parametrize("names", [["loss", "best_loss"], ["measured", "predicted"]])
+def test_a_picture_without_points_is_drawn(names, compared):
+    empty = compared.assign({name: compared[name] * np.nan for name in names})
+    figure = mf.plot_comparison(empty)
+    figure.draw_without_rendering()
+    scales = {axes.get_yscale() for axes in figure.axes[:3]}
+    assert scales == {"linear", "log"}
+
+
 def test_the_picture_and_the_table_have_every_norm(compared):
     figure = mf.plot_comparison(compared)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
