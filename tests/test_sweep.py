@@ -1,7 +1,6 @@
 """Sweeps: cell by cell what train gives, and a store that survives whatever happens to it."""
 
 import fcntl
-import json
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from json_results import parsed
 from networks import DIGITS
 from tolerance import assert_close
 
@@ -429,7 +429,7 @@ def test_plot_reads_what_sweep_wrote(digits, tmp_path, capsys):
     mf.sweep(DIGITS, digits, grid, store=tmp_path / "run.zarr", test=digits, **OPTIONS)
     picture = tmp_path / "run.png"
     assert main(["plot", str(tmp_path / "run.zarr"), "--output", str(picture), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"
+    assert parsed("plot", capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(tmp_path / "no.zarr"), "--output", str(picture)]) == 2
     assert "does not exist" in capsys.readouterr().err
