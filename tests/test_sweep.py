@@ -21,8 +21,10 @@ from tolerance import assert_close
 import meanfield_jax as mf
 from meanfield_jax.cli.sweep import parse_grid
 from meanfield_jax.experiments import diagram
-from meanfield_jax.experiments.store import Layout, Variable, create
-from meanfield_jax.experiments.sweep import _chunk, bytes_of_cell
+from meanfield_jax.experiments.birth import create
+from meanfield_jax.experiments.files import Memory
+from meanfield_jax.experiments.grid import bytes_of_cell, chunk_shape
+from meanfield_jax.experiments.store import Layout, Variable
 from meanfield_jax.experiments.train import recipe_of
 from meanfield_jax.variants import with_gamma
 
@@ -135,8 +137,8 @@ def test_structure_and_variances_are_axes(digits):
 def test_chunks_cover_the_grid_once(sizes, cells):
     """So no two processes ever write the same region."""
     variable = Variable((), np.float32, np.nan, {})
-    layout = Layout(sizes, _chunk(sizes, cells), dict(loss=variable), {}, dict(grid=sizes), {})
-    store = create(None, layout, resume=False)
+    layout = Layout(sizes, chunk_shape(sizes, cells), dict(loss=variable), {}, dict(grid=sizes), {})
+    store = create(Memory(), layout, resume=False)
     covered = np.zeros(tuple(sizes.values()), int)
     for region in store.regions:
         covered[region] += 1
@@ -232,7 +234,7 @@ def test_a_store_of_another_sweep_is_refused(digits, tmp_path, changes, words):
 def test_a_store_in_use_is_refused(digits, tmp_path):
     options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
     mf.sweep(DIGITS, digits, GRID, **options)
-    with (options["store"] / "zarr.json").open("r+") as file:
+    with (tmp_path / ".run.zarr.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(mf.SpecError, match="another sweep is writing to it"):
             mf.sweep(DIGITS, digits, GRID, resume=True, **options)

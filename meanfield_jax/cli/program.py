@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any, NoReturn
 
+import jax
 import tyro
 
 from meanfield_jax.cli.analyze import Analyze
@@ -36,10 +37,11 @@ def entry() -> NoReturn:
     """Runs the program and exits with the status of :func:`main`.
 
     After an interruption XLA may still be computing in the background, and shutting Python down
-    meanwhile would crash, so the process is then ended at once.
+    meanwhile would crash, so the process is then ended at once. So is one of several processes that
+    failed, since JAX would wait for the others to end, too.
     """
     status = main()
-    if status == 130:
+    if status == 130 or (status and jax.distributed.is_initialized()):
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

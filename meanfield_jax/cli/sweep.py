@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,11 @@ from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import plain
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.experiments.sweep import AXES, sweep
+from meanfield_jax.experiments.grid import AXES
+from meanfield_jax.experiments.sweep import sweep
+
+STARTING = 60.0
+"""Seconds within which all processes of a job have to start, if patience is shorter."""
 
 GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
 
@@ -49,6 +54,9 @@ class Sweep:
     """Do not train scale and offset of the BatchNorms."""
     resume: bool = False
     """Continue an existing store; finished runs are not computed again."""
+    extend: bool = False
+    """Continue an existing store, and let it grow where the grid has more values or axes, or if
+    there are more epochs; runs that it has are not computed again."""
     chunk_cells: int | None = None
     """Runs that are computed and stored together [as many as fit, at most 16 per CPU, 1024 per
     GPU]."""
@@ -62,7 +70,8 @@ class Sweep:
     process_id: int | None = None
     """Number of this process, counted from 0, with --coordinator."""
     patience: float = 60.0
-    """Seconds without a new chunk after which other processes are considered dead."""
+    """Seconds without a new chunk, or another sign of life, after which other processes are
+    considered dead."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -79,6 +88,7 @@ class Sweep:
                 grid,
                 store=self.store,
                 resume=self.resume,
+                extend=self.extend,
                 test=self.inputs.load(network, "test", self.num_test) if self.num_test else None,
                 epochs=self.epochs,
                 loss=self.loss,
@@ -99,7 +109,18 @@ class Sweep:
 
     def _connect(self) -> None:
         try:
-            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
+            # long timeouts where JAX would abort the process, so that patience ends the waiting
+            jax.config.update(
+                "jax_cpu_get_global_topology_timeout_minutes", math.ceil(self.patience / 60)
+            )
+            jax.distributed.initialize(
+                self.coordinator,
+                self.num_processes,
+                self.process_id,
+                initialization_timeout=math.ceil(max(self.patience, STARTING)),
+                heartbeat_timeout_seconds=math.ceil(10 * max(self.patience, STARTING)),
+                shutdown_timeout_seconds=math.ceil(10 * max(self.patience, STARTING)),
+            )
         except (RuntimeError, ValueError) as error:
             cause = " ".join(str(error).split())
             remedy = "start it under SLURM, Open MPI or on a TPU pod, or use --coordinator"
