@@ -264,7 +264,7 @@ def open_store(files: Folder | Memory) -> SweepStore:
     for file, digest in attributes["files"].items():
         content = content_of(files, file)
         if content is None or digest_of(content) != digest:
-            raise damaged(files.name, file)
+            raise DamagedFile(files.name, file)
         contents[file] = content
     return opened(files, attributes, contents)
 
@@ -297,7 +297,7 @@ def open_header(files: Folder | Memory) -> tuple[Folder | Memory, dict[str, Any]
     if claimed not in (None, "", FORMAT):
         raise of_another_version(name, claimed)
     if claimed == FORMAT or files.read("digest/zarr.json", LIMIT):
-        raise damaged(name, HEADER)
+        raise DamagedFile(name, HEADER)
     raise _not_of_a_sweep(name)
 
 
@@ -314,10 +314,13 @@ def _read(files: Folder | Memory, name: str) -> bytes | None:
         raise OSError(f"store={files.name!r}: {error.strerror or error}; {remedy}") from error
 
 
-def damaged(name: str, file: str) -> ValueError:
-    """The error for a file that is not a result."""
-    remedy = "resume the sweep with the options it was made with, which writes it again"
-    return problem(DataError, "store", name, f"its file {file} is missing or damaged", remedy)
+class DamagedFile(DataError):
+    """A file of a store is missing or damaged, and it is not one of the results."""
+
+    def __init__(self, store: str, file: str):
+        remedy = "resume the sweep with the options it was made with, which writes it again"
+        cause = f"its file {file} is missing or damaged"
+        super().__init__(*problem(DataError, "store", store, cause, remedy).args)
 
 
 def of_another_version(name: str, claimed: str) -> ValueError:
@@ -351,8 +354,9 @@ def _stored(
             missing = np.nan if dtype.kind == "f" else -2
             variables[array] = Variable(shape[len(axes) :], dtype, missing, kept)
         else:
-            values = contents["/".join((array, "c", *("0" for _ in shape)))]
-            extra[array] = (dims, from_bytes(values, dtype, shape), said)
+            values = contents.get("/".join((array, "c", *("0" for _ in shape))))
+            if values is not None:
+                extra[array] = (dims, from_bytes(values, dtype, shape), said)
     if len(chunk) != len(axes) or not all(type(step) is int and step > 0 for step in chunk):
         raise ValueError("chunks that do not fit the grid")
     needed = math.prod(axes.values()) * sum(
