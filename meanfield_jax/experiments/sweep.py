@@ -368,7 +368,7 @@ def _predictions(recipes, axes, fixed, x: Array, sign: Callable[[], None]) -> Na
     """The boundaries predicted for a batch of the data; ``sign`` is called as the work goes on."""
     names = [name for name in axes if name not in ("learning_rate", "seed")]
     numbers = {name: axes[name] for name in names}
-    momentum = numbers.pop("momentum", fixed["momentum"])
+    momentum = numbers.pop("momentum", fixed.get("momentum"))
     # momentum last, because the theory is the same for all its values
     others = [key for key in names if key != "momentum"]
     predictions = {}

@@ -107,6 +107,8 @@ def _swap_chunks(path: Path, files: list[Path], draw: random.Random) -> None:
     """Two whole chunks of one shape, with their digests."""
     pairs = [("loss/c/0/0/0/0", "loss/c/0/1/0/0"), ("diverged_at/c/0/0/0", "diverged_at/c/0/1/0")]
     for a, b in (*pairs, ("digest/c/0", "digest/c/1")):
+        if not {path / a, path / b} <= set(files):
+            raise FileNotFoundError
         _swap(path, [path / a, path / b], draw)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -73,6 +74,7 @@ def test_a_damaged_store_is_right_or_refused_and_resumes(whole, memory):
     """What is loaded is right, or missing; and the sweep can be resumed, or says why not."""
     truth, files_of_truth = mf.load_sweep(whole), stores.content(whole)
     counts = dict(stores=0, refused_by_load=0, refused_by_resume=0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in seeds():
         store = memory / "run.zarr"
         shutil.rmtree(store, ignore_errors=True)
@@ -98,7 +100,9 @@ def test_a_damaged_store_is_right_or_refused_and_resumes(whole, memory):
         else:
             assert mf.load_sweep(store).identical(truth), how
             assert check_store(store).faults == (), how
-    print(counts)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) // 1024
+    print(counts, f"peak memory {peak // 1024} MB before, {grown} MB more after")
+    assert grown < 200
     assert counts["stores"] > 10 * SECONDS
     assert counts["refused_by_resume"] <= 0.1 * counts["stores"]
 
