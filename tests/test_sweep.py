@@ -468,16 +468,46 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(whole, tmp_path):
     assert same_numbers(store, whole)
 
 
+def pair(store: Path) -> list[subprocess.Popen]:
+    """Two processes that share the command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ("--coordinator", address, "--num-processes", "2", "--patience", "5")
+    return [start(store, *together, "--process-id", str(number)) for number in range(2)]
+
+
+@pytest.mark.slow
+def test_a_suspended_machine_loses_nothing_and_a_stopped_process_is_told(whole, tmp_path):
+    """Both are stopped for longer than patience lasts, then continued; then only one is stopped."""
+    store = tmp_path / "both.zarr"
+    processes = pair(store)
+    wait_for_chunks(store, 2, processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert same_numbers(store, whole)
+
+    store = tmp_path / "one.zarr"
+    first, second = pair(store)
+    wait_for_chunks(store, 2, second)
+    second.send_signal(signal.SIGSTOP)
+    _, said = first.communicate(timeout=300)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 1
+    assert "seems to have died or to be stopped" in said.splitlines()[-1]
+    assert finish(start(store, "--resume")) == (0, "48 runs")
+    assert same_numbers(store, whole)
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_sweep_and_outlive_each_other(whole, tmp_path):
     """One is killed: the other does its share, says what is missing, and the rest is resumed."""
-
-    def pair(store: Path) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        together = ("--coordinator", address, "--num-processes", "2", "--patience", "5")
-        return [start(store, *together, "--process-id", str(number)) for number in range(2)]
 
     store = tmp_path / "both.zarr"
     first, second = pair(store)

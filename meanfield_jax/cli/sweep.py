@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -109,22 +110,40 @@ class Sweep:
 
     def _connect(self) -> None:
         try:
-            # long timeouts where JAX would abort the process, so that patience ends the waiting
-            jax.config.update(
-                "jax_cpu_get_global_topology_timeout_minutes", math.ceil(self.patience / 60)
-            )
-            jax.distributed.initialize(
-                self.coordinator,
-                self.num_processes,
-                self.process_id,
-                initialization_timeout=math.ceil(max(self.patience, STARTING)),
-                heartbeat_timeout_seconds=math.ceil(10 * max(self.patience, STARTING)),
-                shutdown_timeout_seconds=math.ceil(10 * max(self.patience, STARTING)),
-            )
+            with _at_most(max(self.patience, STARTING)) as seconds:
+                # after these JAX aborts the process with a trace, so they have to be longer
+                long = math.ceil(10 * seconds)
+                jax.config.update("jax_cpu_get_global_topology_timeout_minutes", 1 + long // 60)
+                jax.distributed.initialize(
+                    self.coordinator,
+                    self.num_processes,
+                    self.process_id,
+                    initialization_timeout=long,
+                    heartbeat_timeout_seconds=long,
+                    shutdown_timeout_seconds=long,
+                )
+                jax.devices()
         except (RuntimeError, ValueError) as error:
             cause = " ".join(str(error).split())
             remedy = "start it under SLURM, Open MPI or on a TPU pod, or use --coordinator"
             raise problem(SpecError, "--distributed", self.coordinator, cause, remedy) from None
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[float]:
+    """Ends the process, with a line on stderr, if the other processes take longer to appear."""
+
+    def give_up() -> None:
+        said = f"another process did not start within {seconds:.0f} s, or was stopped"
+        print(f"meanfield-jax: {said}; start all of them again", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        yield seconds
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

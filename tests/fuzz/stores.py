@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -163,6 +164,7 @@ def damage(path: Path, seed: int) -> str:
 
 if __name__ == "__main__":
     # a child makes a store whenever it is told a path, until it is killed
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:
         if os.fork() == 0:
