@@ -56,7 +56,7 @@ class Folder:
     """
 
     def __init__(self, path: Path, name: str = ""):
-        self.path, self.name = path, name or str(path)
+        self.path, self.name, self._prefix = path, name or str(path), f"{path}/"
 
     def read(self, name: str, limit: int) -> bytes | None:
         """Returns the content of a file; None if it is missing, no file, too long or unreadable.
@@ -66,7 +66,7 @@ class Folder:
         """
         try:
             # without O_NONBLOCK, opening a named pipe would wait for ever
-            handle = os.open(self.path / name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            handle = os.open(f"{self._prefix}{name}", os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except PermissionError:
             raise
         except OSError:
@@ -75,8 +75,10 @@ class Folder:
             state = os.fstat(handle)
             if not stat.S_ISREG(state.st_mode) or state.st_size > limit:
                 return None
-            with open(handle, "rb", buffering=0, closefd=False) as file:
-                return file.readall()
+            content = b""
+            while len(content) < state.st_size and (more := os.read(handle, state.st_size)):
+                content += more
+            return content
         except OSError:
             return None
         finally:

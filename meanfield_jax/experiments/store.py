@@ -212,11 +212,12 @@ class SweepStore:
         return xr.Dataset(data | others, coordinates, attributes)
 
     def _file(self, name: str, number: int) -> str:
-        index = np.unravel_index(number, self.layout.counts)
-        return "/".join((name, "c", *map(str, index), *("0",) * len(self._tail(name))))
+        return f"{name}/c/{self._places[number]}" + "/0" * len(self.layout.variables[name].shape)
 
-    def _tail(self, name: str) -> tuple[int, ...]:
-        return self.layout.variables[name].shape
+    @cached_property
+    def _places(self) -> list[str]:
+        """The place of each chunk among all, as its files are named."""
+        return ["/".join(map(str, at)) for at in itertools.product(*map(range, self.layout.counts))]
 
     def _digest(self, number: int, contents: Any) -> bytes:
         """Eight bytes that say which sweep, which chunk and which numbers; never NO_DIGEST."""
