@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from meanfield_jax.cli.analyze import Analyze
+from meanfield_jax.cli.check import Check
 from meanfield_jax.cli.compare import Compare
 from meanfield_jax.cli.phase import Phase
 from meanfield_jax.cli.plot import Plot
@@ -29,6 +30,7 @@ COMMANDS = {
     "spectrum": Spectrum,
     "compare": Compare,
     "sweep": Sweep,
+    "check": Check,
     "plot": Plot,
     "tune": Tune,
     "schema": Schema,

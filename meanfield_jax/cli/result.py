@@ -299,6 +299,15 @@ RESULTS = {
     "spectrum": _SPECTRUM,
     "compare": _COMPARE,
     "sweep": _SWEEP,
+    "check": Result(
+        None,
+        dict(store=TEXT, whole=WHOLE, damaged=WHOLE, missing=WHOLE),
+        dict(
+            file=Variable("fault", "file, by its path in the store", TEXT),
+            state=Variable("fault", "repairable or lost", TEXT),
+            remedy=Variable("fault", "what to do", TEXT),
+        ),
+    ),
     "plot": _SWEEP,
     "tune": Result(
         "the tuned network",

@@ -14,7 +14,9 @@ class Schema:
     """Print the JSON Schema of what a command prints with --json."""
 
     command: Annotated[
-        Literal["analyze", "phase", "validate", "spectrum", "compare", "sweep", "plot", "tune"],
+        Literal[
+            "analyze", "phase", "validate", "spectrum", "compare", "sweep", "check", "plot", "tune"
+        ],
         tyro.conf.Positional,
     ]
     """The command."""

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -19,7 +20,11 @@ from meanfield_jax.cli.result import print_sweep
 from meanfield_jax.cli.start import signals
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.experiments.sweep import AXES, sweep
+from meanfield_jax.experiments.grid import AXES
+from meanfield_jax.experiments.sweep import sweep
+
+STARTING = 60.0
+"""Seconds within which all processes of a job have to start, if patience is shorter."""
 
 GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
 
@@ -50,6 +55,9 @@ class Sweep:
     """Do not train scale and offset of the BatchNorms."""
     resume: bool = False
     """Continue an existing store; finished runs are not computed again."""
+    extend: bool = False
+    """Continue an existing store, and let it grow where the grid has more values or axes, or if
+    there are more epochs; runs that it has are not computed again."""
     chunk_cells: int | None = None
     """Runs that are computed and stored together [as many as fit, at most 16 per CPU, 1024 per
     GPU]."""
@@ -63,7 +71,8 @@ class Sweep:
     process_id: int | None = None
     """Number of this process, counted from 0, with --coordinator."""
     patience: float = 60.0
-    """Seconds without a new chunk after which other processes are considered dead."""
+    """Seconds without a new chunk, or another sign of life, after which other processes are
+    considered dead."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -84,6 +93,7 @@ class Sweep:
                 store=store,
                 resume=self.resume,
                 test=test,
+                extend=self.extend,
                 epochs=self.epochs,
                 loss=self.loss,
                 train_gamma=not self.frozen_gamma,
@@ -103,12 +113,41 @@ class Sweep:
 
     def _connect(self) -> None:
         try:
-            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
+            with _at_most(max(self.patience, STARTING)) as seconds:
+                # after these JAX aborts the process with a trace, so they have to be longer
+                long = math.ceil(10 * seconds)
+                jax.config.update("jax_cpu_get_global_topology_timeout_minutes", 1 + long // 60)
+                jax.distributed.initialize(
+                    self.coordinator,
+                    self.num_processes,
+                    self.process_id,
+                    initialization_timeout=long,
+                    heartbeat_timeout_seconds=long,
+                    shutdown_timeout_seconds=long,
+                )
+                jax.devices()
         except (RuntimeError, ValueError) as error:
             cause = " ".join(str(error).split())
             remedy = "start it under SLURM, Open MPI or on a TPU pod, or use --coordinator"
             raise problem(SpecError, "--distributed", self.coordinator, cause, remedy) from None
         signals.handle()  # JAX has taken SIGTERM over
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[float]:
+    """Ends the process, with a line on stderr, if the other processes take longer to appear."""
+
+    def give_up() -> None:
+        said = f"another process did not start within {seconds:.0f} s, or was stopped"
+        print(f"meanfield-jax: {said}; start all of them again", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        yield seconds
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
