@@ -435,4 +435,4 @@ def _decode(value: Any) -> Any:
     try:
         return LAYERS[name](**fields)
     except TypeError as error:
-        raise SpecError(f"{name}: {error}; write the specification with to_json") from None
+        raise SpecError(f"{name}: {str(error)[:200]}; write it with to_json") from None

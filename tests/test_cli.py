@@ -107,7 +107,7 @@ def test_a_saved_network_can_be_given(folder, capsys):
     [
         (["analyze", "--weight-var", "-1"], ["layers/0/Dense.weight_var=-1.0", "not negative"]),
         (["analyze", "--gamma", "nan"], ["BatchNorm.gamma=nan", "finite"]),
-        (["analyze", "--widths", "0"], ["Dense.width=0", "at least 1"]),
+        (["analyze", "--widths", "0"], ["widths=0", "at least 1"]),
         (["analyze", "--momentum", "1"], ["momentum=1", "[0, 1)"]),
         (["validate", "--momentum", "-1"], ["momentum=-1", "[0, 1)"]),
         (["compare", "--momentum", "5"], ["momentum=5", "[0, 1)"]),

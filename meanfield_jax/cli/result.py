@@ -265,6 +265,7 @@ _SWEEP = Result(
         diverged_at=Variable(
             ANY, "step at which training diverged; -1: it did not; -2: not computed", WHOLE
         ),
+        status=Variable(ANY, "how the run ended, a number of mf.Status", WHOLE),
         eta_max_batch=Variable(ANY, "predicted boundary, training mode"),
         eta_max_frozen=Variable(ANY, "predicted boundary, evaluation mode"),
         eta_max_wei2019=Variable(ANY, "predicted boundary, as published"),
