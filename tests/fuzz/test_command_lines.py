@@ -148,6 +148,10 @@ def tree(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
 
 
+FEWEST = 40
+"""Command lines that are tried on a machine of any speed."""
+
+
 def check(line: list[str], status: int, out: str, err: str, made: set[str]) -> None:
     """What holds of every command line."""
     shown = f"{line}\nstatus {status}\n{err}"
@@ -174,7 +178,7 @@ def test_every_command_line_is_refused_in_one_line_or_right(folder, capfd):
     counts = dict.fromkeys((0, 1, 2), 0)
     there, faults = tree(folder), []
     for number in itertools.count():
-        if time.monotonic() > deadline:
+        if number >= FEWEST and time.monotonic() > deadline:
             break
         line = line_of(number)
         start = time.monotonic()
@@ -194,4 +198,4 @@ def test_every_command_line_is_refused_in_one_line_or_right(folder, capfd):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{sum(counts.values())} command lines by status: {counts}, peak {peak:.2f} GiB")
     assert not faults, "\n\n".join(faults[:20])
-    assert counts[2] > 20
+    assert counts[2] > FEWEST / 2
