@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import random
 import shutil
@@ -257,7 +256,7 @@ def test_a_store_in_use_is_refused(digits, tmp_path):
         (dict(grid=dict(gama=[1.0])), ("grid='gama'", "gamma, weight_var")),
         (dict(grid=dict(gamma=1.0)), ("no axis", "sequence")),
         (dict(grid=dict(seed=[0.5])), ("grid['seed']=[0.5]", "integers")),
-        (dict(grid=dict(gamma=["a"])), ("must be numbers",)),
+        (dict(grid=dict(gamma=["a"])), ("grid['gamma'][0]='a'", "must be a number")),
         (dict(grid=dict(gamma=[1.0, 1.0])), ("values repeat",)),
         (dict(grid=dict(learning_rate=[-1.0])), ("learning_rate=[-1.0]", "negative")),
         (dict(grid=dict(batch_size=[50, 201])), ("batch_size=201", "200 samples")),
@@ -272,6 +271,12 @@ def test_what_makes_no_sense_is_refused(digits, tmp_path, changes, words):
         mf.sweep(data=digits, **options)
     assert all(word in str(error.value) for word in words)
     assert not options["store"].exists()
+
+
+def test_batches_too_small_for_the_theory_are_trained_without_a_prediction(digits):
+    found = mf.sweep(DIGITS, digits, dict(batch_size=[2, 50]), epochs=1)
+    assert np.isnan(found.eta_max_batch.values).tolist() == [True, False]
+    assert np.isfinite(found.loss).all()
 
 
 def test_no_store_is_no_sweep(tmp_path):
@@ -423,7 +428,8 @@ def test_check_says_what_is_damaged_and_resume_mends_it(
     assert all(word in said.out for word in words)
     assert said.err.count("\n") == status
     assert main(["check", str(options["store"]), "--json"]) == status
-    assert json.loads(capsys.readouterr().out)["damaged"] == (file == "loss/c/0/0/0/0")
+    found = parsed("check", capsys.readouterr().out)["attributes"]
+    assert found["damaged"] == (file == "loss/c/0/0/0/0")
     assert mf.sweep(DIGITS, digits, GRID, resume=True, **options).identical(before)
     assert content(options["store"]) == whole
 

@@ -55,7 +55,7 @@ from meanfield_jax.experiments.train import (
 )
 from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.network import Network
-from meanfield_jax.theory.analyze import analyze
+from meanfield_jax.theory.analyze import analyze, least_samples
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import with_gamma, with_weight_var
 
@@ -395,6 +395,7 @@ def _predictions(recipes, axes, fixed, x: Array, sign: Callable[[], None]) -> Na
 
 
 def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momentum) -> np.ndarray:
+    """The largest stable rates of a batch; NaN where the theory needs more samples."""
     recipe = recipes[structure_key(numbers)]
     network = recipe.network
     if "gamma" in numbers:
@@ -402,6 +403,8 @@ def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momen
     if "weight_var" in numbers:
         network = with_weight_var(network, float(numbers["weight_var"]))
     batch = x[: min(recipe.batch_size, THEORY_SAMPLES)]
+    if len(batch) < least_samples(network.body):
+        return np.full(np.shape(momentum), np.nan)
     likelihood = "categorical" if recipe.loss == "cross_entropy" else "gaussian"
     theory = analyze(network, data=batch, statistics=statistics, likelihood=likelihood, throw=False)
     return np.asarray(stable_rate(theory.fisher.lambda_max, momentum))
