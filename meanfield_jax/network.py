@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -437,4 +438,5 @@ def _decode(value: Any) -> Any:
     try:
         return LAYERS[name](**fields)
     except TypeError as error:
-        raise SpecError(f"{name}: {error}; write the specification with to_json") from None
+        cause = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise SpecError(f"{name}: {cause}; write the specification with to_json") from None

@@ -43,7 +43,7 @@ class Activation(Layer):
         if not isinstance(given, Hashable):
             cause, remedy = "it has no hash", "pass a function"
             raise problem(SpecError, "Activation.function", given, cause, remedy)
-        kinks = np.ravel(numbers("Activation.kinks", self.kinks)).tolist()
+        kinks = np.ravel(numbers("Activation.kinks", self.kinks)).astype(float).tolist()
         object.__setattr__(self, "kinks", tuple(kinks))
 
     @property

@@ -203,7 +203,9 @@ class Repeat(Layer):
         return RepeatModule(self.block, self.times, shape, rngs)
 
     def rows(self, records: Any, read: Callable[[Record], Rows]) -> Rows:
-        stacked = jax.vmap(lambda record: self.block.rows(record, read))(records)
+        # the size of the axis, because a block without parameters has no records
+        each = jax.vmap(lambda record: self.block.rows(record, read), axis_size=self.times)
+        stacked = each(records)
         return jax.tree.map(jnp.ravel, stacked)
 
     def labels(self, records: Any, path: str) -> list[tuple[str, Layer]]:
