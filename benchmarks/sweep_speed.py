@@ -298,7 +298,7 @@ def memory(case: str, quick: bool, cells: int) -> Callable[[], dict[str, Any]]:
     """A sweep whose cells are one chunk, and what the package reckons with for each."""
     changes = dict(cells=cells, epochs=1)
     solve = sweep(case, quick, chunk_cells=cells, **changes)
-    from meanfield_jax.experiments.sweep import bytes_of_cell
+    from meanfield_jax.experiments.grid import bytes_of_cell
     from meanfield_jax.experiments.train import recipe_of
 
     at = case_of(case, quick, **changes)

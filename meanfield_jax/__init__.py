@@ -19,88 +19,30 @@ are listed in this order::
               tune, objectives, plot_tuning: gradient descent on the theory over gamma, beta, ...
 """
 
-from meanfield_jax import data, diagnostics, layers, objectives
-from meanfield_jax.empirical.density import SpectralDensity, spectral_density
-from meanfield_jax.empirical.fisher import FisherOperator
-from meanfield_jax.empirical.lanczos import TopEigenvalues, top_eigenvalues
-from meanfield_jax.empirical.layer_table import layer_table
-from meanfield_jax.empirical.model import build, calibrate, functional
-from meanfield_jax.empirical.nnx_model import fisher_operator
-from meanfield_jax.empirical.trace import Trace, trace
-from meanfield_jax.errors import DataError, SpecError
-from meanfield_jax.experiments.boundary import measured_boundary
-from meanfield_jax.experiments.compare import compare
-from meanfield_jax.experiments.optimizer import learning_rate_for, optimizer
-from meanfield_jax.experiments.store import load_sweep
-from meanfield_jax.experiments.sweep import sweep
-from meanfield_jax.experiments.train import Training, train
-from meanfield_jax.experiments.validate import validate
-from meanfield_jax.layers import *  # noqa: F403
-from meanfield_jax.network import Network, cnn, mlp, preact_resnet
-from meanfield_jax.plots import (
-    plot_comparison,
-    plot_phase_diagram,
-    plot_spectrum,
-    plot_sweep,
-    plot_tuning,
-    plot_validation,
-)
-from meanfield_jax.status import Status
-from meanfield_jax.theory.analyze import Theory, analyze
-from meanfield_jax.theory.batch_growth import batch_growth
-from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point
-from meanfield_jax.theory.learning_rate import eta_max
-from meanfield_jax.theory.phase_diagram import phase_diagram
-from meanfield_jax.tune import Tuning, tune
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meanfield_jax.api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    *layers.__all__,
-    "DataError",
-    "FisherOperator",
-    "FixedPoint",
-    "Network",
-    "SpecError",
-    "SpectralDensity",
-    "Status",
-    "Theory",
-    "TopEigenvalues",
-    "Trace",
-    "Training",
-    "Tuning",
-    "analyze",
-    "batch_growth",
-    "build",
-    "calibrate",
-    "cnn",
-    "compare",
-    "data",
-    "diagnostics",
-    "eta_max",
-    "fisher_operator",
-    "fixed_point",
-    "functional",
-    "layer_table",
-    "learning_rate_for",
-    "load_sweep",
-    "measured_boundary",
-    "mlp",
-    "objectives",
-    "optimizer",
-    "phase_diagram",
-    "plot_comparison",
-    "plot_phase_diagram",
-    "plot_spectrum",
-    "plot_sweep",
-    "plot_tuning",
-    "plot_validation",
-    "preact_resnet",
-    "spectral_density",
-    "sweep",
-    "top_eigenvalues",
-    "trace",
-    "train",
-    "tune",
-    "validate",
-]
+
+def __getattr__(name: str) -> Any:
+    """Returns a module or a public name; the first public name imports JAX and the whole library.
+
+    So the command line runs, and answers Ctrl-C, before that import and during it.
+    """
+    whole = f"{__name__}.{name}"
+    if importlib.util.find_spec(whole) is not None:
+        return importlib.import_module(whole)
+    api = importlib.import_module(f"{__name__}.api")
+    if not hasattr(api, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(api, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -327,7 +327,7 @@ KINDS: dict[Check, str] = {
     function: "objective call",
     path: "store data_dir",
     truth: """
-        throw progress shared vectors flatten standardize resume detach train_gamma
+        throw progress shared vectors flatten standardize resume extend detach train_gamma
     """,
     integer: """
         batch_size chunk_cells draws epochs k max_steps num_batches num_draws num_eigenvalues
@@ -355,7 +355,7 @@ KINDS: dict[Check, str] = {
     ): """
         density
     """,
-    instance_of("meanfield_jax.tune", "Tuning", "pass what mf.tune returns"): "tuning",
+    instance_of("meanfield_jax.tuning", "Tuning", "pass what mf.tune returns"): "tuning",
     as_given: """
         blocks channels dataset head inputs kernel_size likelihood loss name norm outputs padding
         params split statistics stride theory widths x output

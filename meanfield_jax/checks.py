@@ -35,6 +35,8 @@ def plain(value: Any) -> Any:
     """NumPy numbers, and arrays without axes, as numbers of Python; other values as they are."""
     if not isinstance(value, (np.generic, np.ndarray)) or value.ndim:
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        return value.filled(np.nan).item() if value.dtype.kind == "f" else value
     # half precision stays as it is, because the theory refuses it
     if value.dtype.kind == "f" and value.itemsize > 2:
         return float(value)
@@ -161,7 +163,9 @@ def array(name: str, value: Any) -> Array:
     try:
         given = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
         if given is not None and given.dtype.kind not in "OUSMm" and value is not None:
-            return jnp.asarray(given)
+            # a constant stays one under jit, so that its values can be checked
+            with jax.ensure_compile_time_eval():
+                return jnp.asarray(given)
     except (TypeError, ValueError, OverflowError):
         pass
     raise problem(DataError, name, type(value).__name__, "not an array of numbers", "pass one")

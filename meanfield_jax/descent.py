@@ -1,6 +1,5 @@
 """The descent of ``tune``: one compiled loop over the coordinates of a network's numbers."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from rich.console import Console
 from meanfield_jax.layers.base import tunable_fields
 from meanfield_jax.network import Network
 from meanfield_jax.objectives import Objective
+from meanfield_jax.pytree import pytree, static
 from meanfield_jax.status import Status
 from meanfield_jax.theory.analyze import Theory, analyze
 from meanfield_jax.theory.compiled import compiled
@@ -59,8 +59,7 @@ class Leaf(NamedTuple):
     place: int
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Problem:
     """The definition of a descent; a pytree, so that other numbers use the same compiled code.
 
@@ -80,10 +79,10 @@ class Problem:
     bounds: dict[str, tuple[float, float]]
     objective: Objective
     num_samples: int | None
-    structure: Any = dataclasses.field(metadata=dict(static=True))
-    leaves: tuple[Leaf, ...] = dataclasses.field(metadata=dict(static=True))
-    optimizer: optax.GradientTransformation | None = dataclasses.field(metadata=dict(static=True))
-    statistics: str = dataclasses.field(metadata=dict(static=True))
+    structure: Any = static()
+    leaves: tuple[Leaf, ...] = static()
+    optimizer: optax.GradientTransformation | None = static()
+    statistics: str = static()
 
     def values(self, position: Position) -> dict[str, Array]:
         """The numbers at these coordinates: a sigmoid keeps them in bounds, exp positive."""

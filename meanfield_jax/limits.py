@@ -23,6 +23,9 @@ LIMITS = dict(
 The environment variable ``MEANFIELD_JAX_MAX_<kind>`` replaces a limit.
 """
 
+LITTLE = 1e6
+"""Bytes that are always there, for which no device is asked: asking would start JAX's backend."""
+
 MAX_NESTING = 24
 """Levels of layers inside layers; Python allows a thousand calls inside each other."""
 
@@ -48,8 +51,11 @@ def within(
     """
     default, unit = LIMITS[kind]
     variable = f"MEANFIELD_JAX_MAX_{kind}"
+    given = os.environ.get(variable) or default
+    if given is None and needed < LITTLE:
+        return
     try:
-        limit = float(os.environ.get(variable) or default or memory_of(jax.local_devices()))
+        limit = float(given or memory_of(jax.local_devices()))
     except ValueError:
         given = os.environ[variable]
         raise problem(SpecError, variable, given, "not a number", "set it, e.g., to 1e9") from None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,13 +25,14 @@ from meanfield_jax.layers import (
     Residual,
     Sequential,
 )
-from meanfield_jax.layers.base import Signal, as_layer, as_layers, norm_layers, register
+from meanfield_jax.layers.base import Signal, as_layer, as_layers, norm_layers
 from meanfield_jax.limits import check_structure, within
+from meanfield_jax.pytree import pytree, static
 
 FORMAT = "meanfield_jax.Network/1"
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@pytree(repr=False)
 class Network:
     """The specification of a network, from which theory, Flax network and JSON are made.
 
@@ -55,7 +55,7 @@ class Network:
           layers/2  Dense(width=10, weight_var=2.0, bias_var=0.5)   (10,)    1,010
     """
 
-    input_shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    input_shape: tuple[int, ...] = static()
     layers: tuple[Layer, ...]
 
     def __post_init__(self):
@@ -157,9 +157,6 @@ class Network:
         ]
         head = f"Network: {self.input_shape} -> {signal.shape}, {self.num_parameters:,} parameters"
         return "\n  ".join([head, *map(str.rstrip, lines)])
-
-
-register(Network)
 
 
 def _without_children(layer: Layer) -> str:
@@ -438,5 +435,4 @@ def _decode(value: Any) -> Any:
     try:
         return LAYERS[name](**fields)
     except TypeError as error:
-        cause = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise SpecError(f"{name}: {cause}; write the specification with to_json") from None
+        raise SpecError(f"{name}: {str(error)[:200]}; write it with to_json") from None

@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.pytree import pytree, static
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.variants import has_batch_norm
@@ -27,8 +27,7 @@ HOLD = 1e3
 """Weight of the squared logarithm that holds the scale of the outputs."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@pytree(repr=False)
 class Objective:
     """A scalar of a theory with its options; a pytree whose leaves are the options.
 
@@ -39,7 +38,7 @@ class Objective:
         options: Values by name.
     """
 
-    measure: Callable[..., Array] = dataclasses.field(metadata=dict(static=True))
+    measure: Callable[..., Array] = static()
     options: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __call__(self, theory: Theory) -> Array:

@@ -16,7 +16,7 @@ from meanfield_jax.experiments.diagram import averaged
 from meanfield_jax.layers.base import abbreviation
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import stable_rate
-from meanfield_jax.tune import Tuning
+from meanfield_jax.tuning import Tuning
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -362,7 +362,8 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         axes.set(xlabel="batch size", xscale="log")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_xticks([], minor=True)
-    stability.set(yscale="log", ylabel="lambda_max of F (lines: theory, points: measured)")
+    stability.set(yscale=_scale(dataset.measured, dataset.predicted))
+    stability.set(ylabel="lambda_max of F (lines: theory, points: measured)")
     stability.legend(fontsize=8, ncols=3, frameon=False)
 
     def stable(value: np.ndarray) -> np.ndarray:
@@ -370,13 +371,20 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         return np.asarray(stable_rate(jnp.asarray(value), dataset.momentum))
 
     stability.secondary_yaxis("right", functions=(stable, stable)).set_ylabel("eta_max")
-    rates.set(xscale="log", xlabel=f"learning rate (batch size {middle}; top: predicted eta_max)")
-    rates.set(yscale="log", ylabel=f"training loss after {dataset.epochs} epochs")
-    loss.set(yscale="log", ylabel="training loss at the best rate of each norm")
+    rates.set(xscale=_scale(dataset.learning_rate))
+    rates.set(xlabel=f"learning rate (batch size {middle}; top: predicted eta_max)")
+    rates.set(yscale=_scale(dataset.loss.sel(batch_size=middle)))
+    rates.set(ylabel=f"training loss after {dataset.epochs} epochs")
+    loss.set(yscale=_scale(dataset.best_loss), ylabel="training loss at the best rate of each norm")
     accuracy.set(ylabel="test accuracy at the same rate, %")
     for axes in (stability, rates, loss, accuracy):
         axes.grid(alpha=0.25)
     return figure
+
+
+def _scale(*values: xr.DataArray) -> str:
+    """A logarithmic axis, if it can show any of these values."""
+    return "log" if any(bool((array > 0).any()) for array in values) else "linear"
 
 
 def _count(axes, name: str) -> None:

@@ -1,7 +1,6 @@
 """The norms side by side: exchanged in their places, measured, trained, drawn, from the command."""
 
 import io
-import json
 
 import draws
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from flax import nnx
+from json_results import parsed
 from networks import DIGITS
 from rich.console import Console
 
@@ -131,6 +131,15 @@ def test_statistics_of_too_few_samples_have_no_theory():
     assert np.isfinite(layer.predicted).all()
 
 
+@pytest.mark.parametrize("names", [["loss", "best_loss"], ["measured", "predicted"]])
+def test_a_picture_without_points_is_drawn(names, compared):
+    empty = compared.assign({name: compared[name] * np.nan for name in names})
+    figure = mf.plot_comparison(empty)
+    figure.draw_without_rendering()
+    scales = {axes.get_yscale() for axes in figure.axes[:3]}
+    assert scales == {"linear", "log"}
+
+
 def test_the_picture_and_the_table_have_every_norm(compared):
     figure = mf.plot_comparison(compared)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -193,7 +202,7 @@ def test_the_command_compares_all_norms_that_fit(tmp_path, monkeypatch, capsys):
     command += ["--batch-sizes", "100", "--learning-rates", "0.03", "0.1"]
     command += ["--epochs", "1", "--draws", "1"]
     assert main([*command, "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = parsed("compare", capsys.readouterr().out)
     names = shown["variables"]["norm"]["values"]
     assert names == [name for name in norm_names() if name != "instance"]
     assert (tmp_path / "meanfield-jax-compare.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,8 @@
 """What every layer owes: found by walking the classes, each with one row in ``EXAMPLES``."""
 
 import math
+import re
+from pathlib import Path
 
 import draws
 import jax
@@ -13,6 +15,7 @@ from tolerance import assert_close, standard_error, tolerance
 import meanfield_jax as mf
 from meanfield_jax.layers import LAYERS, Norm
 from meanfield_jax.network import normalizes_over_batch
+from meanfield_jax.pytree import pytree
 
 WEIGHT_VAR, BIAS_VAR, GAMMA = 1.7, 0.3, 1.3
 STARTS = {"scale": GAMMA, "gate_bias": mf.InstanceEnhancementBatchNorm().gate}
@@ -331,6 +334,30 @@ def test_a_residual_flax_block_adds_its_input():
     x = jax.random.normal(jax.random.key(0), (5, 6))
     inner = model.layers[0].branch(x)
     np.testing.assert_array_equal(model(x), x + inner)
+
+
+def test_classes_of_as_many_fields_have_structures_of_their_own():
+    """Else a program compiled for one could be run for the other."""
+
+    @pytree
+    class One:
+        a: float
+        b: float
+
+    @pytree
+    class Other:
+        a: float
+        b: float
+
+    one, other = map(jax.tree.structure, (One(1.0, 2.0), Other(1.0, 2.0)))
+    assert one != other
+    assert jax.tree.unflatten(one, [1.0, 2.0]) == One(1.0, 2.0)
+
+
+def test_all_classes_of_the_package_are_registered_alike():
+    sources = Path(mf.__file__).parent.rglob("*.py")
+    registered = {p.name for p in sources if re.search(r"@.*register_dataclass", p.read_text())}
+    assert registered == set()
 
 
 def test_no_two_layers_have_the_same_structure():

@@ -1,7 +1,6 @@
 """Fixed points of blocks, depth scales, phase diagrams, growth with BatchNorm."""
 
 import functools
-import json
 import math
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.optimize
+from json_results import parsed
 from oracles import SMOOTH
 from tolerance import assert_close, assert_printed, standard_error, tolerance
 
@@ -402,7 +402,7 @@ def test_the_command_prints_and_draws(tmp_path, monkeypatch, capsys):
     # of the shape of the other diagrams
     ranges = ["--weight-var", "0.2:4:20", "--bias-var", "0.1:0.5:5"]
     assert main(["phase", *ranges, "--json", "--output", "phase.png"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = parsed("phase", capsys.readouterr().out)
     edge = printed["variables"]["critical_weight_var"]["values"]
     np.testing.assert_allclose([edge[0], edge[-1]], [TANH_EDGE[0.1], TANH_EDGE[0.5]], atol=1e-5)
     assert (tmp_path / "phase.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,8 @@
 """Sweeps: cell by cell what train gives, and a store that survives whatever happens to it."""
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -15,18 +17,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from json_results import parsed
 from networks import DIGITS
 from tolerance import assert_close
 
 import meanfield_jax as mf
 from meanfield_jax.cli.sweep import parse_grid
-from meanfield_jax.experiments import diagram
-from meanfield_jax.experiments.store import Layout, Variable, create
-from meanfield_jax.experiments.sweep import _chunk, bytes_of_cell
+from meanfield_jax.experiments import diagram, files
+from meanfield_jax.experiments.birth import create
+from meanfield_jax.experiments.files import Memory
+from meanfield_jax.experiments.grid import bytes_of_cell, chunk_shape
+from meanfield_jax.experiments.store import Layout, Variable
+from meanfield_jax.experiments.sweep import _Share
 from meanfield_jax.experiments.train import recipe_of
 from meanfield_jax.variants import with_gamma
 
 GRID = dict(gamma=[0.5, 1.0], learning_rate=[100.0, 0.01, 0.1], seed=[0, 3])
+FOUR = dict(gamma=[0.5, 1.0], learning_rate=[100.0, 0.01, 0.1, 1.0])
 OPTIONS = dict(epochs=2, chunk_cells=4)
 """Chunks of 2 x 2 cells, and of 1 x 2 at the edge; nearly all sweeps here share their program."""
 COMMAND = (
@@ -79,6 +86,12 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 def same_numbers(a: Path, b: Path) -> bool:
     """Bit by bit, apart from who made it."""
     return mf.load_sweep(a).drop_attrs().identical(mf.load_sweep(b).drop_attrs())
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """All files of a store."""
+    found = (path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): path.read_bytes() for path in found}
 
 
 def wait_for_chunks(store: Path, count: int, process: subprocess.Popen) -> None:
@@ -135,8 +148,8 @@ def test_structure_and_variances_are_axes(digits):
 def test_chunks_cover_the_grid_once(sizes, cells):
     """So no two processes ever write the same region."""
     variable = Variable((), np.float32, np.nan, {})
-    layout = Layout(sizes, _chunk(sizes, cells), dict(loss=variable), {}, dict(grid=sizes), {})
-    store = create(None, layout, resume=False)
+    layout = Layout(sizes, chunk_shape(sizes, cells), dict(loss=variable), {}, dict(grid=sizes), {})
+    store = create(Memory(), layout, resume=False)
     covered = np.zeros(tuple(sizes.values()), int)
     for region in store.regions:
         covered[region] += 1
@@ -232,7 +245,7 @@ def test_a_store_of_another_sweep_is_refused(digits, tmp_path, changes, words):
 def test_a_store_in_use_is_refused(digits, tmp_path):
     options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
     mf.sweep(DIGITS, digits, GRID, **options)
-    with (options["store"] / "zarr.json").open("r+") as file:
+    with (tmp_path / ".run.zarr.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(mf.SpecError, match="another sweep is writing to it"):
             mf.sweep(DIGITS, digits, GRID, resume=True, **options)
@@ -269,6 +282,178 @@ def test_no_store_is_no_sweep(tmp_path):
         mf.load_sweep(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (GRID, GRID | dict(seed=[0, 1, 2, 3])),
+        (GRID, GRID | dict(learning_rate=[0.03, 100.0, 0.01, 1.0, 0.1])),
+        (FOUR | dict(seed=3), FOUR | dict(seed=[0, 3], gamma=[0.5, 1.0, 2.0])),
+        (FOUR | dict(seed=0), dict(seed=[3, 0], momentum=[0.9, 0.5], **FOUR)),
+        (GRID, GRID | dict(epochs=3)),
+    ],
+    ids=["seed", "between", "fixed to axis", "other order", "epochs"],
+)
+def test_a_sweep_grows_to_the_bits_of_the_larger_one(digits, tmp_path, monkeypatch, before, after):
+    """No run that is known is trained again, apart from those that further epochs change."""
+    small, large = tmp_path / "small.zarr", tmp_path / "large.zarr"
+    options = OPTIONS | dict(test=digits)
+
+    def sweep(store: Path, grid: dict, **more) -> xr.Dataset:
+        grid = dict(grid)
+        epochs = grid.pop("epochs", 2)
+        return mf.sweep(DIGITS, digits, grid, store=store, **options | dict(epochs=epochs) | more)
+
+    old = sweep(small, before)
+    whole = sweep(large, after)
+    trained = []
+    results = _Share._cells
+    monkeypatch.setattr(
+        _Share, "_cells", lambda self, *at: trained.append(at[1].sum()) or results(self, *at)
+    )
+    grown = sweep(small, after, extend=True)
+    assert grown.identical(whole)
+    assert content(small) == content(large)
+    known = int((old.diverged_at >= 0).sum()) if "epochs" in after else old.diverged_at.size
+    assert sum(trained) == whole.diverged_at.size - known
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.zarr", "small.zarr"]
+    # what is complete is not touched
+    sweep(small, after, extend=True)
+    assert sum(trained) == whole.diverged_at.size - known
+
+
+@pytest.mark.parametrize("step", ["write_file", "rename"])
+def test_an_interrupted_extension_loses_neither_store(digits, tmp_path, monkeypatch, step):
+    """Interrupted at every twelfth file, and at every exchange of the stores."""
+    first, after = tmp_path / "first.zarr", GRID | dict(seed=[0, 1, 2, 3])
+    options = OPTIONS | dict(test=digits)
+    before = mf.sweep(DIGITS, digits, GRID, store=first, **options)
+    whole = mf.sweep(DIGITS, digits, after, store=tmp_path / "whole.zarr", **options)
+    owner = Path if step == "rename" else files
+    do = getattr(owner, step)
+    for crash_at in itertools.count(1, 1 if step == "rename" else 12):
+        store, calls = tmp_path / f"{crash_at}.zarr", itertools.count(1)
+
+        def fail(path, argument, calls=calls, crash_at=crash_at):
+            if next(calls) == crash_at:
+                raise KeyboardInterrupt
+            return do(path, argument)
+
+        shutil.copytree(first, store)
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, step, fail)
+            with contextlib.suppress(KeyboardInterrupt):
+                mf.sweep(DIGITS, digits, after, store=store, extend=True, **options)
+                break
+        assert mf.load_sweep(store).identical(before)
+        found = mf.sweep(DIGITS, digits, after, store=store, extend=True, **options)
+        assert found.identical(whole)
+        assert content(store) == content(tmp_path / "whole.zarr")
+    assert crash_at > 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(grid=GRID | dict(gamma=[0.5, 2.0])), "gamma 1.0 of the store is not in the grid"),
+        (dict(grid=GRID | dict(depth=[1])), "depth is as the network specifies in the store"),
+        (dict(grid=GRID | dict(momentum=0.5)), "momentum 0.9 of the store is not in the grid"),
+        (dict(epochs=1), "epochs 2 in the store, 1 now"),
+        (dict(loss="cross_entropy"), 'loss "squared" in the store, "cross_entropy" now'),
+    ],
+)
+def test_what_is_not_larger_is_no_extension(digits, tmp_path, changes, words):
+    options = OPTIONS | dict(network=DIGITS, grid=GRID, store=tmp_path / "run.zarr", test=digits)
+    mf.sweep(data=digits, **options)
+    before = content(options["store"])
+    with pytest.raises(mf.SpecError, match=words):
+        mf.sweep(data=digits, **(options | dict(extend=True) | changes))
+    assert content(options["store"]) == before
+
+
+def test_axes_in_another_order_are_another_store(digits, tmp_path):
+    options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
+    mf.sweep(DIGITS, digits, GRID, **options)
+    with pytest.raises(mf.SpecError, match="axes in the order gamma, learning_rate, seed"):
+        mf.sweep(DIGITS, digits, dict(reversed(GRID.items())), resume=True, **options)
+
+
+def test_every_cell_has_a_status(digits, tmp_path):
+    options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
+    mf.sweep(DIGITS, digits, GRID, **options)
+    (options["store"] / "digest" / "c" / "1").unlink()
+    found = mf.load_sweep(options["store"])
+    expected = np.select(
+        [found.diverged_at >= 0, found.diverged_at == -2],
+        [mf.Status.DIVERGED, mf.Status.NOT_RUN],
+        mf.Status.CONVERGED,
+    )
+    assert np.array_equal(found.status, expected)
+    assert {mf.Status.DIVERGED, mf.Status.NOT_RUN, mf.Status.CONVERGED} == set(expected.ravel())
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "words"),
+    [
+        (None, 0, ["4 whole, 0 damaged, 0 to be run"]),
+        (
+            "loss/c/0/0/0/0",
+            1,
+            ["3 whole, 1 damaged", "one of diverged_at/c/0/0/0, loss/c/0/0/0/0, "],
+        ),
+        ("learning_rate/c/0", 1, ["repairable: learning_rate/c/0", "4 whole"]),
+        ("eta_max_batch/c/0", 1, ["repairable: eta_max_batch/c/0", "4 whole"]),
+        ("loss/zarr.json", 1, ["repairable: loss/zarr.json"]),
+        ("zarr.json", 1, ["lost: zarr.json"]),
+    ],
+)
+def test_check_says_what_is_damaged_and_resume_mends_it(
+    digits, tmp_path, capsys, file, status, words
+):
+    from meanfield_jax.cli import main
+
+    options = OPTIONS | dict(store=tmp_path / "run.zarr", test=digits)
+    before = mf.sweep(DIGITS, digits, GRID, **options)
+    whole = content(options["store"])
+    if file is not None:
+        data = bytearray((options["store"] / file).read_bytes())
+        data[len(data) // 2] ^= 1
+        (options["store"] / file).write_bytes(data)
+    assert main(["check", str(options["store"])]) == status
+    said = capsys.readouterr()
+    assert all(word in said.out for word in words)
+    assert said.err.count("\n") == status
+    assert main(["check", str(options["store"]), "--json"]) == status
+    assert json.loads(capsys.readouterr().out)["damaged"] == (file == "loss/c/0/0/0/0")
+    assert mf.sweep(DIGITS, digits, GRID, resume=True, **options).identical(before)
+    assert content(options["store"]) == whole
+
+
+def test_what_is_no_sweep_is_left_alone(digits, tmp_path, capsys):
+    from meanfield_jax.cli import main
+
+    store = tmp_path / "run.zarr"
+    store.mkdir()
+    (store / "letter.txt").write_text("dear")
+    for resume in (False, True):
+        with pytest.raises(mf.DataError, match=r"not a sweep's store, but has letter\.txt"):
+            mf.sweep(DIGITS, digits, GRID, store=store, resume=resume, **OPTIONS)
+    assert [path.name for path in store.iterdir()] == ["letter.txt"]
+    assert main(["check", str(store)]) == 2
+    for location, words in {"s3://bucket/run": "it is a URL", "": "names no folder"}.items():
+        with pytest.raises(mf.SpecError, match=words):
+            mf.sweep(DIGITS, digits, GRID, store=location, **OPTIONS)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("begun", ["", '{"attributes": {"format": "meanfield_jax.sweep/1"}}', "{"])
+def test_what_was_only_begun_is_begun_again(digits, tmp_path, begun):
+    store = tmp_path / "run.zarr"
+    store.mkdir()
+    (store / "zarr.json").write_text(begun)
+    mf.sweep(DIGITS, digits, GRID, store=store, test=digits, resume=True, **OPTIONS)
+    assert int((mf.load_sweep(store).diverged_at == -2).sum()) == 0
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bits(whole, tmp_path):
     """Four times kill -9, from before the store exists until the last chunks."""
@@ -284,16 +469,46 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bits(whole, tmp_path):
     assert same_numbers(store, whole)
 
 
+def pair(store: Path) -> list[subprocess.Popen]:
+    """Two processes that share the command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = ("--coordinator", address, "--num-processes", "2", "--patience", "5")
+    return [start(store, *together, "--process-id", str(number)) for number in range(2)]
+
+
+@pytest.mark.slow
+def test_a_suspended_machine_loses_nothing_and_a_stopped_process_is_told(whole, tmp_path):
+    """Both are stopped for longer than patience lasts, then continued; then only one is stopped."""
+    store = tmp_path / "both.zarr"
+    processes = pair(store)
+    wait_for_chunks(store, 2, processes[0])
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert same_numbers(store, whole)
+
+    store = tmp_path / "one.zarr"
+    first, second = pair(store)
+    wait_for_chunks(store, 2, second)
+    second.send_signal(signal.SIGSTOP)
+    _, said = first.communicate(timeout=300)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 1
+    assert "seems to have died or to be stopped" in said.splitlines()[-1]
+    assert finish(start(store, "--resume")) == (0, "48 runs")
+    assert same_numbers(store, whole)
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_sweep_and_outlive_each_other(whole, tmp_path):
     """One is killed: the other does its share, says what is missing, and the rest is resumed."""
-
-    def pair(store: Path) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        together = ("--coordinator", address, "--num-processes", "2", "--patience", "5")
-        return [start(store, *together, "--process-id", str(number)) for number in range(2)]
 
     store = tmp_path / "both.zarr"
     first, second = pair(store)
@@ -429,7 +644,7 @@ def test_plot_reads_what_sweep_wrote(digits, tmp_path, capsys):
     mf.sweep(DIGITS, digits, grid, store=tmp_path / "run.zarr", test=digits, **OPTIONS)
     picture = tmp_path / "run.png"
     assert main(["plot", str(tmp_path / "run.zarr"), "--output", str(picture), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"
+    assert parsed("plot", capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(tmp_path / "no.zarr"), "--output", str(picture)]) == 2
     assert "does not exist" in capsys.readouterr().err

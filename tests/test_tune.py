@@ -1,13 +1,12 @@
 """Tuning: objectives and their derivatives, closed forms, every way a descent can end."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy
+from json_results import parsed
 from sklearn.datasets import load_digits
 from tolerance import assert_close
 
@@ -73,7 +72,7 @@ def test_derivatives_are_those_of_differences(x64):
         gamma, beta, weight_var = numbers
         norm = mf.BatchNorm(gamma=gamma, beta=beta)
         numbers = dict(norm=norm, weight_var=weight_var)
-        net = mf.mlp([300] * 2, inputs=50, outputs=10, activation="tanh", **numbers)
+        net = mf.mlp([300], inputs=50, outputs=10, activation="tanh", **numbers)
         theories = {kind: mf.analyze(net, statistics=kind, num_samples=40) for kind in KINDS}
         return jnp.stack([objective(theories[kind]) for objective, kind in OBJECTIVES.values()])
 
@@ -341,7 +340,7 @@ def test_the_command_fails_in_one_line(capsys):
     command = ["tune", "--widths", "300", "300", "--objective", "unit_growth", "--json"]
     assert main(command) == 1
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["attributes"]["status"] == "independent"
+    assert parsed("tune", shown.out)["attributes"]["status"] == "independent"
     assert shown.err.startswith("meanfield-jax: the objective does not depend on gamma")
     assert main([*command, "--value", "3"]) == 2
     assert "unit_growth has no value" in capsys.readouterr().err

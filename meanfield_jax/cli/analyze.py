@@ -1,7 +1,6 @@
 """``meanfield-jax analyze``."""
 
 import dataclasses
-import json
 from typing import Annotated, Literal
 
 import jax
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meanfield_jax.cli.options import NetworkOptions, chosen
-from meanfield_jax.cli.output import plain
+from meanfield_jax.cli.result import print_json
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.analyze import analyze as analyze_network
 
@@ -40,7 +39,7 @@ class Analyze:
 
     def run(self) -> None:
         """Prints the theory."""
-        shape = (32, 32, 3) if self.network.net == "cnn" else (784,)
+        shape = (784,) if self.network.net == "mlp" else (32, 32, 3)
         network = chosen(self.network.network(shape), self.gamma, self.vanilla)
         with jax.enable_x64():
             theory = analyze_network(
@@ -48,7 +47,7 @@ class Analyze:
             ).raise_if_failed()
             dataset = theory.to_xarray(self.momentum)
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_json("analyze", dataset)
             return
         console = Console()
         console.print(repr(network), highlight=False)

@@ -1,7 +1,6 @@
 """``meanfield-jax compare``."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,8 @@ import xarray as xr
 from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import check_folder, plain, write, write_png
+from meanfield_jax.cli.output import outputs, write, write_png
+from meanfield_jax.cli.result import print_json
 from meanfield_jax.cli.tables import comparison_table
 from meanfield_jax.experiments.compare import RATES, compare, norm_names
 from meanfield_jax.plots import plot_comparison
@@ -46,8 +46,8 @@ class Compare:
     """Training runs for each norm, batch size and learning rate."""
     draws: int = 2
     """Random networks to measure for each norm and batch size."""
-    num_test: int = 300
-    """Number of test samples."""
+    num_test: int | None = None
+    """Number of test samples [300]."""
     loss: Literal["squared", "cross_entropy"] = "cross_entropy"
     """The training loss."""
     momentum: float = 0.9
@@ -59,14 +59,14 @@ class Compare:
 
     def run(self) -> None:
         """Measures, trains, prints the table and writes the files."""
-        check_folder(self.output)
+        numbers, picture = outputs("--output", self.output, ".nc", ".png")
         widths = self.network.widths or WIDTHS[self.network.net]
         options = dataclasses.replace(self.network, widths=widths)
         network = options.network(self.inputs.shape(self.network.net))
         dataset = compare(
             network,
             self.inputs.load(network),
-            test=self.inputs.load(network, "test", self.num_test),
+            test=self.inputs.load_test(network, self.num_test, 300),
             norms=None if self.norms == ("all",) else self.norms,
             batch_sizes=self.batch_sizes,
             learning_rates=self.learning_rates,
@@ -79,11 +79,11 @@ class Compare:
         )
         dataset.attrs["data"] = self.inputs.data
         written = [
-            write(self.output.with_suffix(".nc"), dataset.to_netcdf),
-            write_png(self.output.with_suffix(".png"), plot_comparison(dataset)),
+            write(numbers, dataset.to_netcdf),
+            write_png(picture, plot_comparison(dataset)),
         ]
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_json("compare", dataset)
         else:
             Console().print(comparison_table(dataset))
         if left_out := self._left_out(dataset):

@@ -1,6 +1,7 @@
 """Options common to several commands: the network and its inputs."""
 
 import dataclasses
+import stat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,12 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import BatchNorm
 from meanfield_jax.network import Network, cnn, mlp, preact_resnet
 from meanfield_jax.variants import with_gamma, without_norms
+
+LARGEST_SPEC = 2**24
+"""Bytes; a network of 50,000 layers has that many."""
+
+MOST = 10**6
+"""Values of a range that is given by its ends and their number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +48,7 @@ class NetworkOptions:
     def network(self, shape: tuple[int, ...], outputs: int = 10) -> Network:
         """The specification, with BatchNorms, for inputs of this shape; or that of ``spec``."""
         if self.spec is not None:
-            try:
-                return Network.from_json(self.spec.read_text())
-            except (OSError, UnicodeDecodeError) as error:
-                cause = getattr(error, "strerror", None) or "it is not a text file"
-                remedy = "use a file written by Network.to_json"
-                raise problem(SpecError, "--spec", str(self.spec), cause, remedy) from None
+            return Network.from_json(_text(self.spec))
         options: dict[str, Any] = dict(
             activation=self.activation,
             weight_var=self.weight_var,
@@ -79,21 +81,48 @@ class DataOptions:
         """Shape of one sample."""
         return (32, 32, 3) if self.data == "gaussian" and net != "mlp" else data.shape_of(self.data)
 
-    def load(
-        self, network: Network, split: str = "train", num_samples: int | None = None
-    ) -> tuple[jax.Array, np.ndarray]:
+    def load(self, network: Network) -> tuple[jax.Array, np.ndarray]:
         """The inputs, in the shape that the network takes, and their labels."""
+        return self._load(network, "train", self.num_samples)
+
+    def load_test(
+        self, network: Network, num_samples: int | None, default: int
+    ) -> tuple[jax.Array, np.ndarray]:
+        """Test samples likewise; without a number, the default or all if there are fewer."""
+        x, labels = self._load(network, "test", num_samples)
+        most = num_samples or default
+        return x[:most], labels[:most]
+
+    def _load(
+        self, network: Network, split: str, num_samples: int | None
+    ) -> tuple[jax.Array, np.ndarray]:
         shape = network.input_shape
         x, labels = data.load(
             self.data,
             split=split,
-            num_samples=num_samples or self.num_samples,
+            num_samples=num_samples,
             data_dir=self.data_dir,
             seed=self.seed,
             flatten=len(shape) == 1,
             shape=shape if self.data == "gaussian" else None,
         )
         return jnp.asarray(x), labels
+
+
+def _text(path: Path) -> str:
+    """The text of a specification; raises SpecError, and never waits or reads without end."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            cause = "it is not a regular file"
+        elif about.st_size > LARGEST_SPEC:
+            cause = f"it has {about.st_size:,} bytes, above the {LARGEST_SPEC:,} of any network"
+        else:
+            return path.read_text("utf-8")
+    except (OSError, ValueError) as error:  # also a path with a null byte
+        cause = getattr(error, "strerror", None) or "it is not a text file"
+    remedy = "use a file written by Network.to_json"
+    raise problem(SpecError, "--spec", str(path), cause, remedy)
 
 
 def chosen(network: Network, gamma: float, vanilla: bool) -> Network:

@@ -1,7 +1,6 @@
 """``meanfield-jax phase``."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from meanfield_jax.cli.output import check_folder, plain, write_png
+from meanfield_jax.cli.options import MOST
+from meanfield_jax.cli.output import outputs, write_png
+from meanfield_jax.cli.result import print_json
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import Activation, BatchNorm, Dense, Sequential
 from meanfield_jax.plots import plot_phase_diagram
@@ -43,40 +44,41 @@ class Phase:
 
     def run(self) -> None:
         """Computes the phase diagram, draws it and prints the table."""
-        if self.output is not None:
-            check_folder(self.output)
+        pictures = [] if self.output is None else outputs("--output", self.output, ".png")
         norm = [BatchNorm(self.gamma)] if self.norm == "batch" else []
         block = Sequential((Dense(1), *norm, Activation(self.activation)))
+        weight_var = _axis("--weight-var", self.weight_var)
+        bias_var = _axis("--bias-var", self.bias_var)
         with jax.enable_x64():
             dataset = phase_diagram(
                 block,
-                weight_var=_axis("--weight-var", self.weight_var),
-                bias_var=_axis("--bias-var", self.bias_var),
+                weight_var=weight_var,
+                bias_var=bias_var,
                 num_samples=self.num_samples,
             )
-        written = self.output and write_png(self.output, plot_phase_diagram(dataset))
+        written = [write_png(path, plot_phase_diagram(dataset)) for path in pictures]
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_json("phase", dataset)
         else:
             console = Console()
             console.print(_critical_table(dataset))
             for status, count in zip(*np.unique(dataset.status, return_counts=True), strict=True):
                 console.print(f"{count} of {dataset.status.size}: {Status(status).name}")
         if written:
-            print(f"wrote {written}", file=sys.stderr)
+            print("wrote", *written, file=sys.stderr)
 
 
 def _axis(option: str, text: str) -> np.ndarray:
     """The values of lowest:highest:count."""
     try:
         lowest, highest, count = text.split(":")
-        values = np.linspace(float(lowest), float(highest), int(count))
+        values = np.linspace(float(lowest), float(highest), min(int(count), MOST + 1))
     except ValueError:
         cause, remedy = "it is not of the form lowest:highest:count", "write, e.g., 0.5:4:128"
         raise problem(SpecError, option, text, cause, remedy) from None
-    if values.size < 2 or not values[0] < values[-1]:
-        cause = "it is not a range of at least two values"
-        remedy = "give the lower end first, and a count of at least 2"
+    if not 2 <= values.size <= MOST or not values[0] < values[-1]:
+        cause = f"it is not a range of 2 to {MOST:,} values"
+        remedy = "give the lower end first, and such a count"
         raise problem(SpecError, option, text, cause, remedy)
     return values
 

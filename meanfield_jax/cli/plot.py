@@ -1,7 +1,6 @@
 """``meanfield-jax plot``."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +8,8 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from meanfield_jax.cli.output import check_folder, plain, write_png
+from meanfield_jax.cli.output import local_store, outputs, write_png
+from meanfield_jax.cli.result import print_sweep
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.plots import plot_sweep
@@ -19,7 +19,7 @@ from meanfield_jax.plots import plot_sweep
 class Plot:
     """Draw a sweep, finished or not: results over learning rate and scale, with the boundaries."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Annotated[str, tyro.conf.Positional]
     """Folder that `meanfield-jax sweep` wrote."""
     value: Literal["test_loss", "loss", "test_accuracy"] | None = None
     """Result to show, after the last epoch [test_loss, or loss without test samples]."""
@@ -30,12 +30,14 @@ class Plot:
 
     def run(self) -> None:
         """Reads the sweep, draws it and prints the table."""
-        output = self.output or Path(self.store.resolve().name).with_suffix(".png")
-        check_folder(output)
-        dataset = load_sweep(self.store)
-        written = write_png(output, plot_sweep(dataset, value=self.value))
+        store = local_store(self.store)
+        name = store.resolve().name or "sweep"
+        given = self.output or Path(name).with_suffix(".png")
+        [picture] = outputs("--output", given, ".png")
+        dataset = load_sweep(store)
+        written = write_png(picture, plot_sweep(dataset, value=self.value))
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_sweep("plot", dataset)
         else:
             Console().print(sweep_table(dataset))
         missing = int((dataset.diverged_at == -2).sum())

@@ -1,19 +1,22 @@
-"""The program: parses the arguments, runs the command and returns an exit status."""
+"""The program: parses the arguments and runs the command."""
 
 import contextlib
 import io
 import os
 import re
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
+import jax
 import tyro
 
 from meanfield_jax.cli.analyze import Analyze
+from meanfield_jax.cli.check import Check
 from meanfield_jax.cli.compare import Compare
 from meanfield_jax.cli.phase import Phase
 from meanfield_jax.cli.plot import Plot
+from meanfield_jax.cli.schema import Schema
 from meanfield_jax.cli.spectrum import Spectrum
+from meanfield_jax.cli.start import Failure
 from meanfield_jax.cli.sweep import Sweep
 from meanfield_jax.cli.tune import Tune
 from meanfield_jax.cli.validate import Validate
@@ -27,59 +30,61 @@ COMMANDS = {
     "spectrum": Spectrum,
     "compare": Compare,
     "sweep": Sweep,
+    "check": Check,
     "plot": Plot,
     "tune": Tune,
+    "schema": Schema,
 }
 
+DESCRIPTION = (
+    "Mean-field theory of neural networks, compared with real networks. "
+    "--version prints the version."
+)
 
-def entry() -> NoReturn:
-    """Runs the program and exits with the status of :func:`main`.
 
-    After an interruption XLA may still be computing in the background, and shutting Python down
-    meanwhile would crash, so the process is then ended at once.
+def run(arguments: list[str]) -> None:
+    """Runs the command line.
+
+    Raises:
+        Failure: if the command, an option or the data are not valid, or JAX has no device.
     """
-    status = main()
-    if status == 130:
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    command = _parse(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(command, int):
-        return command
+    command = _parse(arguments)
     try:
-        command.run()
+        if command is not None:
+            command.run()
     except (SpecError, DataError) as error:
-        return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no incomplete file is left", 130)
-    except BrokenPipeError:
-        sys.stdout = None
-        return 1
-    except (RuntimeError, MemoryError, OSError) as error:
-        return _fail(" ".join(str(error).split()) or type(error).__name__, 1)
-    return 0
+        raise Failure(str(error), 2) from error
+    except Exception:
+        _check_devices()
+        raise
+
+
+def _check_devices() -> None:
+    """Raises Failure if JAX has no device, from which all kinds of errors follow."""
+    try:
+        jax.devices()
+    except Exception as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        cause = str(error) or "JAX finds no such device here"
+        remedy = 'install JAX for it, as with pip install "meanfield_jax[cuda13]", or unset it'
+        raise Failure(f"JAX_PLATFORMS={platforms!r}: {cause}; {remedy}", 1) from error
 
 
 def _parse(arguments: list[str]) -> Any:
-    """The command, or an exit status; an error message of tyro is shortened to one line."""
+    """The command, or None after --help; an error message of tyro is shortened to one line."""
     said, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             return tyro.extras.subcommand_cli_from_dict(
                 COMMANDS,  # pyright: ignore[reportArgumentType]
                 prog="meanfield-jax",
-                description="Mean-field theory of neural networks, compared with real networks",
+                description=DESCRIPTION,
                 args=arguments,
             )
     except SystemExit as stop:
-        if not stop.code:
-            print(said.getvalue(), end="")
-            return 0
-        return _fail(_one_line(errors.getvalue() or said.getvalue()), 2)
+        if stop.code:
+            raise Failure(_one_line(errors.getvalue() or said.getvalue()), 2) from None
+        print(said.getvalue(), end="")
 
 
 def _one_line(message: str) -> str:
@@ -88,8 +93,3 @@ def _one_line(message: str) -> str:
     cause = re.split(r"Perhaps you meant|For full helptext", words)[0]
     # the title of the box may be repeated by the text
     return re.sub(r"^(.{4,}?) \1", r"\1", " ".join(cause.split())) + "; see --help"
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"meanfield-jax: {message}", file=sys.stderr)
-    return status

@@ -1,7 +1,6 @@
 """``meanfield-jax spectrum``."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions, chosen
-from meanfield_jax.cli.output import check_folder, plain, write, write_png
+from meanfield_jax.cli.output import outputs, write, write_png
+from meanfield_jax.cli.result import print_json
 from meanfield_jax.empirical.density import spectral_density
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
@@ -41,7 +41,7 @@ class Spectrum:
     vanilla: bool = False
     """Remove the BatchNorms."""
     num_steps: int = 90
-    """Lanczos steps for the spectral density."""
+    """Lanczos steps for the spectral density, at most one for each eigenvalue."""
     top: int = 20
     """Number of largest eigenvalues to measure and list."""
     output: Path = Path("meanfield-jax-spectrum")
@@ -51,7 +51,7 @@ class Spectrum:
 
     def run(self) -> None:
         """Predicts and measures the spectrum, prints the top eigenvalues and writes the files."""
-        check_folder(self.output)
+        numbers, picture = outputs("--output", self.output, ".nc", ".png")
         shape = self.inputs.shape(self.network.net)
         network = chosen(self.network.network(shape), self.gamma, self.vanilla)
         x, _ = self.inputs.load(network)
@@ -64,7 +64,8 @@ class Spectrum:
         op = fisher_operator(model, x, statistics=self.statistics)
         with Console(stderr=True).status("Measuring the spectrum"):
             top = top_eigenvalues(op, self.top).raise_if_failed()
-            density = spectral_density(op, num_steps=self.num_steps).raise_if_failed()
+            steps = min(self.num_steps, op.dual.shape[0])
+            density = spectral_density(op, num_steps=steps).raise_if_failed()
         dataset = xr.Dataset(
             dict(
                 predicted=("predicted_rank", predicted),
@@ -87,11 +88,11 @@ class Spectrum:
             measured=np.asarray(top.eigenvalues),
         )
         written = [
-            write(self.output.with_suffix(".nc"), dataset.to_netcdf),
-            write_png(self.output.with_suffix(".png"), figure),
+            write(numbers, dataset.to_netcdf),
+            write_png(picture, figure),
         ]
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_json("spectrum", dataset)
         else:
             Console().print(_spectrum_table(dataset))
         print("wrote", *written, file=sys.stderr)

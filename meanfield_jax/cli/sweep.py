@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-import json
+import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
@@ -14,11 +14,17 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import plain
+from meanfield_jax.cli.options import MOST, DataOptions, NetworkOptions
+from meanfield_jax.cli.output import local_store
+from meanfield_jax.cli.result import print_sweep
+from meanfield_jax.cli.start import signals
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.experiments.sweep import AXES, sweep
+from meanfield_jax.experiments.grid import AXES
+from meanfield_jax.experiments.sweep import sweep
+
+STARTING = 60.0
+"""Seconds within which all processes of a job have to start, if patience is shorter."""
 
 GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
 
@@ -27,7 +33,7 @@ GRID = ("gamma=0.25,0.5,1,2,4", "learning_rate=1e-3:10:17", "seed=0,1,2")
 class Sweep:
     """Train at every point of a grid, to find which rates and scales diverge and which are best."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Annotated[str, tyro.conf.Positional]
     """Folder for the results (a Zarr group), which `meanfield-jax plot` draws."""
     network: Annotated[NetworkOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=NetworkOptions
@@ -39,8 +45,8 @@ class Sweep:
     """Axes of the grid, each as AXIS=VALUES, where VALUES is a list such as 1,2,3 or LOW:HIGH:COUNT
     for values in equal ratios. Axes: gamma, learning_rate, seed, momentum, batch_size, weight_var,
     depth, width."""
-    num_test: int = 1000
-    """Number of test samples, evaluated after each epoch; 0 for none."""
+    num_test: int | None = None
+    """Number of test samples, evaluated after each epoch; 0 for none [1000, or all there are]."""
     epochs: int = 5
     """Passes over the training samples."""
     loss: Literal["squared", "cross_entropy"] = "squared"
@@ -49,6 +55,9 @@ class Sweep:
     """Do not train scale and offset of the BatchNorms."""
     resume: bool = False
     """Continue an existing store; finished runs are not computed again."""
+    extend: bool = False
+    """Continue an existing store, and let it grow where the grid has more values or axes, or if
+    there are more epochs; runs that it has are not computed again."""
     chunk_cells: int | None = None
     """Runs that are computed and stored together [as many as fit, at most 16 per CPU, 1024 per
     GPU]."""
@@ -62,24 +71,29 @@ class Sweep:
     process_id: int | None = None
     """Number of this process, counted from 0, with --coordinator."""
     patience: float = 60.0
-    """Seconds without a new chunk after which other processes are considered dead."""
+    """Seconds without a new chunk, or another sign of life, after which other processes are
+    considered dead."""
     json: bool = False
     """Print JSON instead of the table."""
 
     def run(self) -> None:
         """Trains, stores the results and prints the table."""
-        grid = parse_grid(self.grid)
+        store, grid = local_store(self.store), parse_grid(self.grid)
         if self.distributed or self.coordinator is not None:
             self._connect()
         network = self.network.network(self.inputs.shape(self.network.net))
+        test = None
+        if self.num_test != 0:
+            test = self.inputs.load_test(network, self.num_test, 1000)
         with _stdout_for_results():
             dataset = sweep(
                 network,
                 self.inputs.load(network),
                 grid,
-                store=self.store,
+                store=store,
                 resume=self.resume,
-                test=self.inputs.load(network, "test", self.num_test) if self.num_test else None,
+                test=test,
+                extend=self.extend,
                 epochs=self.epochs,
                 loss=self.loss,
                 train_gamma=not self.frozen_gamma,
@@ -91,19 +105,49 @@ class Sweep:
         if jax.process_index() > 0:
             return
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_sweep("sweep", dataset)
         elif "learning_rate" in dataset.dims:
             Console().print(sweep_table(dataset))
         diverged, cells = int((dataset.diverged_at >= 0).sum()), dataset.diverged_at.size
-        print(f"{cells} runs, {diverged} diverged; wrote {self.store}", file=sys.stderr)
+        print(f"{cells} runs, {diverged} diverged; wrote {store}", file=sys.stderr)
 
     def _connect(self) -> None:
         try:
-            jax.distributed.initialize(self.coordinator, self.num_processes, self.process_id)
+            with _at_most(max(self.patience, STARTING)) as seconds:
+                # after these JAX aborts the process with a trace, so they have to be longer
+                long = math.ceil(10 * seconds)
+                jax.config.update("jax_cpu_get_global_topology_timeout_minutes", 1 + long // 60)
+                jax.distributed.initialize(
+                    self.coordinator,
+                    self.num_processes,
+                    self.process_id,
+                    initialization_timeout=long,
+                    heartbeat_timeout_seconds=long,
+                    shutdown_timeout_seconds=long,
+                )
+                jax.devices()
         except (RuntimeError, ValueError) as error:
             cause = " ".join(str(error).split())
             remedy = "start it under SLURM, Open MPI or on a TPU pod, or use --coordinator"
             raise problem(SpecError, "--distributed", self.coordinator, cause, remedy) from None
+        signals.handle()  # JAX has taken SIGTERM over
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[float]:
+    """Ends the process, with a line on stderr, if the other processes take longer to appear."""
+
+    def give_up() -> None:
+        said = f"another process did not start within {seconds:.0f} s, or was stopped"
+        print(f"meanfield-jax: {said}; start all of them again", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        yield seconds
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -140,11 +184,15 @@ def _values(text: str, values: str) -> np.ndarray:
             numbers = np.array([float(part) for part in parts])
         else:
             low, high, count = values.split(":")
-            numbers = np.geomspace(float(low), float(high), int(count))
+            low, high, count = float(low), float(high), int(count)
+            if not (0 < low < math.inf and 0 < high < math.inf and 0 < count <= MOST):
+                raise ValueError("not a range")
+            numbers = np.geomspace(low, high, count)
     except ValueError:
         cause = "its values cannot be read"
-        remedy = "write a list such as 0.5,1,2, or LOW:HIGH:COUNT with LOW and HIGH above 0"
+        remedy = f"write a list such as 0.5,1,2, or LOW:HIGH:COUNT, positive, COUNT up to {MOST:,}"
         raise problem(SpecError, "--grid", text, cause, remedy) from None
-    whole = np.round(numbers).astype(int)
-    numbers = whole if np.array_equal(whole, numbers) else numbers
+    # floats hold larger integers only roughly
+    if np.all(numbers == np.round(numbers)) and np.all(np.abs(numbers) < 2**53):
+        numbers = numbers.astype(int)
     return numbers[0] if len(numbers) == 1 else numbers

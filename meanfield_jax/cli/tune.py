@@ -1,7 +1,6 @@
 """``meanfield-jax tune``."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,14 @@ from rich.table import Table
 
 from meanfield_jax import objectives
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import ComputationError, check_folder, plain, write, write_png
+from meanfield_jax.cli.output import ComputationError, outputs, write, write_png
+from meanfield_jax.cli.result import print_json
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.network import Network
 from meanfield_jax.plots import plot_tuning
 from meanfield_jax.status import Status
-from meanfield_jax.tune import Tuning
-from meanfield_jax.tune import tune as tune_network
+from meanfield_jax.tuning import Tuning
+from meanfield_jax.tuning import tune as tune_network
 from meanfield_jax.variants import with_depth, with_gamma
 
 # each objective, and the default of its --value (None if it has none)
@@ -76,17 +76,18 @@ class Tune:
 
     def run(self) -> None:
         """Tunes, prints the table and writes the files."""
-        for path in (self.output, self.save):
-            if path is not None:
-                check_folder(path)
+        pictures = [] if self.output is None else outputs("--output", self.output, ".png")
+        specs = [] if self.save is None else outputs("--save", self.save, ".json")
         with jax.enable_x64():
             tuned = self._tuned()
-            written = self._written(tuned)
+            written = [write_png(path, plot_tuning(tuned)) for path in pictures]
+            text = tuned.network.to_json()
+            written += [write(path, lambda path: path.write_text(text)) for path in specs]
             if self.json:
                 history = tuned.history.assign_attrs(
-                    status=tuned.status.label, message=tuned.message
+                    network=text, status=tuned.status.label, message=tuned.message
                 )
-                print(json.dumps(plain(history), indent=2))
+                print_json("tune", history)
             else:
                 Console().print(_table(tuned))
                 print(tuned.message)
@@ -108,15 +109,6 @@ class Tune:
             max_steps=self.max_steps,
             progress=True,
         )
-
-    def _written(self, tuned: Tuning) -> list[str]:
-        written = []
-        if self.output is not None:
-            written.append(write_png(self.output, plot_tuning(tuned)))
-        if self.save is not None:
-            text = tuned.network.to_json()
-            written.append(write(self.save, lambda path: path.write_text(text)))
-        return written
 
     def _network(self) -> Network:
         network = self.network.network(self.inputs.shape(self.network.net))

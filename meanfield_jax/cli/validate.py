@@ -1,7 +1,6 @@
 """``meanfield-jax validate``."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import ComputationError, check_folder, plain, write, write_png
+from meanfield_jax.cli.output import ComputationError, outputs, write, write_png
+from meanfield_jax.cli.result import print_json
 from meanfield_jax.cli.tables import spectrum_table, validation_table
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.plots import plot_validation
@@ -46,7 +46,7 @@ class Validate:
 
     def run(self) -> None:
         """Measures, prints the table and writes the files."""
-        check_folder(self.output)
+        numbers, picture = outputs("--output", self.output, ".nc", ".png")
         network = self.network.network(self.inputs.shape(self.network.net))
         x, _ = self.inputs.load(network)
         dataset = validate(
@@ -61,12 +61,11 @@ class Validate:
             progress=True,
         )
         dataset.attrs["data"] = self.inputs.data
-        written = [write(self.output.with_suffix(".nc"), dataset.to_netcdf)]
+        written = [write(numbers, dataset.to_netcdf)]
         if "curve" in dataset:
-            picture = plot_validation(dataset)
-            written.append(write_png(self.output.with_suffix(".png"), picture))
+            written.append(write_png(picture, plot_validation(dataset)))
         if self.json:
-            print(json.dumps(plain(dataset), indent=2))
+            print_json("validate", dataset)
         else:
             Console().print(validation_table(dataset))
             if self.num_eigenvalues is not None:

@@ -1,14 +1,12 @@
 """The density of a symmetric operator's whole spectrum, by stochastic Lanczos quadrature."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import register_dataclass
 
 from meanfield_jax import precise
 from meanfield_jax.arguments import checked
@@ -17,11 +15,11 @@ from meanfield_jax.empirical.lanczos import begin, check_dtype, expand
 from meanfield_jax.empirical.linearized import linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.limits import within
+from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
 
 
-@register_dataclass
-@dataclass(frozen=True)
+@pytree
 class SpectralDensity:
     """Quadrature nodes and weights of the spectral density, one row per random start.
 

@@ -30,18 +30,13 @@ from meanfield_jax.empirical.model import (
     Functional,
     path_name,
 )
-from meanfield_jax.empirical.operator import Product, SymmetricOperator, register_unchecked
+from meanfield_jax.empirical.operator import Product, SymmetricOperator
 from meanfield_jax.empirical.products import jacobian, outer
 from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.pytree import pytree, static
 
 
-def static(default: Any) -> Any:
-    """A dataclass field that is static under ``jax.jit``."""
-    return dataclasses.field(default=default, metadata=dict(static=True))
-
-
-@register_unchecked
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@pytree(eq=False, repr=False)
 class FisherOperator(SymmetricOperator):
     """The Fisher matrix F = (1/n) sum_i J_i^T Lambda_i J_i of any function ``apply(params, x)``.
 
@@ -95,11 +90,11 @@ class FisherOperator(SymmetricOperator):
     apply: Callable[..., Any]
     params: Any
     x: Any
-    likelihood: str = static("gaussian")
-    batch_size: int | None = static(None)
-    output: Any = static(None)  # noqa: RUF009
+    likelihood: str = static(default="gaussian")
+    batch_size: int | None = static(default=None)
+    output: Any = static(default=None)
     mask: dict[str, Array] | None = None
-    dense: tuple[str, ...] = static(())
+    dense: tuple[str, ...] = static(default=())
 
     def __post_init__(self):
         check_choice("likelihood", self.likelihood, LIKELIHOODS)
@@ -388,8 +383,7 @@ class FisherOperator(SymmetricOperator):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@pytree(eq=False, repr=False)
 class FisherDual(SymmetricOperator):
     """The dual of a Fisher matrix acts on all outputs of a batch; see :attr:`FisherOperator.dual`.
 

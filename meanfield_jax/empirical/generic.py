@@ -12,14 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.tree_util import tree_leaves_with_path
 
-from meanfield_jax.empirical.model import Functional
+from meanfield_jax.empirical.model import Functional, path_name
 
 if TYPE_CHECKING:
     from meanfield_jax.empirical.fisher import FisherOperator
 
 SIZE = 0.3
 """Size of the random part, in units of an array's root mean square."""
+
+LEAST_FRACTION = 0.1
+"""Fraction of all parameters below which dense layers are not worth the test of their product."""
 
 NUM_SAMPLES = 8
 """Number of samples in the small batch on which layers are tested."""
@@ -74,22 +78,26 @@ def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
     """The dense layers whose weight gradient need not be formed, see ``products.outer``.
 
     These are the ``nnx.Linear`` layers for which this is cheaper (n < 2 N inputs), provided that
-    the product agrees with plain differentiation. It does not where weights are tied, masked,
-    quantized, or used inside another transformation.
+    they hold more than a tenth of the parameters and that the product agrees with plain
+    differentiation. It does not where weights are tied, masked, quantized, or used inside another
+    transformation.
 
     Returns:
         Their paths.
     """
-    if not isinstance(op.apply, Functional) or op.batch_size is not None:
+    model = op.apply
+    if not isinstance(model, Functional) or op.batch_size is not None:
         return ()
     try:
-        inputs = jax.eval_shape(lambda p, x: op.apply.with_added(p, {}, x)[1], op.params, op.x)
+        inputs = jax.eval_shape(lambda p, x: model.with_added(p, {}, x)[1], op.params, op.x)
         layers = tuple(
             name
             for name, value in inputs.items()
             if value.ndim == 2 and value.shape[0] < 2 * value.shape[1]
         )
-        if not layers:
+        sizes = {path_name(path): leaf.size for path, leaf in tree_leaves_with_path(op.params)}
+        held = sum(sizes[f"{layer}/kernel"] for layer in layers)
+        if held <= LEAST_FRACTION * op.num_parameters:
             return ()
         with jax.ensure_compile_time_eval():
             small = _small(op, NUM_SAMPLES).unchecked(dense=layers)

@@ -6,7 +6,7 @@ operator has a ``dual`` with the same non-zero eigenvalues, the search runs in t
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.tree_util import register_dataclass
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.empirical.linearized import linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.limits import within
 from meanfield_jax.precise import matmul
+from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
 
 # The probability, over random starts, that an eigenvector's overlap with the start is so small that
@@ -33,8 +33,7 @@ _FLOOR = 10.0
 _CAPACITY = 10
 
 
-@register_dataclass
-@dataclass(frozen=True)
+@pytree
 class TopEigenvalues:
     """The largest eigenvalues, with bounds on their errors.
 

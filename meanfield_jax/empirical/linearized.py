@@ -5,7 +5,6 @@ outside. On CPU, loops over products are therefore Python loops in which each st
 program; elsewhere, and under a caller's ``jax.jit``, the loops are compiled.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
 
+from meanfield_jax.pytree import pytree, static
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@pytree(eq=False)
 class Linearized:
     """A linearized operator, as a pytree of what its products need.
 
@@ -26,8 +26,8 @@ class Linearized:
     """
 
     product: Any
-    size: int = dataclasses.field(metadata=dict(static=True))
-    dtype: jnp.dtype = dataclasses.field(metadata=dict(static=True))
+    size: int = static()
+    dtype: jnp.dtype = static()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,10 +11,10 @@ from jax import Array
 
 from meanfield_jax.empirical.model import spread_over
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.pytree import pytree, static
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree(eq=False)
 class Linen:
     """A Linen module as a pure function ``apply(params, x)``.
 
@@ -27,8 +27,8 @@ class Linen:
 
     constants: dict[str, Any]
     arrays: dict[str, Any]
-    module: nn.Module = dataclasses.field(metadata=dict(static=True))
-    options: tuple[tuple[str, Any], ...] = dataclasses.field(metadata=dict(static=True))
+    module: nn.Module = static()
+    options: tuple[tuple[str, Any], ...] = static()
 
     def __call__(self, params: Any, x: Any) -> Any:
         """The module's outputs; dropout is off, and updates of its variables are discarded."""

@@ -1,6 +1,5 @@
 """Flax models as pure functions of their parameters, and the mode that they are in."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from meanfield_jax.checks import array
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
+from meanfield_jax.pytree import pytree, static
 
 Params = dict[str, Array]
 
@@ -70,8 +70,7 @@ def build(network: Network, *, rngs: nnx.Rngs | Array | int) -> Model:
     return Model(network, rngs)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree(eq=False)
 class Functional:
     """A Flax NNX model as a pure function ``apply(params, x)``; see :func:`functional`.
 
@@ -84,10 +83,10 @@ class Functional:
     """
 
     state: Any
-    graphdef: Any = dataclasses.field(metadata=dict(static=True))
-    treedef: Any = dataclasses.field(metadata=dict(static=True))
-    names: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
-    call: Callable[..., Any] = dataclasses.field(metadata=dict(static=True))
+    graphdef: Any = static()
+    treedef: Any = static()
+    names: tuple[str, ...] = static()
+    call: Callable[..., Any] = static()
 
     def __call__(self, params: Params, x: Any) -> Any:
         """The model's outputs for these parameters."""

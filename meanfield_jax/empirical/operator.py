@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -105,29 +104,3 @@ class SymmetricOperator:
         structure = jax.ShapeDtypeStruct(self.shape[:1], self.dtype)
         tags = (lineax.symmetric_tag, lineax.positive_semidefinite_tag)
         return lineax.FunctionLinearOperator(linearized(self).product, structure, tags)
-
-
-def register_unchecked(cls: type) -> type:
-    """Registers a dataclass as a pytree that is rebuilt without calling ``__post_init__``.
-
-    Checks thus run once, on what a user passes, and not whenever a transformation rebuilds it.
-
-    Returns:
-        The class.
-    """
-    fields = dataclasses.fields(cls)
-    static = [field.name for field in fields if field.metadata.get("static")]
-    data = [field.name for field in fields if field.name not in static]
-
-    def flatten(value: Any) -> tuple[tuple, tuple]:
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in data)
-        return children, tuple(getattr(value, name) for name in static)
-
-    def unflatten(known: tuple, children: Any) -> Any:
-        value = object.__new__(cls)
-        for name, part in zip([*static, *data], [*known, *children], strict=True):
-            object.__setattr__(value, name, part)
-        return value
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-    return cls

@@ -1,13 +1,11 @@
 """The trace of an operator, with its standard error."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import register_dataclass
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.empirical.lanczos import check_dtype
@@ -15,11 +13,11 @@ from meanfield_jax.empirical.linearized import linearized, loops_on_host, multip
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.limits import within
 from meanfield_jax.precise import einsum, matmul
+from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
 
 
-@register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Trace:
     """An estimate of a trace.
 

@@ -1,44 +1,54 @@
 """The store of a sweep: a Zarr group, written chunk by chunk, that survives a killed process.
 
-Results are arrays over the grid's axes; a chunk is a block of them, in one file per array. When all
-files of a chunk have been written, a checksum of its numbers is written to ``digest``, and only
-then does the chunk count as finished. A chunk that is missing, truncated or altered does not match
-its checksum and is computed again.
+A store is made at once, with its header, the coordinates and the predicted boundaries; the header
+has digests of them all. Results are arrays over the grid's axes; a chunk is a block of them, in one
+file per array. When all files of a chunk are on the disk, a digest of its numbers is written to
+``digest``, and only then does the chunk count as finished. A chunk that is missing, truncated,
+altered or of another place does not match its digest and is computed again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
-import zlib
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.errors import DataError, problem
+from meanfield_jax.experiments.files import Folder, Memory, beside, files_at
+from meanfield_jax.experiments.zarr_format import (
+    FORMAT,
+    HEADER,
+    MALFORMED,
+    claimed_format,
+    digest_of,
+    from_bytes,
+    identity,
+    parsed_array,
+    parsed_header,
+    to_bytes,
+)
+from meanfield_jax.memory import memory_of
+from meanfield_jax.status import Status
 
 if TYPE_CHECKING:
     import xarray as xr
-    import zarr
-    from zarr.storage import MemoryStore
 
-try:
-    import fcntl
-except ImportError:  # no locks on this system
-    fcntl = None
-
-FORMAT = "meanfield_jax.sweep/1"
 NO_DIGEST = 0
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError)
-"""Exceptions that Zarr and its codecs raise for missing or damaged files."""
+LIMIT = 2**28
+"""The most bytes of a file that is not a result."""
 
 Region = tuple[slice, ...]
+Named = dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, Any]]]
+"""Dimensions, values and attributes of arrays, as xarray takes them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Layout:
         axes: Number of values on every axis of the grid, first to last.
         chunk: Number of values on each axis within a chunk.
         variables: Results of each cell, by name; an axis in their shape is "epoch".
-        coordinates: Dimensions, values and attributes of each coordinate, as xarray takes them.
+        coordinates: Coordinates of the axes.
         spec: Everything that determines the numbers, as data that JSON can hold.
         facts: Other information (versions, machine), which may change when a sweep is resumed.
     """
@@ -74,7 +84,7 @@ class Layout:
     axes: dict[str, int]
     chunk: tuple[int, ...]
     variables: dict[str, Variable]
-    coordinates: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, Any]]]
+    coordinates: Named
     spec: dict[str, Any]
     facts: dict[str, Any]
 
@@ -83,69 +93,85 @@ class Layout:
         """The shape of a result that is one number per cell."""
         return tuple(self.axes.values())
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of chunks along each axis."""
+        return tuple(
+            math.ceil(size / step) for size, step in zip(self.shape, self.chunk, strict=True)
+        )
+
 
 class SweepStore:
-    """The results of a sweep in one Zarr group; see the module's docstring.
+    """The results of a sweep; see the module's docstring.
 
     Attributes:
-        layout: What it holds; the chunks are those with which it was created.
-        name: Its location, for messages.
+        files: Where they are.
+        layout: What it holds.
+        extra: Arrays beside the results that are known, the coordinates among them.
     """
 
-    def __init__(self, group: zarr.Group, layout: Layout, name: str):
-        self._group = group
-        self.name = name
-        chunk = tuple(group.attrs["chunk"])  # pyright: ignore[reportArgumentType]
-        self.layout = dataclasses.replace(layout, chunk=chunk)
+    def __init__(self, files: Folder | Memory, layout: Layout, extra: Named):
+        self.files, self.layout, self.extra = files, layout, extra
+        self._key = identity(layout.spec, layout.chunk)
 
     @cached_property
     def regions(self) -> list[Region]:
         """The block of the grid that each chunk covers."""
-        starts = (
-            range(0, size, step)
-            for size, step in zip(self.layout.shape, self.layout.chunk, strict=True)
-        )
+        layout = self.layout
         return [
             tuple(
-                slice(start, min(start + step, size))
-                for start, step, size in zip(at, self.layout.chunk, self.layout.shape, strict=True)
+                slice(index * step, min((index + 1) * step, size))
+                for index, step, size in zip(at, layout.chunk, layout.shape, strict=True)
             )
-            for at in itertools.product(*starts)
+            for at in itertools.product(*map(range, layout.counts))
         ]
 
-    def write(self, number: int, results: dict[str, np.ndarray]) -> None:
-        """Writes a chunk, which counts as finished once its checksum has been written.
+    def write(self, number: int, results: Mapping[str, np.ndarray]) -> None:
+        """Writes a chunk, which counts as finished once its digest is on the disk.
 
         Raises:
             OSError: if the store cannot be written; what it holds stays readable.
         """
-        region = self.regions[number]
-        ordered = {
-            name: np.ascontiguousarray(results[name], variable.dtype)
-            for name, variable in self.layout.variables.items()
-        }
+        files = self.chunk_files(number, results)
+        last = dict([files.popitem()])
         try:
-            for name, values in ordered.items():
-                self._array(name)[region] = values
-            self._array("digest")[number] = _digest(ordered)
+            self.files.write(files)
+            self.files.write(last)
         except OSError as error:
             cause = f"{error.strerror or error}, after {self.num_finished} of {len(self.regions)}"
             remedy = "finished chunks are kept, so correct the cause and resume the sweep"
-            raise OSError(f"store={self.name!r}: {cause} chunks; {remedy}") from error
+            raise OSError(f"store={self.files.name!r}: {cause} chunks; {remedy}") from error
+
+    def chunk_files(self, number: int, results: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+        """The files of a chunk, that of its digest last."""
+        files, region = {}, self.regions[number]
+        for name, variable in sorted(self.layout.variables.items()):
+            # a chunk at the edge is stored as one of full size
+            whole = np.full((*self.layout.chunk, *variable.shape), variable.missing, variable.dtype)
+            whole[tuple(slice(part.stop - part.start) for part in region)] = results[name]
+            files[self._file(name, number)] = to_bytes(whole)
+        files[f"digest/c/{number}"] = self._digest(number, files.values())
+        return files
 
     def read(self, number: int) -> dict[str, np.ndarray] | None:
         """The results of a finished chunk; None if it is missing or damaged."""
-        region = self.regions[number]
-        if (expected := self._digest_of(number)) == NO_DIGEST:
+        if (digest := self.files.read(f"digest/c/{number}", 8)) is None:
             return None
-        try:
-            results = {
-                name: np.ascontiguousarray(self._array(name)[region])
-                for name in self.layout.variables
-            }
-        except UNREADABLE:
+        variables = sorted(self.layout.variables.items())
+        contents = [self.files.read(self._file(name, number), LIMIT) for name, _ in variables]
+        if None in contents or self._digest(number, contents) != digest:
             return None
-        return results if _digest(results) == expected else None
+        within = tuple(slice(part.stop - part.start) for part in self.regions[number])
+        results = {}
+        for (name, variable), content in zip(variables, contents, strict=True):
+            shape = (*self.layout.chunk, *variable.shape)
+            results[name] = from_bytes(content or b"", np.dtype(variable.dtype), shape)[within]
+        return results
+
+    def names_of(self, number: int) -> list[str]:
+        """The files of a chunk, that of its digest last."""
+        names = [self._file(name, number) for name in sorted(self.layout.variables)]
+        return [*names, f"digest/c/{number}"]
 
     def pending(self) -> list[int]:
         """The chunks that are missing or damaged; reads all results."""
@@ -153,95 +179,63 @@ class SweepStore:
 
     @property
     def num_finished(self) -> int:
-        """The number of chunks with a checksum; their results are not read."""
-        return sum(self._digest_of(number) != NO_DIGEST for number in range(len(self.regions)))
-
-    def add(self, name: str, dims: tuple[str, ...], values: np.ndarray, attributes: dict) -> None:
-        """Stores a small array beside the results, in one piece."""
-        _put(self._group, name, dims, values, dict(attributes, role="beside"))
-
-    def has(self, name: str) -> bool:
-        """Whether such an array exists and is complete."""
-        with contextlib.suppress(*UNREADABLE):
-            return bool(np.all(np.isfinite(self._array(name)[...])))
-        return False
+        """The number of chunks with a digest; their results are not read."""
+        return sum(
+            self.files.read(f"digest/c/{number}", 8) is not None
+            for number in range(len(self.regions))
+        )
 
     def dataset(self) -> xr.Dataset:
-        """All finished results; NaN (and -2 for ``diverged_at``) elsewhere."""
+        """All finished results; elsewhere NaN, -2 for ``diverged_at`` and ``Status.NOT_RUN``."""
         import xarray as xr
 
-        dims = tuple(self.layout.axes)
-        data = {}
-        for name, variable in self.layout.variables.items():
-            values = np.full((*self.layout.shape, *variable.shape), variable.missing)
+        layout = self.layout
+        data, finished = {}, 0
+        for name, variable in layout.variables.items():
+            values = np.full((*layout.shape, *variable.shape), variable.missing, variable.dtype)
             tail = ("epoch",) * len(variable.shape)
-            data[name] = ((*dims, *tail), values.astype(variable.dtype), variable.attributes)
-        finished = 0
+            data[name] = ((*layout.axes, *tail), values, variable.attributes)
         for number, region in enumerate(self.regions):
             results = self.read(number)
             finished += results is not None
             for name, values in (results or {}).items():
                 data[name][1][region] = values
-        coords = {}
-        for name, array in sorted(self._group.arrays()):
-            attributes = dict(array.attrs)
-            if (role := attributes.pop("role", None)) not in ("coordinate", "beside"):
-                continue
-            dims = array.metadata.dimension_names or ()  # pyright: ignore[reportAttributeAccessIssue]
-            (coords if role == "coordinate" else data)[name] = (dims, array[...], attributes)
+        if "diverged_at" in data:
+            data["status"] = (tuple(layout.axes), *_status(data["diverged_at"][1]))
+        coordinates, others = {}, {}
+        for name, (dims, values, attributes) in self.extra.items():
+            kept = {key: value for key, value in attributes.items() if key != "role"}
+            chosen = coordinates if attributes.get("role") == "coordinate" else others
+            chosen[name] = (dims, values, kept)
         shares = f"{finished} of {len(self.regions)} chunks"
-        attributes = dict(self.layout.facts, spec=json.dumps(self.layout.spec), finished=shares)
-        return xr.Dataset(data, coords, attributes)
+        attributes = dict(layout.facts, spec=json.dumps(layout.spec), finished=shares)
+        return xr.Dataset(data | others, coordinates, attributes)
 
-    def _digest_of(self, number: int) -> int:
-        try:
-            return int(self._array("digest")[number])
-        except UNREADABLE:
-            return NO_DIGEST
+    def _file(self, name: str, number: int) -> str:
+        return f"{name}/c/{self._places[number]}" + "/0" * len(self.layout.variables[name].shape)
 
-    def _array(self, name: str) -> Any:
-        return self._group[name]
+    @cached_property
+    def _places(self) -> list[str]:
+        """The place of each chunk among all, as its files are named."""
+        return ["/".join(map(str, at)) for at in itertools.product(*map(range, self.layout.counts))]
+
+    def _digest(self, number: int, contents: Any) -> bytes:
+        """Eight bytes that say which sweep, which chunk and which numbers; never NO_DIGEST."""
+        digest = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=8, key=self._key)
+        for content in contents:
+            digest.update(content)
+        value = int.from_bytes(digest.digest(), "little") or NO_DIGEST + 1
+        return value.to_bytes(8, "little")
 
 
-def create(location: str | Path | None, layout: Layout, *, resume: bool) -> SweepStore:
-    """Creates a store, or opens one in order to continue it.
-
-    Args:
-        location: A folder, or anything else that Zarr opens by name; None: memory.
-        layout: What the store is to hold.
-        resume: Whether the store may exist already.
-
-    Returns:
-        The store.
-
-    Raises:
-        SpecError: if the store exists and ``resume`` is False, or belongs to another sweep.
-        DataError: if something that is not a sweep exists there.
-        OSError: if the store cannot be written.
-    """
-    from zarr.storage import MemoryStore
-
-    group = _open(MemoryStore() if location is None else location, "a")
-    name = "memory" if location is None else str(location)
-    if "format" in group.attrs:
-        if not resume:
-            remedy = "resume it (resume=True, --resume) or use another name"
-            raise problem(SpecError, "store", name, "it exists already", remedy)
-        _check_same(name, group, layout)
-    elif list(group.keys()):
-        raise problem(DataError, "store", name, "it is not a sweep's store", "use another name")
-    try:
-        # everything below can be repeated, so a process killed here can be resumed
-        if "format" not in group.attrs:
-            group.attrs.update(
-                dict(format=FORMAT, spec=layout.spec, facts=layout.facts, chunk=layout.chunk)
-            )
-        store = SweepStore(group, layout, name)
-        _make_arrays(group, store)
-    except OSError as error:
-        remedy = "use a location that can be written"
-        raise OSError(f"store={name!r}: {error.strerror or error}; {remedy}") from error
-    return store
+def _status(diverged_at: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """How each cell ended, and the meaning of the numbers in the form of the CF conventions."""
+    values = np.where(diverged_at >= 0, Status.DIVERGED, Status.CONVERGED)
+    values = np.where(diverged_at == -2, Status.NOT_RUN, values).astype(np.int32)
+    flags = (Status.CONVERGED, Status.DIVERGED, Status.NOT_RUN)
+    meanings = " ".join(flag.label for flag in flags)
+    said = dict(long_name="how training ended", flag_values=[int(flag) for flag in flags])
+    return values, dict(said, flag_meanings=meanings)
 
 
 def load_sweep(location: str | Path) -> xr.Dataset:
@@ -254,151 +248,123 @@ def load_sweep(location: str | Path) -> xr.Dataset:
         As :func:`meanfield_jax.sweep`; cells that have not been computed yet are NaN.
 
     Raises:
-        DataError: if there is no sweep at this location.
+        DataError: if there is no sweep at this location, or anything but its results is damaged.
+        OSError: if it cannot be read.
     """
-    if "://" not in str(location) and not Path(location).exists():
-        raise problem(DataError, "store", str(location), "it does not exist", "use a sweep's store")
-    return open_store(location).dataset()
-
-
-def open_store(location: str | Path) -> SweepStore:
-    """Opens a stored sweep for reading."""
-    group = _open(location, "r")
-    if group.attrs.get("format") != FORMAT:
-        remedy = "use one that meanfield-jax sweep made"
-        raise problem(DataError, "store", str(location), "it is not a sweep's store", remedy)
-    attrs: dict[str, Any] = dict(group.attrs)
-    variables = {}
-    grid = attrs["spec"]["grid"]
-    for name, array in group.arrays():
-        if array.attrs.get("role") == "result":
-            attributes = {key: value for key, value in array.attrs.items() if key != "role"}
-            tail = array.shape[len(grid) :]
-            variables[name] = Variable(tail, array.dtype, array.fill_value, attributes)
-    axes = {name: len(values) for name, values in grid.items()}
-    layout = Layout(axes, tuple(attrs["chunk"]), variables, {}, attrs["spec"], attrs["facts"])
-    return SweepStore(group, layout, str(location))
-
-
-@contextlib.contextmanager
-def locked(location: str | Path | None) -> Iterator[None]:
-    """Keeps a second sweep out of a local store; the lock ends with the process that holds it."""
-    path = Path(str(location)) / "zarr.json"
-    if fcntl is None or location is None or not path.exists():
-        yield
-        return
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            cause, remedy = "another sweep is writing to it", "wait for it, or use another name"
-            raise problem(SpecError, "store", str(location), cause, remedy) from None
-        yield
-
-
-def _open(location: str | Path | MemoryStore, mode: Any) -> zarr.Group:
-    import zarr
-
+    store = open_store(files_at(location))
     try:
-        return zarr.open_group(location, mode=mode, zarr_format=3)
+        return store.dataset()
+    except ValueError:
+        raise _not_of_a_sweep(store.files.name) from None
+
+
+def open_store(files: Folder | Memory) -> SweepStore:
+    """Opens a stored sweep for reading; raises DataError if anything but its results is damaged."""
+    files, attributes = open_header(files)
+    contents = {}
+    for file, digest in attributes["files"].items():
+        content = content_of(files, file)
+        if content is None or digest_of(content) != digest:
+            raise DamagedFile(files.name, file)
+        contents[file] = content
+    return opened(files, attributes, contents)
+
+
+def opened(
+    files: Folder | Memory, attributes: dict[str, Any], contents: dict[str, bytes]
+) -> SweepStore:
+    """The store with this header and these other files; raises DataError if they are no sweep's."""
+    try:
+        return SweepStore(files, *_stored(attributes, contents, files.name))
+    except DataError:
+        raise
+    except MALFORMED:
+        raise _not_of_a_sweep(files.name) from None
+
+
+def open_header(files: Folder | Memory) -> tuple[Folder | Memory, dict[str, Any]]:
+    """The files of a stored sweep, and its header; raises DataError if that is not whole."""
+    name = files.name
+    if not files.top() and isinstance(files, Folder):
+        # there is another where a process was killed as it exchanged the two
+        files = Folder(beside(files, "old"), name)
+    if not files.top():
+        raise problem(DataError, "store", name, "it does not exist", "use a sweep's store")
+    content = _read(files, HEADER)
+    attributes = content and parsed_header(content)
+    if attributes:
+        return files, attributes
+    claimed = claimed_format(content)
+    if claimed not in (None, "", FORMAT):
+        raise of_another_version(name, claimed)
+    if claimed == FORMAT or files.read("digest/zarr.json", LIMIT):
+        raise DamagedFile(name, HEADER)
+    raise _not_of_a_sweep(name)
+
+
+def _not_of_a_sweep(name: str) -> ValueError:
+    remedy = "use one that meanfield-jax sweep made"
+    return problem(DataError, "store", name, "it is not a sweep's store", remedy)
+
+
+def _read(files: Folder | Memory, name: str) -> bytes | None:
+    try:
+        return files.read(name, LIMIT)
     except OSError as error:
-        remedy = "use a folder that can be written" if mode == "a" else "check the folder"
-        raise OSError(f"store={str(location)!r}: {error.strerror or error}; {remedy}") from error
-    except (*UNREADABLE, ImportError) as error:
-        raise problem(DataError, "store", str(location), str(error), "check the folder") from error
+        remedy = "check the folder"
+        raise OSError(f"store={files.name!r}: {error.strerror or error}; {remedy}") from error
 
 
-def _make_arrays(group: zarr.Group, store: SweepStore) -> None:
-    """Creates all arrays that do not exist yet, with empty results."""
-    layout = store.layout
-    dims = tuple(layout.axes)
-    present = set(group.keys())
-    for name, variable in layout.variables.items():
-        if name not in present:
-            group.create_array(
-                name,
-                shape=(*layout.shape, *variable.shape),
-                chunks=(*layout.chunk, *variable.shape),
-                dtype=variable.dtype,
-                fill_value=variable.missing,
-                dimension_names=(*dims, *("epoch",) * len(variable.shape)),
-                attributes=dict(variable.attributes, role="result"),
-            )
-    if "digest" not in present:
-        count = len(store.regions)
-        group.create_array(
-            "digest",
-            shape=(count,),
-            chunks=(1,),
-            dtype="uint64",
-            fill_value=NO_DIGEST,
-            dimension_names=("chunk",),
-            attributes=dict(long_name="checksum of a chunk's results; 0: not finished"),
-        )
-    for name, (dims, values, attributes) in layout.coordinates.items():
-        _put(group, name, dims, values, dict(attributes, role="coordinate"))
+class DamagedFile(DataError):
+    """A file of a store is missing or damaged, and it is not one of the results."""
+
+    def __init__(self, store: str, file: str):
+        remedy = "resume the sweep with the options it was made with, which writes it again"
+        cause = f"its file {file} is missing or damaged"
+        super().__init__(*problem(DataError, "store", store, cause, remedy).args)
 
 
-def _put(group: zarr.Group, name: str, dims, values: np.ndarray, attributes) -> None:
-    values = np.asarray(values)
-    if name in group:
-        array: Any = group[name]
-    else:
-        array = group.create_array(
-            name,
-            shape=values.shape,
-            chunks=tuple(max(size, 1) for size in values.shape),
-            dtype=values.dtype,
-            fill_value=np.nan if values.dtype.kind == "f" else 0,
-            dimension_names=dims,
-            attributes=attributes,
-        )
-    array[...] = values
+def of_another_version(name: str, claimed: str) -> ValueError:
+    """The error for a store whose format this version does not know."""
+    remedy = "use another name, or the version that made it"
+    return problem(DataError, "store", name, f"it has the format {claimed}, not {FORMAT}", remedy)
 
 
-def _digest(results: dict[str, np.ndarray]) -> int:
-    """A checksum of the numbers, which is never NO_DIGEST."""
-    total = 0
-    for name in sorted(results):
-        total = zlib.crc32(results[name].tobytes(), total)
-    return total + 1
+def content_of(files: Folder | Memory, name: str) -> bytes | None:
+    """The content of a file that a header names; None if there is none, as for other names."""
+    known = re.fullmatch(r"\w+/(zarr\.json|c(/0)*)", name)
+    return _read(files, name) if known else None
 
 
-def _check_same(name: str, group: zarr.Group, layout: Layout) -> None:
-    """Raises SpecError, with the differences, if a store belongs to another sweep."""
-    if group.attrs.get("format") != FORMAT:
-        raise problem(DataError, "store", name, "it is not a sweep's store", "use another name")
-    # as it is read from a file, where tuples have become lists
-    wanted = json.loads(json.dumps(layout.spec))
-    found = list(_differences(group.attrs["spec"], wanted, ""))
-    if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        cause = f"it was made with another specification: {'; '.join(found[:5])}{more}"
-        remedy = "use another name, or the specification it was made with"
-        raise problem(SpecError, "store", name, cause, remedy)
-
-
-def _differences(stored: Any, now: Any, path: str) -> Iterator[str]:
-    """Yields the differences between two pieces of JSON data, one line each."""
-    if isinstance(stored, dict) and isinstance(now, dict):
-        for key in {**stored, **now}:
-            yield from _differences(stored.get(key), now.get(key), f"{path}/{key}".lstrip("/"))
-    elif (
-        isinstance(stored, list)
-        and isinstance(now, list)
-        and len(stored) == len(now)
-        and any(isinstance(item, (dict, list)) for item in (*stored, *now))
-    ):
-        for index, pair in enumerate(zip(stored, now, strict=True)):
-            yield from _differences(*pair, f"{path}/{index}")
-    elif stored != now and not (_is_nan(stored) and _is_nan(now)):
-        yield f"{path} {_short(stored)} in the store, {_short(now)} now"
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:45]}... ({len(text)} characters)"
+def _stored(
+    attributes: dict[str, Any], contents: dict[str, bytes], name: str
+) -> tuple[Layout, Named]:
+    """Layout and arrays of a store whose header is whole; raises what is in MALFORMED."""
+    spec, chunk = attributes["spec"], tuple(attributes["chunk"])
+    axes = {key: len(values) for key, values in spec["grid"].items()}
+    variables, extra = {}, {}
+    for file, content in contents.items():
+        array, _, last = file.rpartition("/")
+        if last != "zarr.json" or array == "digest":
+            continue
+        shape, dtype, dims, said = parsed_array(content)
+        if said.get("role") == "result":
+            if shape[: len(axes)] != tuple(axes.values()) or len(dims) > len(axes) + 1:
+                raise ValueError("a result that does not fit the grid")
+            kept = {key: value for key, value in said.items() if key != "role"}
+            missing = np.nan if dtype.kind == "f" else -2
+            variables[array] = Variable(shape[len(axes) :], dtype, missing, kept)
+        else:
+            values = contents.get("/".join((array, "c", *("0" for _ in shape))))
+            if values is not None:
+                extra[array] = (dims, from_bytes(values, dtype, shape), said)
+    if len(chunk) != len(axes) or not all(type(step) is int and step > 0 for step in chunk):
+        raise ValueError("chunks that do not fit the grid")
+    needed = math.prod(axes.values()) * sum(
+        4 * math.prod(v.shape) + 500 for v in variables.values()
+    )
+    if needed > memory_of([]) / 2:
+        cause = f"its grid would need {needed:.2g} bytes, more than half of this machine's memory"
+        raise problem(DataError, "store", name, cause, "read it on a machine with more memory")
+    layout = Layout(axes, chunk, variables, {}, spec, dict(attributes["facts"]))
+    return layout, extra

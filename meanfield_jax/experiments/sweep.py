@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -9,7 +10,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import pair
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.birth import create
+from meanfield_jax.experiments.files import files_at, locked
+from meanfield_jax.experiments.grid import (
+    STRUCTURE,
+    cells_in_memory,
+    chunk_shape,
+    coordinates_of,
+    restructured,
+    shape_of,
+    split_grid,
+    structure_key,
+    structures,
+)
+from meanfield_jax.experiments.grow import exchange, grown, known_cells, store_to_extend
+from meanfield_jax.experiments.job import Job
 from meanfield_jax.experiments.progress import Progress
-from meanfield_jax.experiments.store import Layout, Region, SweepStore, Variable, create, locked
+from meanfield_jax.experiments.store import Layout, Named, SweepStore, Variable, open_store
 from meanfield_jax.experiments.train import (
     Arrays,
     Cell,
@@ -33,48 +48,22 @@ from meanfield_jax.experiments.train import (
     Recipe,
     Samples,
     Training,
-    bytes_of_cell,
     check_cells,
     check_samples,
     recipe_of,
     run_cells,
 )
 from meanfield_jax.kernel.kernel import STATISTICS
-from meanfield_jax.memory import memory_of
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import stable_rate
-from meanfield_jax.variants import with_depth, with_gamma, with_weight_var, with_width
+from meanfield_jax.variants import with_gamma, with_weight_var
 
 if TYPE_CHECKING:
     import xarray as xr
 
-AXES = {
-    "batch_size": "samples per step",
-    "depth": "hidden blocks",
-    "width": "units or channels of every hidden layer",
-    "gamma": "initial scale of every norm",
-    "weight_var": "variance of a weight times the fan-in",
-    "learning_rate": "learning rate",
-    "momentum": "momentum of the heavy ball",
-    "seed": "seed of the draw and of the order of the samples",
-}
-"""Axes that a grid may have, with a description of each."""
-
-STRUCTURE = ("batch_size", "depth", "width")
-"""Axes along which the computation is compiled again for every value."""
-
-WHOLE = (*STRUCTURE, "seed")
-"""Axes whose values are integers."""
-
-DEFAULTS = dict(batch_size=100, learning_rate=0.1, momentum=0.9, seed=0)
-
 THEORY_SAMPLES = 128
 """The most samples of the batch whose theory is stored beside the results."""
-
-CELLS = dict(cpu=16)
-"""The most cells of a chunk per device: little is lost when a small chunk is interrupted."""
-CELLS_ELSEWHERE = 1024
 
 
 @checked(data=pair)
@@ -85,6 +74,7 @@ def sweep(
     *,
     store: str | Path | None = None,
     resume: bool = False,
+    extend: bool = False,
     test: Samples | None = None,
     epochs: int = 5,
     loss: str = "squared",
@@ -113,6 +103,10 @@ def sweep(
             compiled separately.
         store: Folder of the results, a Zarr group; None: the results are kept in memory only.
         resume: Whether to continue an existing store, which must be that of the same sweep.
+        extend: Whether an existing store may also grow, by values of its axes, by axes that had a
+            single number, or by epochs. Its cells are kept, and only the others are trained; with
+            more epochs, all that did not diverge are trained again. Until this is complete the old
+            store stays as it is; repeat the call if it was interrupted.
         test: Samples to be evaluated after each epoch.
         epochs: Passes over the data.
         loss: ``"squared"`` or ``"cross_entropy"``.
@@ -124,15 +118,17 @@ def sweep(
         detach: Whether to leave the distributed runtime (``jax.distributed.shutdown()``) once the
             work has been divided, so that a process that dies does not end the others.
         patience: Seconds without a new chunk (and at least five times as long as the slowest chunk
-            took here) after which other processes are considered dead.
+            took here) after which other processes are considered dead; before the first chunk,
+            seconds without another sign of life.
         progress: Whether to show progress, rate and time left on stderr.
 
     Returns:
         A data set over the grid's axes: ``loss``, ``test_loss``, ``test_accuracy`` (also over
         ``epoch``; NaN from the epoch of divergence on), ``diverged_at`` (a step; -1: converged,
-        -2: not computed yet), and, over the axes on which they depend, the predicted
-        ``eta_max_batch``, ``eta_max_frozen``, ``eta_max_wei2019`` of one training batch (at most
-        its first 128 samples). Its attributes are the specification as JSON, versions and machine.
+        -2: not computed yet), ``status`` (a :class:`Status` as integer), and, over the axes on
+        which they depend, the predicted ``eta_max_batch``, ``eta_max_frozen``, ``eta_max_wei2019``
+        of one training batch (at most its first 128 samples). Its attributes are the specification
+        as JSON, versions and machine.
 
     Raises:
         SpecError, DataError: if an option or the data are not valid, or if the store belongs to
@@ -152,13 +148,13 @@ def sweep(
         cause = "it has its own learning rate, but a sweep sets the learning rate"
         remedy = "pass a function of the learning rate, such as optax.adam"
         raise problem(SpecError, "optimizer", type(optimizer).__name__, cause, remedy)
-    axes, fixed = _split(grid)
+    axes, fixed = split_grid(grid)
     devices = list(devices or jax.local_devices())
     recipes = {
-        _key(at): recipe_of(
-            _restructured(network, at), epochs, int(at["batch_size"]), loss, optimizer, train_gamma
+        structure_key(at): recipe_of(
+            restructured(network, at), epochs, int(at["batch_size"]), loss, optimizer, train_gamma
         )
-        for at in _structures(axes, fixed)
+        for at in structures(axes, fixed)
     }
     largest = max(recipes.values(), key=lambda recipe: recipe.batch_size)
     samples, test_samples = check_samples(largest, data, test)
@@ -166,7 +162,7 @@ def sweep(
     if chunk_cells is not None and chunk_cells < 1:
         remedy = "pass a positive integer"
         raise problem(SpecError, "chunk_cells", chunk_cells, "must be at least 1", remedy)
-    cells = chunk_cells or _cells_in_memory(recipes.values(), devices)
+    cells = chunk_cells or cells_in_memory(recipes.values(), devices)
     spec = dict(
         network=json.loads(network.to_json()),
         grid={name: values.tolist() for name, values in axes.items()},
@@ -180,22 +176,41 @@ def sweep(
     )
     variables = _variables(epochs, loss, test is not None)
     sizes = {name: len(values) for name, values in axes.items()}
-    coordinates = _coordinates(axes, fixed, epochs)
-    layout = Layout(sizes, _chunk(sizes, cells), variables, coordinates, spec, _facts(devices))
-    first = jax.process_index() == 0
-    opened = create(store, layout, resume=resume) if first else None
-    if opened is not None:
-        _predict(opened, recipes, axes, fixed, samples[0])
-    _meet("the store is made")
-    opened = opened or create(store, layout, resume=True)
-    pending = opened.pending()
-    _meet("the work is shared")
-    if detach and jax.process_count() > 1:
-        jax.distributed.shutdown()
-    share = pending[jax.process_index() :: jax.process_count()]
-    run = _Share(opened, recipes, axes, fixed, samples, test_samples, devices, share)
-    with locked(store if first else None):
-        run.compute(patience, progress)
+    coordinates = coordinates_of(axes, fixed, epochs)
+    layout = Layout(sizes, chunk_shape(sizes, cells), variables, coordinates, spec, _facts(devices))
+    job, files = Job(patience), files_at(store)
+    if store is None and job.count > 1:
+        cause, remedy = "several processes share it", "pass the name of a folder that all see"
+        raise problem(SpecError, "store", None, cause, remedy)
+
+    def predict() -> Named:
+        return _predictions(recipes, axes, fixed, samples[0], job.sign)
+
+    with locked(files) if job.first else contextlib.nullcontext():
+        old = store_to_extend(files, layout, settle=job.first) if extend else None
+        known = None if old is None else known_cells(old.dataset(), layout)
+        target = files if old is None else grown(files)
+        made: list[SweepStore] = []
+
+        def make() -> dict[str, Any]:
+            again = resume or extend
+            made.append(create(target, layout, resume=again, predict=predict, known=known))
+            return dict(pending=made[0].pending())
+
+        pending = job.agree(make)["pending"]
+        opened = made[0] if job.first else open_store(target)
+        if detach and job.count > 1:
+            jax.distributed.shutdown()
+        share = pending[job.index :: job.count]
+        run = _Share(opened, recipes, axes, fixed, samples, test_samples, devices, share, known)
+        job.patience = max(patience, 5 * run.compute(progress))
+        _wait(job, opened, pending)
+        if old is not None:
+            if job.first:
+                exchange(files)
+            # the others may read it when it has its name
+            job.wait(lambda: not target.top(), lambda: 0, lambda: "resume the sweep")
+            opened = open_store(files)
     return opened.dataset()
 
 
@@ -212,6 +227,7 @@ class _Share:
         test: Test samples.
         devices: The devices to compute on.
         numbers: The chunks to compute in this process.
+        known: Results on the whole grid that need not be computed; None if there are none.
     """
 
     store: SweepStore
@@ -222,116 +238,116 @@ class _Share:
     test: Arrays | None
     devices: list[Any]
     numbers: list[int]
+    known: dict[str, np.ndarray] | None
 
-    def compute(self, patience: float, progress: bool) -> None:
-        """Computes and writes the chunks, then waits for those of other processes."""
+    def compute(self, progress: bool) -> float:
+        """Computes and writes the chunks; returns the longest time that a call took."""
         mesh = jax.make_mesh(
             (len(self.devices),), ("cell",), (AxisType.Auto,), devices=self.devices
         )
-        cells = [math.prod(_sizes(region)) for region in self.store.regions]
+        todo = {number: int(self._missing(number).sum()) for number in self.numbers}
         longest = 0.0
-        with Progress(sum(cells[number] for number in self.numbers), sum(cells), progress) as shown:
-            for number in self.numbers:
+        with Progress(sum(todo.values()), math.prod(self.store.layout.shape), progress) as shown:
+            for numbers in self._calls(todo):
                 start = time.monotonic()
-                self.store.write(number, self._results(self.store.regions[number], mesh))
+                for number, results in self._results(numbers, mesh).items():
+                    self.store.write(number, results)
                 longest = max(longest, time.monotonic() - start)
-                shown.advance(cells[number])
-        if jax.process_count() > 1:
-            self._wait(max(patience, 5 * longest))
+                shown.advance(sum(todo[number] for number in numbers))
+        return longest
 
-    def _results(self, region: Region, mesh: Mesh) -> dict[str, np.ndarray]:
-        """The results of a chunk, in the shape of its region."""
-        axes = {
+    def _calls(self, todo: dict[int, int]) -> Iterator[list[int]]:
+        """Yields the chunks that one call computes: one, or several of which some cells are known.
+
+        The rows of a call that a chunk with known cells leaves free are used for the next one.
+        """
+        call, free = [], 0
+        for number in self.numbers:
+            partial = todo[number] < math.prod(shape_of(self.store.regions[number]))
+            fits = call and partial and todo[number] <= free
+            if call and not (fits and self._structure(number) == self._structure(call[0])):
+                yield call
+                call = []
+            if not call:
+                free = math.prod(self.store.layout.chunk) if partial else 0
+            call.append(number)
+            free -= todo[number]
+        if call:
+            yield call
+
+    def _results(self, numbers: list[int], mesh: Mesh) -> dict[int, dict[str, np.ndarray]]:
+        """The results of chunks, each in the shape of its region, from one call."""
+        missing = {number: self._missing(number) for number in numbers}
+        parts = [self._cells(number, missing[number]) for number in numbers]
+        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        # every call is padded to the size of the largest chunk, so that all use the same program
+        whole = math.prod(self.store.layout.chunk)
+        whole += -whole % mesh.size
+        count = len(values["seed"])
+        rows = np.minimum(np.arange(whole), count - 1)
+        cells = Cell(**{name: jnp.asarray(column[rows]) for name, column in values.items()})
+        recipe = self.recipes[self._structure(numbers[0])]
+        result: Training = run_cells(recipe, cells, self.data, self.test, mesh)
+        found, start = {}, 0
+        for number, mask in missing.items():
+            found[number] = {}
+            for name, variable in self.store.layout.variables.items():
+                values = np.empty((*mask.shape, *variable.shape), variable.dtype)
+                if self.known is not None:
+                    values[...] = self.known[name][self.store.regions[number]]
+                values[mask] = np.asarray(getattr(result, name))[start : start + mask.sum()]
+                found[number][name] = values
+            start += mask.sum()
+        return found
+
+    def _missing(self, number: int) -> np.ndarray:
+        """Which cells of a chunk are not known, in the shape of its region."""
+        region = self.store.regions[number]
+        if self.known is None:
+            return np.ones(shape_of(region), bool)
+        return self.known["diverged_at"][region] == -2
+
+    def _cells(self, number: int, missing: np.ndarray) -> dict[str, np.ndarray]:
+        """The numbers of those cells of a chunk, (cells,) each."""
+        axes = self._axes(number)
+        points = np.meshgrid(*axes.values(), indexing="ij")
+        columns = {name: values[missing] for name, values in zip(axes, points, strict=True)}
+        fixed = {name: np.full(missing.sum(), value) for name, value in self.fixed.items()}
+        return {name: values for name, values in (fixed | columns).items() if name not in STRUCTURE}
+
+    def _structure(self, number: int) -> tuple:
+        """The key of a chunk's recipe, which is the same for all of its cells."""
+        numbers = self.fixed | self._axes(number)
+        return structure_key({name: np.ravel(values)[0] for name, values in numbers.items()})
+
+    def _axes(self, number: int) -> dict[str, np.ndarray]:
+        """The part of each axis that a chunk covers."""
+        region = self.store.regions[number]
+        return {
             name: values[part]
             for (name, values), part in zip(self.axes.items(), region, strict=True)
         }
-        shape = _sizes(region)
-        points = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
-        numbers = self.fixed | {name: values.ravel() for name, values in points.items()}
-        # every chunk is padded to the size of the largest, so that all use the same program
-        whole = math.prod(self.store.layout.chunk)
-        whole += -whole % mesh.size
-        count = math.prod(shape)
-        rows = np.minimum(np.arange(whole), count - 1)
-        cells = Cell(
-            **{
-                name: jnp.asarray(np.broadcast_to(values, count)[rows])
-                for name, values in numbers.items()
-                if name not in STRUCTURE
-            }
-        )
-        recipe = self.recipes[_key({name: np.ravel(v)[0] for name, v in numbers.items()})]
-        result: Training = run_cells(recipe, cells, self.data, self.test, mesh)
-        return {
-            name: np.asarray(getattr(result, name))[:count].reshape(*shape, *variable.shape)
-            for name, variable in self.store.layout.variables.items()
-        }
-
-    def _wait(self, patience: float) -> None:
-        """Waits for the chunks of other processes; raises RuntimeError if they stop coming."""
-        total = len(self.store.regions)
-        finished, since = self.store.num_finished, time.monotonic()
-        while finished < total:
-            time.sleep(min(1.0, patience / 10))
-            if (now := self.store.num_finished) > finished:
-                finished, since = now, time.monotonic()
-            elif time.monotonic() - since > patience:
-                raise RuntimeError(
-                    f"store={self.store.name!r}: another process seems to have died, as it wrote "
-                    f"no chunk for {patience:.0f} s (process {jax.process_index()} of "
-                    f"{jax.process_count()} has written all of its own); {finished} of {total} "
-                    "chunks are kept, resume the sweep to compute the rest"
-                )
 
 
-def _split(grid: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The axes, and the numbers that are the same for all cells."""
-    axes, fixed = {}, {name: np.asarray(value) for name, value in DEFAULTS.items()}
-    for name, given in grid.items():
-        if name not in AXES:
-            raise problem(SpecError, "grid", name, "unknown axis", f"use {', '.join(AXES)}")
-        values = np.asarray(list(given) if isinstance(given, range) else given)
-        if name in WHOLE and values.dtype.kind not in "iu":
-            remedy = "pass integers"
-            raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "must be integers", remedy)
-        if values.dtype.kind not in "iuf" or values.ndim > 1 or values.size == 0:
-            cause, remedy = "must be numbers", "pass a number or a non-empty sequence of numbers"
-            raise problem(SpecError, f"grid[{name!r}]", given, cause, remedy)
-        if len(np.unique(values)) < values.size:
-            remedy = "pass each value once"
-            raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "values repeat", remedy)
-        if name not in WHOLE:
-            values = values.astype(np.float64)
-        if values.ndim == 1:
-            axes[name] = values
-            fixed.pop(name, None)
-        else:
-            fixed[name] = values
-    if not axes:
-        remedy = "pass a sequence of values for at least one axis"
-        raise problem(SpecError, "grid", dict(grid), "it has no axis", remedy)
-    return axes, fixed
+def _wait(job: Job, store: SweepStore, pending: list[int]) -> None:
+    """Waits until the other processes have written their chunks."""
+    if job.count == 1:
+        return
+    left = set(pending)
 
+    def num_left() -> int:
+        left.difference_update([number for number in left if store.read(number) is not None])
+        return len(left)
 
-def _structures(axes: dict, fixed: dict) -> Iterator[dict[str, Any]]:
-    """Yields every combination of the values that need separate compilation."""
-    choices = {
-        name: np.atleast_1d((axes | fixed)[name]) for name in STRUCTURE if name in axes | fixed
-    }
-    for values in itertools.product(*choices.values()):
-        yield dict(zip(choices, values, strict=True))
-
-
-def _key(numbers: Mapping[str, Any]) -> tuple:
-    return tuple(int(numbers[name]) for name in STRUCTURE if name in numbers)
-
-
-def _restructured(network: Network, structure: dict[str, Any]) -> Network:
-    if "depth" in structure:
-        network = with_depth(network, int(structure["depth"]))
-    if "width" in structure:
-        network = with_width(network, int(structure["width"]))
-    return network
+    total = len(store.regions)
+    job.wait(
+        lambda: not left,
+        num_left,
+        lambda: (
+            f"{total - len(left)} of {total} chunks of store={store.files.name!r} are kept, resume "
+            "the sweep to compute the rest"
+        ),
+    )
 
 
 def _variables(epochs: int, loss: str, tested: bool) -> dict[str, Variable]:
@@ -351,64 +367,35 @@ def _variables(epochs: int, loss: str, tested: bool) -> dict[str, Variable]:
     return variables | dict(diverged_at=at)
 
 
-def _coordinates(axes: dict, fixed: dict, epochs: int) -> dict[str, Any]:
-    coordinates = {
-        name: ((name,) if name in axes else (), values, dict(long_name=AXES[name], units="1"))
-        for name, values in (axes | fixed).items()
-    }
-    return coordinates | dict(epoch=(("epoch",), np.arange(1, epochs + 1), {}))
-
-
-def _chunk(axes: dict[str, int], cells: int) -> tuple[int, ...]:
-    """The extent of a chunk along each axis: whole last axes, then equal parts of one axis."""
-    sizes = []
-    for name, size in reversed(axes.items()):
-        most = 1 if name in STRUCTURE else min(size, max(cells, 1))
-        sizes.append(math.ceil(size / math.ceil(size / most)))
-        cells //= sizes[-1]
-    return tuple(reversed(sizes))
-
-
-def _sizes(region: Region) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in region)
-
-
-def _cells_in_memory(recipes: Any, devices: list[Any]) -> int:
-    """Cells per chunk that fit into half of the devices' memory, or a quarter of a CPU's."""
-    platform = devices[0].platform
-    memory = memory_of(devices) / len(devices) / (4 if platform == "cpu" else 2)
-    each = max(bytes_of_cell(recipe) for recipe in recipes)
-    most = CELLS.get(platform, CELLS_ELSEWHERE)
-    return max(1, int(min(most, memory / each))) * len(devices)
-
-
-def _predict(store: SweepStore, recipes, axes, fixed, x: Array) -> None:
-    """Stores the boundaries predicted for a batch of the data beside the results."""
+def _predictions(recipes, axes, fixed, x: Array, sign: Callable[[], None]) -> Named:
+    """The boundaries predicted for a batch of the data; ``sign`` is called as the work goes on."""
     names = [name for name in axes if name not in ("learning_rate", "seed")]
     numbers = {name: axes[name] for name in names}
-    momentum = numbers.pop("momentum", fixed["momentum"])
+    momentum = numbers.pop("momentum", fixed.get("momentum"))
+    # momentum last, because the theory is the same for all its values
+    others = [key for key in names if key != "momentum"]
+    predictions = {}
     for statistics in STATISTICS:
-        name = f"eta_max_{statistics}"
-        if store.has(name):
-            continue
-        # momentum last, because the theory is the same for all its values
-        others = [key for key in names if key != "momentum"]
-        values = [
-            _boundary(
-                recipes, fixed | dict(zip(others, point, strict=True)), x, statistics, momentum
-            )
-            for point in itertools.product(*numbers.values())
-        ]
+        values = []
+        for point in itertools.product(*numbers.values()):
+            sign()
+            at = fixed | dict(zip(others, point, strict=True))
+            values.append(_boundary(recipes, at, x, statistics, momentum))
         shape = tuple(len(numbers[key]) for key in others)
         table = np.asarray(values, np.float64).reshape((*shape, *np.shape(momentum)))
         if "momentum" in names:
             table = np.moveaxis(table, -1, names.index("momentum"))
         said = f"largest stable learning rate by theory, statistics={statistics!r}"
-        store.add(name, tuple(names), table, dict(long_name=said, units="1"))
+        predictions[f"eta_max_{statistics}"] = (
+            tuple(names),
+            table,
+            dict(long_name=said, units="1"),
+        )
+    return predictions
 
 
 def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momentum) -> np.ndarray:
-    recipe = recipes[_key(numbers)]
+    recipe = recipes[structure_key(numbers)]
     network = recipe.network
     if "gamma" in numbers:
         network = with_gamma(network, float(numbers["gamma"]))
@@ -418,11 +405,6 @@ def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momen
     likelihood = "categorical" if recipe.loss == "cross_entropy" else "gaussian"
     theory = analyze(network, data=batch, statistics=statistics, likelihood=likelihood, throw=False)
     return np.asarray(stable_rate(theory.fisher.lambda_max, momentum))
-
-
-def _meet(where: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
 
 
 def _name_of(optimizer: Optimizer | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network, walk
+from meanfield_jax.pytree import pytree, static
 from meanfield_jax.status import Status, first_failure
 from meanfield_jax.variants import has_norm, with_gamma, with_norms, with_weight_var
 
@@ -56,8 +56,7 @@ class Cell(NamedTuple):
     weight_var: Array | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Recipe:
     """What all runs of one call have in common besides data; all but the numbers is static.
 
@@ -72,14 +71,12 @@ class Recipe:
     """
 
     numbers: list[float | Array | None]
-    constants: tuple[float | None, ...] = dataclasses.field(metadata=dict(static=True))
-    structure: Any = dataclasses.field(metadata=dict(static=True))
-    epochs: int = dataclasses.field(metadata=dict(static=True))
-    batch_size: int = dataclasses.field(metadata=dict(static=True))
-    loss: str = dataclasses.field(metadata=dict(static=True))
-    optimizer: Optimizer | optax.GradientTransformation | None = dataclasses.field(
-        metadata=dict(static=True)
-    )
+    constants: tuple[float | None, ...] = static()
+    structure: Any = static()
+    epochs: int = static()
+    batch_size: int = static()
+    loss: str = static()
+    optimizer: Optimizer | optax.GradientTransformation | None = static()
 
     @property
     def network(self) -> Network:
@@ -89,8 +86,7 @@ class Recipe:
         return jax.tree.unflatten(self.structure, leaves)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Training:
     """What :func:`train` returns; ``...`` are the axes to which its numbers broadcast.
 

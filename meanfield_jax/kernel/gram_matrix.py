@@ -18,17 +18,17 @@ from meanfield_jax.kernel.gaussian import (
     batch_expectations,
     variance_expectations,
 )
-from meanfield_jax.kernel.matrix import Matrix, Number, Window, static
+from meanfield_jax.kernel.matrix import Matrix, Number, Window
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.kernel.sphere import SphereAverages, on_sphere
 from meanfield_jax.kernel.windows import pad_width, windows
 from meanfield_jax.precise import einsum, matmul, tensordot
+from meanfield_jax.pytree import pytree, static
 
 Shape = tuple[int, ...]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class GramMatrix(Matrix):
     """A matrix over the samples of one batch.
 
@@ -42,7 +42,7 @@ class GramMatrix(Matrix):
     iid = False
 
     entries: Array
-    pairs: Positions | None = static()  # noqa: RUF009
+    pairs: Positions | None = static()
     images: Array | None = None
 
     def map(self, function: Callable[..., Array], *others: Any) -> Self:

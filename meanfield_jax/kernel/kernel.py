@@ -7,15 +7,15 @@ well as for a batch of data.
 import dataclasses
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import Nonlinearity
 from meanfield_jax.kernel.gram_matrix import GramMatrix, gram
-from meanfield_jax.kernel.matrix import Matrix, PairMatrix, Window, static
+from meanfield_jax.kernel.matrix import Matrix, PairMatrix, Window
 from meanfield_jax.kernel.positions import Positions
+from meanfield_jax.pytree import pytree, static
 from meanfield_jax.status import Status
 
 M = TypeVar("M", bound=Matrix)
@@ -87,8 +87,7 @@ class Projection(NamedTuple):
         return both * self.weight, cross
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Kernel(Generic[M]):
     """Covariance and tangent of the values of a unit, for all pairs of samples (and positions).
 

@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,6 +20,7 @@ from meanfield_jax.kernel.gaussian import Moments, Nonlinearity, expectations
 from meanfield_jax.kernel.sphere import SphereAverages
 from meanfield_jax.kernel.windows import windows
 from meanfield_jax.precise import einsum
+from meanfield_jax.pytree import pytree, static
 
 Number = Array | float
 
@@ -212,13 +212,7 @@ class Matrix(ABC):
         """The average over all pairs of positions."""
 
 
-def static() -> Any:
-    """A dataclass field that is part of the pytree's structure."""
-    return dataclasses.field(metadata=dict(static=True))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class PairMatrix(Matrix):
     """A matrix over exchangeable samples: its diagonal and its off-diagonal entry.
 

@@ -11,7 +11,8 @@ from jax import Array
 from meanfield_jax.checks import numbers
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.gaussian import NONLINEARITIES, Nonlinearity
-from meanfield_jax.layers.base import Kernel, Layer, Problem, Shape, Signal, layer, static
+from meanfield_jax.layers.base import Kernel, Layer, Problem, Shape, Signal, layer
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -32,7 +33,7 @@ class Activation(Layer):
     """
 
     function: str | Callable[[Array], Array] | Nonlinearity = static()
-    kinks: tuple[float, ...] = static(())
+    kinks: tuple[float, ...] = static(default=())
 
     def __post_init__(self):
         super().__post_init__()

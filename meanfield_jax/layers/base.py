@@ -21,6 +21,7 @@ from meanfield_jax.checks import MOST_UNITS, check_choice, plain, truth, whole
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import Kernel, M
 from meanfield_jax.kernel.matrix import Matrix
+from meanfield_jax.pytree import pytree, static
 
 Shape = tuple[int, ...]
 Problem = tuple[str, Any, str, str]
@@ -39,8 +40,7 @@ class Signal(NamedTuple):
     gaussian: bool = False
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Injection:
     """What a layer's own parameters add to its output's tangent, by kind of parameter.
 
@@ -56,8 +56,7 @@ class Injection:
     deviation: Matrix | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Perturbation:
     """Zeros added to a layer's output, with respect to which the theory is differentiated."""
 
@@ -66,8 +65,7 @@ class Perturbation:
     deviation: Matrix | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Record:
     """What the forward pass recorded at a layer with parameters.
 
@@ -276,33 +274,6 @@ def tunable_fields() -> dict[str, bool]:
     return dict(sorted(found.items(), key=lambda item: not item[1]))
 
 
-def register(cls: type) -> None:
-    """Makes a dataclass a pytree whose structure names its class.
-
-    JAX takes two dataclasses with the same fields to have the same structure (jaxlib 0.10), so that
-    a program of one could be run for the other.
-    """
-    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    data = [field.name for field in fields if not field.metadata.get("static")]
-    meta = [field.name for field in fields if field.metadata.get("static")]
-
-    def flatten(inner: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return [getattr(inner, name) for name in data], (cls, *(getattr(inner, n) for n in meta))
-
-    def flatten_with_keys(inner: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        leaves, structure = flatten(inner)
-        return list(zip(map(jax.tree_util.GetAttrKey, data), leaves, strict=True)), structure
-
-    def unflatten(structure: tuple[Any, ...], leaves: Any) -> Any:
-        # not by calling the class: leaves may be anything, and were checked where they came from
-        inner = object.__new__(cls)
-        inner.__dict__.update(zip(data, leaves, strict=True))
-        inner.__dict__.update(zip(meta, structure[1:], strict=True))
-        return inner
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-
-
 def as_layer(argument: str, value: Any) -> Layer:
     """The value as a layer; a class stands for the layer with its defaults.
 
@@ -358,33 +329,12 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
     return value if options.get("static") else plain(value)
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def layer(cls: type[T]) -> type[T]:
     """Makes a Layer subclass a frozen dataclass and a pytree, and registers its name for JSON."""
-    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-    register(cls)
+    cls = pytree(cls, repr=False)
     LAYERS[cls.__name__] = cls
     return cls
-
-
-def static(
-    default: Any = dataclasses.MISSING,
-    *,
-    least: int | None = None,
-    choices: Sequence[str] | None = None,
-) -> Any:
-    """A field that describes structure: part of the pytree's definition, not one of its leaves.
-
-    Args:
-        default: Its default value.
-        least: The smallest value of an integer.
-        choices: The values of a text.
-
-    Returns:
-        The field.
-    """
-    allowed = dict(least=least) if choices is None else dict(choices=choices)
-    return dataclasses.field(default=default, metadata=dict(static=True) | allowed)
 
 
 def tunable(default: float, *, positive: bool) -> Any:

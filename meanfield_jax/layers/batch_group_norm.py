@@ -16,10 +16,10 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
-    static,
 )
 from meanfield_jax.layers.batch_norm import BatchNormModule, batch_rule
 from meanfield_jax.layers.norm import Norm, check_groups, fitting_groups
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -56,7 +56,7 @@ class BatchGroupNorm(Norm):
     abbreviation: ClassVar[str] = "BGN"
     over_batch: ClassVar[bool] = True
 
-    num_groups: int = static(32, least=1)
+    num_groups: int = static(default=32, least=1)
 
     @classmethod
     def fitting(cls, widths: Sequence[int]) -> Layer:

@@ -10,8 +10,9 @@ from jax import Array
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import PUBLISHED, Projection
 from meanfield_jax.kernel.sphere import SphereAverages
-from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer, static
+from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer
 from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -50,7 +51,7 @@ class BatchNorm(Norm):
     abbreviation: ClassVar[str] = "BN"
     over_batch: ClassVar[bool] = True
 
-    axes: str = static("channel")
+    axes: str = static(default="channel")
 
     def __post_init__(self):
         super().__post_init__()

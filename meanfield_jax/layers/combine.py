@@ -19,9 +19,9 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
-    static,
     total,
 )
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -167,7 +167,7 @@ class Repeat(Layer):
     """
 
     block: Layer = Sequential()
-    times: int = static(1, least=1)
+    times: int = static(default=1, least=1)
 
     @property
     def ends_in_weights(self) -> bool:

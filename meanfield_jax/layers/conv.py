@@ -20,11 +20,11 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
-    static,
     tunable,
     variance_problems,
 )
 from meanfield_jax.layers.dense import linear_options, linear_rule
+from meanfield_jax.pytree import static
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
 
@@ -56,9 +56,9 @@ class Conv(Layer):
     is_weights: ClassVar[bool] = True
 
     width: int = static(least=1)
-    kernel_size: int = static(3, least=1)
-    stride: int = static(1, least=1)
-    padding: str = static("SAME", choices=PADDINGS)
+    kernel_size: int = static(default=3, least=1)
+    stride: int = static(default=1, least=1)
+    padding: str = static(default="SAME", choices=PADDINGS)
     weight_var: float | Array = tunable(2.0, positive=True)
     bias_var: float | Array = tunable(0.5, positive=True)
 

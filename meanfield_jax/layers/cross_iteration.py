@@ -10,13 +10,14 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers.base import Layer, Shape, Signal, layer, static
+from meanfield_jax.layers.base import Layer, Shape, Signal, layer
 from meanfield_jax.layers.batch_norm import BatchNorm, BatchNormModule, batch_statistics
 from meanfield_jax.layers.combine import Sequential
 from meanfield_jax.layers.conv import Conv
 from meanfield_jax.layers.dense import Dense
 from meanfield_jax.layers.norm import normalize, of_rank, statistics_dtype
 from meanfield_jax.precise import matmul
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -55,9 +56,9 @@ class CrossIterationBatchNorm(Sequential):
     abbreviation: ClassVar[str] = "CBN"
 
     layers: tuple[Layer, ...] = (BatchNorm(),)
-    window: int = static(4, least=1)
-    burn_in: int = static(0)
-    compensate: bool = static(True)
+    window: int = static(default=4, least=1)
+    burn_in: int = static(default=0)
+    compensate: bool = static(default=True)
 
     def __post_init__(self):
         super().__post_init__()

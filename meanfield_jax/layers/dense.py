@@ -18,11 +18,11 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
-    static,
     tunable,
     variance_problems,
 )
 from meanfield_jax.precise import HIGHEST
+from meanfield_jax.pytree import static
 
 
 @layer

@@ -18,7 +18,6 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
-    static,
 )
 from meanfield_jax.layers.norm import (
     FlaxNorm,
@@ -28,6 +27,7 @@ from meanfield_jax.layers.norm import (
     fitting_groups,
     flax_options,
 )
+from meanfield_jax.pytree import static
 
 
 @layer
@@ -55,7 +55,7 @@ class GroupNorm(Norm):
     abbreviation: ClassVar[str] = "GN"
     within_sample: ClassVar[bool] = True
 
-    num_groups: int = static(32, least=1)
+    num_groups: int = static(default=32, least=1)
 
     def couples_positions(self, vary: bool) -> bool:
         return True

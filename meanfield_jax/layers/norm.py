@@ -21,10 +21,10 @@ from meanfield_jax.layers.base import (
     Problem,
     Shape,
     Signal,
-    static,
     tunable,
     variance_problems,
 )
+from meanfield_jax.pytree import static
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -43,7 +43,7 @@ class Norm(Layer):
     gamma: float | Array = tunable(1.0, positive=True)
     beta: float | Array = tunable(0.0, positive=False)
     eps: float | Array = 1e-5
-    trainable: bool = static(True)
+    trainable: bool = static(default=True)
 
     def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
         return (None,)

@@ -26,12 +26,12 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
-    static,
     variance_problems,
 )
 from meanfield_jax.layers.combine import joined, located
 from meanfield_jax.layers.layer_norm import LayerNorm
 from meanfield_jax.layers.norm import Norm, normalize, of_rank, statistics_dtype
+from meanfield_jax.pytree import static
 
 NUM_QUANTILES = 256
 
@@ -92,7 +92,7 @@ class ProxyNorm(Layer):
     norm: Norm = LayerNorm()
     activation: Activation = Activation("relu")
     eps: float | Array = 0.03
-    trainable: bool = static(True)
+    trainable: bool = static(default=True)
 
     def __post_init__(self):
         if not isinstance(self.activation, (Activation, type)):

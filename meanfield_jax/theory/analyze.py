@@ -18,6 +18,7 @@ from meanfield_jax.kernel.kernel import STATISTICS, Kernel
 from meanfield_jax.kernel.sphere import LEAST_VALUES
 from meanfield_jax.layers.base import Layer
 from meanfield_jax.network import Network, normalizes_over_batch
+from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
 from meanfield_jax.theory.compiled import known_numbers, without_widths
 from meanfield_jax.theory.fisher import Fisher
@@ -44,8 +45,7 @@ CAUSES = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Theory:
     """What mean-field theory predicts for a network; a pytree, returned by :func:`analyze`.
 

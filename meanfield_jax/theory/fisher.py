@@ -1,14 +1,14 @@
 """Statistics of the Fisher information matrix, from the tangent kernel of the outputs."""
 
-import dataclasses
 import functools
 import math
 import operator
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from meanfield_jax.pytree import pytree, static
 
 MOST_FLUCTUATION = 5 / 3
 """Largest ``variance_fluctuation`` for which ``lambda_max`` is trusted: that of five directions."""
@@ -17,8 +17,7 @@ MARGIN = 2.0
 """Allowance for the bulk's edge in units of ``bulk_high``; 1.3 to 2.2 measured at finite width."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Contributions:
     """What each layer's parameters contribute to the outlier; all contributions sum to it.
 
@@ -32,11 +31,10 @@ class Contributions:
     weights: Array
     biases: Array
     norm: Array
-    layers: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+    layers: tuple[str, ...] = static()
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Fisher:
     """Statistics of the spectrum of F = (1/n) sum_i sum_k grad f_k(x_i) grad f_k(x_i)^T.
 
@@ -93,8 +91,8 @@ class Fisher:
     bulk_contributions: Array
     draw_width: Array
     information: Array
-    num_parameters: int = dataclasses.field(metadata=dict(static=True))
-    multiplicity: int = dataclasses.field(metadata=dict(static=True))
+    num_parameters: int = static()
+    multiplicity: int = static()
     eigenvalues: Array | None = None
     variance_fluctuation: Array | float = 1.0
 

@@ -16,6 +16,7 @@ from meanfield_jax.kernel.matrix import PairMatrix
 from meanfield_jax.layers import Conv, Layer, Residual, Sequential
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.network import check_numbers, walk
+from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
 from meanfield_jax.theory.analyze import check_num_samples
 from meanfield_jax.theory.compiled import known_numbers
@@ -44,8 +45,7 @@ class DepthScales(NamedTuple):
     xi_gradient: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class FixedPoint:
     """The fixed point of a block and the slopes there; NaN if there is none.
 

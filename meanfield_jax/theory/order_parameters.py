@@ -1,13 +1,11 @@
 """The published order parameters: second moments and gradients of each layer."""
 
-import dataclasses
-
-import jax
 from jax import Array
 
+from meanfield_jax.pytree import pytree, static
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+
+@pytree
 class OrderParameters:
     """The published order parameters, one entry for each Dense or Conv layer, (layers,) each.
 
@@ -31,4 +29,4 @@ class OrderParameters:
     q_hat_xy: Array
     q_tilde: Array
     q_tilde_xy: Array
-    layers: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+    layers: tuple[str, ...] = static()

@@ -12,6 +12,7 @@ import inspect
 import json
 import pathlib
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -270,7 +271,7 @@ def cut_off(monkeypatch):
 
     for module, names in DOORS.items():
         for name in names:
-            monkeypatch.setattr(f"meanfield_jax.{module}.{name}", reached)
+            monkeypatch.setattr(sys.modules[f"meanfield_jax.{module}"], name, reached)
     monkeypatch.setenv("MEANFIELD_JAX_MAX_MEMORY", "1e9")
 
 
