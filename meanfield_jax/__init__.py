@@ -14,6 +14,7 @@ are listed in this order::
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs;
               compare, plot_comparison: one network with each of the normalization layers
     use       optimizer, learning_rate_for: the learning rate of a specification or of any model;
+              stability_limit: learning rate times curvature for any linear rule of optax;
               train: many runs at once, over scales, learning rates and seeds;
               sweep, load_sweep, plot_sweep: a grid of runs on any number of devices, in a store;
               tune, objectives, plot_tuning: gradient descent on the theory over gamma, beta, ...

@@ -35,6 +35,7 @@ from meanfield_jax.theory.batch_growth import batch_growth
 from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.phase_diagram import phase_diagram
+from meanfield_jax.theory.stability import stability_limit
 from meanfield_jax.tuning import Tuning, tune
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
@@ -79,6 +80,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "plot_validation",
     "preact_resnet",
     "spectral_density",
+    "stability_limit",
     "sweep",
     "top_eigenvalues",
     "trace",
