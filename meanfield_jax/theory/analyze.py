@@ -195,6 +195,9 @@ def analyze(
     network.validate()
     check_choice("statistics", statistics, STATISTICS)
     num_outputs = network.num_outputs
+    if network.num_parameters == 0:
+        cause, remedy = "it has no parameters, and so no Fisher matrix", "add a Dense or a Conv"
+        raise problem(SpecError, "network", network.layers, cause, remedy)
     network.body.check_theory(network.input_shape)
     body, widths = without_widths(known_numbers(network.body))
     if data is not None:

@@ -84,7 +84,7 @@ ODD: list[Any] = [
     *("", "no", "relu", "batch", "none", "SAME", "a\nb", "\0", "\ud800", "x" * 10**5, b"relu"),
     *([], (), {}, set(), [1], (2, 3), [0.5, 0.1], ["batch"], [[1], [2, 3]], {"a": 1}, {1: 2}),
     *(range(3), range(10**9), range(10**12), nested(5000), frozenset([1]), iter([1, 2]), ...),
-    *(object(), Hostile(), len, int, lambda: 0, lambda x: x[:1], jnp.tanh, jnp.sum, np.tanh, print),
+    *(object(), Hostile(), len, int, lambda: 0, lambda x: x[:1], jnp.tanh, jnp.sum, np.tanh),
     *(np.float32(2), np.float64("nan"), np.int64(3), np.uint8(200), np.bool_(True), np.float16(2)),
     *(np.longdouble(2), np.array(2.0), np.array(3), np.array([1.0, 2.0]), np.array([1, 2, 3])),
     *(np.array(["a", "b"]), np.array([None, 1]), np.array([]), np.zeros((0, 3)), np.zeros((3, 0))),
@@ -338,7 +338,7 @@ def some_call(rng: random.Random, given) -> tuple[str, dict[str, Any]]:
     return name, call
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_arguments(cut_off, given):
     """Calls with odd arguments; RuntimeErrors are those of results that say that they failed."""
     for index, rng in enumerate(draws("arguments")):
