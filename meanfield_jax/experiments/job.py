@@ -7,10 +7,12 @@ that a suspended machine, or a job that was stopped as a whole, finds its time w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -64,17 +66,13 @@ class Job:
                 raise RuntimeError(f"process 0 of {self.count} failed: {told['error']}")
             return told
         try:
-            made = make()
+            with self._signs_of_life():
+                made = make()
         except Exception as error:
             self._tell(json.dumps(dict(error=" ".join(str(error).split()))))
             raise
         self._tell(json.dumps(made))
         return made
-
-    def sign(self) -> None:
-        """Lets the others know that the first process is still at work."""
-        if self.count > 1:
-            self._client.key_value_set(f"{self._prefix}/said/{next(self._signs)}", "")
 
     def wait(
         self, is_over: Callable[[], bool], num_left: Callable[[], int], said: Callable[[], str]
@@ -99,8 +97,25 @@ class Job:
             elif waited > self.patience:
                 raise self._silent("another process", "it wrote no chunk", said())
 
+    @contextlib.contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """Lets the others know that this process is at work, unless it is stopped or dead."""
+        over = threading.Event()
+
+        def sign() -> None:
+            while not over.wait(TURN):
+                self._client.key_value_set(f"{self._prefix}/said/{next(self._signs)}", "")
+
+        thread = threading.Thread(target=sign, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def _tell(self, text: str) -> None:
-        self._client.key_value_set(f"{self._prefix}/said/{next(self._signs)}", text or " ")
+        self._client.key_value_set(f"{self._prefix}/said/{next(self._signs)}", text)
         for other in range(1, self.count):
             self._get(f"heard/{other}", f"process {other}")
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,7 @@ def sweep(
         raise problem(SpecError, "store", None, cause, remedy)
 
     def predict() -> Named:
-        return _predictions(recipes, axes, fixed, samples[0], job.sign)
+        return _predictions(recipes, axes, fixed, samples[0])
 
     with locked(files) if job.first else contextlib.nullcontext():
         old = store_to_extend(files, layout, settle=job.first) if extend else None
@@ -367,8 +367,8 @@ def _variables(epochs: int, loss: str, tested: bool) -> dict[str, Variable]:
     return variables | dict(diverged_at=at)
 
 
-def _predictions(recipes, axes, fixed, x: Array, sign: Callable[[], None]) -> Named:
-    """The boundaries predicted for a batch of the data; ``sign`` is called as the work goes on."""
+def _predictions(recipes, axes, fixed, x: Array) -> Named:
+    """The boundaries predicted for a batch of the data."""
     names = [name for name in axes if name not in ("learning_rate", "seed")]
     numbers = {name: axes[name] for name in names}
     momentum = numbers.pop("momentum", fixed.get("momentum"))
@@ -378,7 +378,6 @@ def _predictions(recipes, axes, fixed, x: Array, sign: Callable[[], None]) -> Na
     for statistics in STATISTICS:
         values = []
         for point in itertools.product(*numbers.values()):
-            sign()
             at = fixed | dict(zip(others, point, strict=True))
             values.append(_boundary(recipes, at, x, statistics, momentum))
         shape = tuple(len(numbers[key]) for key in others)
