@@ -235,7 +235,7 @@ class FisherOperator(SymmetricOperator):
             names = list(range(len(found)))
         choices = f"set output to one of {', '.join(map(repr, names))}" if names else "leave it out"
         try:
-            part = found if self.output is None else found[self.output]
+            part = None if self.output is None or names is None else found[self.output]
         except (KeyError, IndexError, TypeError):
             part = None
         if names is None or not _is_array(part):

@@ -261,7 +261,7 @@ def check_num_samples(layer: Layer, num_samples) -> None:
     if num_samples is None or isinstance(num_samples, Tracer):
         return
     given = np.asarray(num_samples)
-    if not np.all((given >= 1) & (np.floor(given) == given)):
+    if given.size == 0 or not np.all((given >= 1) & (np.floor(given) == given)):
         remedy = "pass a positive integer, or None for the limit"
         raise problem(SpecError, "num_samples", num_samples, "must be at least 1", remedy)
     least = least_samples(layer)

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from meanfield_jax.arguments import checked
+from meanfield_jax.checks import scalar
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.table import is_smooth, tabulated
 from meanfield_jax.layers import Activation, Layer
@@ -45,7 +46,7 @@ BYTES_OF_CELL = 1000.0
 """Memory of a cell of a phase diagram."""
 
 
-@checked()
+@checked(num_samples=scalar)
 def phase_diagram(
     block: Layer,
     *,

@@ -16,7 +16,7 @@ FIRST = int(os.environ.get("MEANFIELD_JAX_FUZZ_SEED", "0"))
 ONCE_FAILED: dict[str, tuple[int, ...]] = {}
 """By test, seeds that once failed."""
 
-LONGEST = 20
+LONGEST = 60
 """The most seconds of a try, with all that it may have to compile."""
 
 MOST_MEMORY = 2e9
@@ -30,14 +30,14 @@ class TooLong(BaseException):
     """Raised in a try that does not end; no handler of errors catches it."""
 
 
-def draws(name: str) -> Iterator[random.Random]:
-    """Random numbers, from seeds in order, until the time is over; prints the number of seeds."""
+def draws(name: str) -> Iterator[tuple[int, random.Random]]:
+    """Seeds in order, and random numbers from them, until the time is over; prints the number of seeds."""
     deadline, seed = time.monotonic() + SECONDS, FIRST
     for once in ONCE_FAILED.get(name, ()):
-        yield random.Random(once)
+        yield once, random.Random(once)
     before = _memory()
     while time.monotonic() < deadline:
-        yield random.Random(seed)
+        yield seed, random.Random(seed)
         seed += 1
     print(f"{name}: seeds {FIRST} to {seed - 1}, {(_memory() - before) / 2**20:.0f} MiB more")
     assert _memory() - before < MOST_MEMORY

@@ -125,16 +125,16 @@ def test_whole_files_are_read(tmp_path, kind):
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files(tmp_path):
     answers = []
-    for index, rng in enumerate(draws("data files")):
+    for seed, rng in draws("data files"):
         kind = rng.choice(sorted(GOOD))
         content = damaged(rng, GOOD[kind][2])
         read = functools.partial(loaded, tmp_path, kind, content)
-        found = answer(read, f"seed {index}: {kind}")
+        found = answer(read, f"seed {seed}: {kind}")
         answers.append(found)
         if found is not None:
             x, labels = found
-            assert x.shape[1:] == data.shape_of(GOOD[kind][0]), index
-            assert len(x) == len(labels), index
+            assert x.shape[1:] == data.shape_of(GOOD[kind][0]), seed
+            assert len(x) == len(labels), seed
         for path in tmp_path.iterdir():
             path.unlink()
     assert sum(found is None for found in answers) > len(answers) / 3
