@@ -66,6 +66,8 @@ def test_it_is_differentiable_in_the_momentum_and_compiles():
         (optax.sgd(-1.0), "not stable up to a largest curvature"),
         (optax.lion(1.0), "not linear"),
         ("sgd", "optimizer"),
+        (jnp.tanh, "makes no optimizer"),
+        (optax.lbfgs(), "optimizer="),
     ],
 )
 def test_rules_without_a_limit_are_refused(optimizer, words):

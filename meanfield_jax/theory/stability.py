@@ -66,9 +66,13 @@ def stability_limit(optimizer: optax.GradientTransformation | Maker) -> Array:
     Source:
         Polyak 1964; Cohen et al. 2021 (arXiv:2103.00065), section 2.
     """
-    if not isinstance(optimizer, optax.GradientTransformation):
-        optimizer = optimizer(1.0)
-    own, gain = _update_map(optimizer, 0)
+    optimizer = _of_rate_1(optimizer)
+    try:
+        own, gain = _update_map(optimizer, 0)
+    except (TypeError, ValueError, AttributeError) as error:
+        cause = f"its update fails on one weight: {' '.join(str(error).split())[:200]}"
+        remedy = "pass a rule that needs the gradient only"
+        raise problem(SpecError, "optimizer", type(optimizer).__name__, cause, remedy) from None
     response = jnp.linalg.solve(own + jnp.eye(len(own)), gain)[0]
     limit = -1 / response
     if not isinstance(limit, Tracer):
@@ -76,6 +80,20 @@ def stability_limit(optimizer: optax.GradientTransformation | Maker) -> Array:
         found = _smallest_unstable(np.asarray(own, float), np.asarray(gain, float), float(limit))
         limit = limit if found == float(limit) else jnp.asarray(found, limit.dtype)
     return limit
+
+
+def _of_rate_1(optimizer: optax.GradientTransformation | Maker) -> optax.GradientTransformation:
+    """The optimizer, or what a function makes of a learning rate of 1."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    try:
+        made = optimizer(1.0)
+    except (TypeError, ValueError, AttributeError):
+        made = None
+    if not isinstance(made, optax.GradientTransformation):
+        cause, remedy = "makes no optimizer of a learning rate of 1", "pass optax.sgd(1.0, 0.9)"
+        raise problem(SpecError, "optimizer", optimizer, cause, remedy)
+    return made
 
 
 def _update_map(optimizer: optax.GradientTransformation, step: int) -> tuple[Array, Array]:

@@ -318,6 +318,7 @@ def given():
         input_dependence=dict(loss=LOSS),
         gradient_noise=dict(loss=LOSS),
         plot_sweep=dict(value=None),
+        stability_limit=dict(optimizer=optax.sgd(1.0, 0.9)),
     )
     own["analyze"]["num_samples"] = own["optimizer"]["num_samples"] = None
     own["tune"]["num_samples"] = None
