@@ -31,7 +31,7 @@ class TooLong(BaseException):
 
 
 def draws(name: str) -> Iterator[tuple[int, random.Random]]:
-    """Seeds in order, and random numbers from them, until the time is over; prints the number of seeds."""
+    """Seeds in order, with random numbers from each, until the time is over; prints how many."""
     deadline, seed = time.monotonic() + SECONDS, FIRST
     for once in ONCE_FAILED.get(name, ()):
         yield once, random.Random(once)
