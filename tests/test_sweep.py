@@ -25,10 +25,10 @@ from meanfield_jax.cli.sweep import parse_grid
 from meanfield_jax.experiments import diagram, files
 from meanfield_jax.experiments.birth import create
 from meanfield_jax.experiments.files import Memory
-from meanfield_jax.experiments.grid import bytes_of_cell, chunk_shape
+from meanfield_jax.experiments.grid import chunk_shape
 from meanfield_jax.experiments.store import Layout, Variable
 from meanfield_jax.experiments.sweep import _Share
-from meanfield_jax.experiments.train import recipe_of
+from meanfield_jax.experiments.train import bytes_of_cell, recipe_of
 from meanfield_jax.variants import with_gamma
 
 GRID = dict(gamma=[0.5, 1.0], learning_rate=[100.0, 0.01, 0.1], seed=[0, 3])

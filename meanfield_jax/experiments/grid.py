@@ -11,10 +11,9 @@ import numpy as np
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.store import Region
-from meanfield_jax.experiments.train import Recipe
-from meanfield_jax.layers.base import Signal
+from meanfield_jax.experiments.train import bytes_of_cell
 from meanfield_jax.memory import memory_of
-from meanfield_jax.network import Network, walk
+from meanfield_jax.network import Network
 from meanfield_jax.variants import with_depth, with_width
 
 AXES = {
@@ -125,22 +124,3 @@ def cells_in_memory(recipes: Any, devices: list[Any]) -> int:
     each = max(bytes_of_cell(recipe) for recipe in recipes)
     most = CELLS.get(platform, CELLS_ELSEWHERE)
     return max(1, int(min(most, memory / each))) * len(devices)
-
-
-def bytes_of_cell(recipe: Recipe) -> int:
-    """A rough upper bound on the memory of one run.
-
-    It counts six copies of the parameters (draw, gradient, momentum, old and new), and four of what
-    a batch keeps of each layer, including the windows of convolutions.
-
-    Returns:
-        Bytes, four for each number (float32).
-    """
-    network = recipe.network
-    signals = network.body.signals(Signal(network.input_shape))
-    sides = (max(inner.kernel_size for _, inner in walk(layer)) for layer in network.layers)
-    windows = [side**2 for side in sides] + [1]
-    numbers = sum(
-        math.prod(signal.shape) * window for signal, window in zip(signals, windows, strict=True)
-    )
-    return 4 * (6 * network.num_parameters + 4 * recipe.batch_size * numbers)
