@@ -141,8 +141,8 @@ def main() -> int:
     parser.add_argument("--num-samples", type=int, default=512)
     options = parser.parse_args()
     peers = [
-        Peer("meanfield_jax", "resnet18:meanfield", timeout=900),
-        Peer("curvlinops GGN + eigsh", "resnet18:curvlinops", timeout=900),
+        Peer("meanfield_jax", "resnet18:meanfield", timeout=3000),
+        Peer("curvlinops GGN + eigsh", "resnet18:curvlinops", timeout=3000),
     ]
     compare(peers, dict(num_samples=options.num_samples), 1)
     ours, theirs = (peer.record() for peer in peers)
