@@ -5,6 +5,7 @@ Run: ``python summary.py`` writes the file anew (the benchmarks do it themselves
 
 import dataclasses
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -110,11 +111,29 @@ def batch_tables(record: dict[str, Any]) -> list[Rows]:
     return [Rows("FC 784-1000x4-10, spectrum, shares and order parameters", columns, rows)]
 
 
+def rate_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of rates.py: measured over predicted, medians over draws."""
+    columns = ("case", "momentum", "bounded", "no spike", "2 (1 + mu) / lambda_max", "caution")
+    rows = [
+        [
+            row["case"],
+            number(row["momentum"], "g"),
+            number(row["bounded"], ".2f"),
+            number(statistics.median(row["no_spike"]), ".2f"),
+            number(row["quadratic"], ".3g"),
+            row["domain"].partition(":")[0],
+        ]
+        for row in record["rows"]
+    ]
+    return [Rows("Measured boundary over the predicted rate", columns, rows)]
+
+
 TABLES = dict(
     fisher_lambda_max=("lambda_max of the Fisher matrix to 1e-4", lambda_max_tables),
     spectral_density=("Spectral density", density_tables),
     theory_grid=("Theory on a grid of 100,000 networks", grid_tables),
     theory_on_data=("Theory of a batch", batch_tables),
+    rates=("Learning rates from a random start", rate_tables),
 )
 
 

@@ -22,6 +22,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from common import RESULTS, write_rows
 from matplotlib.figure import Figure
 
@@ -97,7 +98,8 @@ def normalized(x: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         values = []
         for depth in NORM_DEPTHS.tolist():
             network = network_of(depth, activation, mf.BatchNorm())
-            rule = mf.optimizer(network, num_samples=BATCH_SIZE)
+            rate = 0.5 * mf.learning_rate(network, num_samples=BATCH_SIZE).quadratic
+            rule = optax.sgd(rate, momentum=0.9)
             values.append(learned(network, x, labels, optimizer=rule))
         found[activation] = np.array(values)
         shown = " ".join(f"{value:.2f}" for value in values)

@@ -13,7 +13,7 @@ are listed in this order::
               diagnostics: activations, gradients and statistics inside a model
     compare   validate, measured_boundary, plot_validation, plot_spectrum; data.load for inputs;
               compare, plot_comparison: one network with each of the normalization layers
-    use       optimizer, learning_rate_for: the learning rate of a specification or of any model;
+    use       learning_rate: the learning rate of a specification or of any model;
               stability_limit: learning rate times curvature for any linear rule of optax;
               train: many runs at once, over scales, learning rates and seeds;
               sweep, load_sweep, plot_sweep: a grid of runs on any number of devices, in a store;

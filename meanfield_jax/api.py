@@ -14,7 +14,7 @@ from meanfield_jax.empirical.trace import Trace, trace
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
 from meanfield_jax.experiments.compare import compare
-from meanfield_jax.experiments.optimizer import learning_rate_for, optimizer
+from meanfield_jax.experiments.learning_rate import LearningRate, learning_rate
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.train import Training, train
@@ -43,6 +43,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "DataError",
     "FisherOperator",
     "FixedPoint",
+    "LearningRate",
     "Network",
     "SpecError",
     "SpectralDensity",
@@ -65,12 +66,11 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "fixed_point",
     "functional",
     "layer_table",
-    "learning_rate_for",
+    "learning_rate",
     "load_sweep",
     "measured_boundary",
     "mlp",
     "objectives",
-    "optimizer",
     "phase_diagram",
     "plot_comparison",
     "plot_phase_diagram",

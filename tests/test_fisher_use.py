@@ -245,9 +245,9 @@ def test_a_batch_norm_by_hand_is_never_frozen():
         mf.fisher_operator(model, X, statistics="frozen")
     graphdef, state = nnx.split(model)
     function = lambda p, x: nnx.merge(graphdef, p)(x)  # noqa: E731
-    mf.learning_rate_for(function, X, params=state)
+    mf.learning_rate(function, X, params=state)
     with pytest.raises(mf.SpecError, match="statistics='frozen': the function normalizes over"):
-        mf.learning_rate_for(function, X, params=state, statistics="frozen")
+        mf.learning_rate(function, X, params=state, statistics="frozen")
 
 
 class Normed(nnx.Module):
@@ -306,7 +306,7 @@ def test_weights_of_0_do_not_hide_the_mode(part):
 
 def test_what_has_no_curvature_has_no_rate():
     with pytest.raises(mf.SpecError, match=r"lambda_max=0.0: no curvature: the outputs do not"):
-        mf.learning_rate_for(lambda p, x: 0 * x @ p, X, params=np.ones((4, 3)))
+        mf.learning_rate(lambda p, x: 0 * x @ p, X, params=np.ones((4, 3)))
     with pytest.raises(mf.SpecError, match=r"lambda_max=0.0: no curvature"):
         mf.eta_max(0.0)
 

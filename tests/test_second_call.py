@@ -133,8 +133,10 @@ ENTRIES = {
         seeds=1,
         draws=1,
     ),
-    "optimizer": lambda turn: mf.optimizer(network(turn), 0.9 - turn / 10, 0.5 - turn / 10),
-    "learning_rate_for": lambda turn: mf.learning_rate_for(
+    "learning_rate": lambda turn: mf.learning_rate(
+        network(turn), momentum=0.9 - turn / 10, fraction=0.5 - turn / 10
+    ),
+    "learning_rate of a model": lambda turn: mf.learning_rate(
         model(turn), inputs(turn), momentum=0.9 - turn / 10
     ),
     "train": lambda turn: mf.train(

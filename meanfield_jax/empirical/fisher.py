@@ -61,7 +61,8 @@ class FisherOperator(SymmetricOperator):
             then evaluated again in every product. None: all samples at once.
         output: Index or key of the output to use, where ``apply`` returns a tuple or a dictionary.
             All other outputs are ignored.
-        mask: By path, 1 for parameters that count and 0 for those that do not; see :meth:`block`.
+        mask: By path, a factor of the derivatives with respect to an array of parameters: 1 if it
+            counts and 0 if it does not, see :meth:`block`, or any other, see :meth:`rescaled`.
         dense: Set by :func:`fisher_operator`: paths of the dense layers whose part of the product
             is computed from the Gram matrix of their inputs.
 
@@ -293,11 +294,11 @@ class FisherOperator(SymmetricOperator):
         copy.__dict__.update(kept | changes)
         return copy
 
-    def block(self, path: str) -> Self:
-        """The operator of the parameters of one layer or array, with all others held constant.
+    def block(self, *paths: str) -> Self:
+        """The operator of the parameters of some layers or arrays, with all others held constant.
 
         Args:
-            path: Path of the block, such as ``"layers/2"`` or ``"layers/2/kernel"``; see
+            *paths: Paths of the block, such as ``"layers/2"`` or ``"layers/2/kernel"``; see
                 :attr:`paths`.
 
         Returns:
@@ -305,13 +306,35 @@ class FisherOperator(SymmetricOperator):
             0. All blocks use the same compiled program.
 
         Raises:
-            SpecError: if there are no parameters under the path.
+            SpecError: if there are no parameters under a path.
         """
-        mask = {name: name == path or name.startswith(path + "/") for name in self.paths}
-        if not any(mask.values()):
-            remedy = f"use one of {', '.join(self.paths)}, or the part before a /"
-            raise problem(SpecError, "path", path, "there are no parameters under it", remedy)
+        mask = dict.fromkeys(self.paths, False)
+        for path in paths or ("",):
+            inside = [name for name in mask if name == path or name.startswith(path + "/")]
+            if not inside:
+                remedy = f"use one of {', '.join(self.paths)}, or the part before a /"
+                raise problem(SpecError, "path", path, "there are no parameters under it", remedy)
+            mask |= dict.fromkeys(inside, True)
         return self.replace(mask={name: np.float32(counts) for name, counts in mask.items()})
+
+    def rescaled(self, factors: Mapping[str, Array | float]) -> Self:
+        """The operator D F D, where D multiplies every array of parameters by a number.
+
+        With the factors p^(-1/2) it has the eigenvalues of P^(-1) F, the curvature that an
+        optimizer sees that divides the updates of each array by p.
+
+        Args:
+            factors: By path of an array; those of a block that are left out are 0.
+
+        Returns:
+            An operator of the same shape.
+        """
+        mask = {name: jnp.asarray(factors.get(name, 0.0), self.dtype) for name in self.paths}
+        return self.replace(mask=mask)
+
+    def change(self, vector: Array) -> Array:
+        """The change J v of the outputs, (n, ..., C), along a vector of parameters, (P,)."""
+        return jacobian(self).forward(self._tree(vector))
 
     def linearize(self) -> Product:
         """Evaluates the network once and returns the product v -> F v, from (P,) to (P,)."""

@@ -25,6 +25,12 @@ SIZE = 0.3
 LEAST_FRACTION = 0.1
 """Fraction of all parameters below which dense layers are not worth the test of their product."""
 
+FACTORS = 1e2, 1e4
+"""Factors by which a layer's parameters are multiplied to see whether the outputs grow."""
+
+LEAST_POWER = 0.5
+"""Without a normalization, the outputs grow like this power of the factor, or a higher one."""
+
 NUM_SAMPLES = 8
 """Number of samples in the small batch on which layers are tested."""
 
@@ -118,6 +124,38 @@ def _products(op: "FisherOperator") -> tuple[Array, Array]:
     op = op.unchecked(params=_near(op.params, key), x=_near_data(op.x, key))
     u = jax.random.normal(jax.random.fold_in(key, 1), op.output_shape, op.dtype)
     return outer(op.unchecked(dense=()))[1](u), outer(op)[1](u)
+
+
+def layers_after_norms(op: "FisherOperator") -> tuple[str, ...]:
+    """The layers whose parameters no normalization follows.
+
+    If all parameters of a layer are multiplied by a large number, the outputs grow with it, unless
+    a normalization (or a saturating function) follows on every path.
+
+    Returns:
+        Paths of the layers: the parameters' paths without their last name.
+    """
+    paths = [path_name(path) for path, _ in tree_leaves_with_path(op.params)]
+    small, found = _small(op, NUM_SAMPLES), []
+    for layer in dict.fromkeys(path.rpartition("/")[0] or path for path in paths):
+        inside = np.array([path == layer or path.startswith(layer + "/") for path in paths])
+        first, last = (float(_size(small, np.where(inside, f, 1.0))) for f in FACTORS)
+        # NaN, after overflow, counts as growth
+        if not last < first * (FACTORS[1] / FACTORS[0]) ** LEAST_POWER:
+            found.append(layer)
+    return tuple(found)
+
+
+@jax.jit
+def _size(op: "FisherOperator", factors: Array) -> Array:
+    """The outputs' root mean square, with each array of parameters multiplied by a factor."""
+    key = jax.random.key(0, impl="unsafe_rbg")
+    leaves, treedef = jax.tree.flatten(_near(op.params, key))
+    scaled = [
+        leaf * factor.astype(leaf.dtype) for leaf, factor in zip(leaves, factors, strict=True)
+    ]
+    outputs = op.evaluate(treedef.unflatten(scaled), _near_data(op.x, key))
+    return jnp.sqrt(jnp.mean(outputs**2))
 
 
 def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":

@@ -31,7 +31,7 @@ class Jacobian(NamedTuple):
 
 
 def jacobian(op: "FisherOperator") -> Jacobian:
-    """The Jacobian of the operator's function; outside a block its columns are 0."""
+    """The Jacobian of the operator's function; its columns are multiplied by ``op.mask``."""
     of_all = _whole(op) if op.batch_size is None else _in_batches(op, op.batch_size)
     mask = op.mask
     if mask is None:
@@ -165,5 +165,5 @@ def _dense_layers(op: "FisherOperator", params: dict[str, Array]) -> tuple[dict,
 
 
 def _scale(op: "FisherOperator", name: str) -> Array | float:
-    """1 where a parameter counts, else 0."""
-    return 1.0 if op.mask is None else op.mask[name]
+    """The factor of a parameter's contribution to J J^T."""
+    return 1.0 if op.mask is None else op.mask[name] ** 2

@@ -183,7 +183,7 @@ def train(
         seed: Seed of the draw of the network and of the order of the samples.
         loss: ``"squared"``, (1/2n) sum ||f(x) - y||^2, or ``"cross_entropy"``.
         optimizer: A function from a learning rate to an optax optimizer, such as ``optax.adam``; or
-            an optimizer with its own rate, such as ``mf.optimizer(network)``.
+            an optimizer with its own rate.
         train_gamma: Whether scale and offset of the norms are trained.
 
     Returns:

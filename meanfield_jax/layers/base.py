@@ -134,6 +134,10 @@ class Layer:
         """Whether positions differ after it; ``on_data``: whether the inputs are data."""
         return False
 
+    def normalizes(self, statistics: str) -> bool:
+        """Whether the scale of its inputs does not matter; ``statistics`` as in ``analyze``."""
+        return self.is_norm and (statistics == "batch" or not self.over_batch)
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType, reportType]
@@ -171,6 +175,23 @@ class Layer:
             tangent_deviation=total(after.tangent_deviation, injection.deviation, added.deviation),
         )
         return after, Record(kernel, after, injection)
+
+    def normalized(self, records: Any, after: bool, statistics: str) -> tuple[Any, bool]:
+        """Which of its parameters a normalization follows on every path to the outputs.
+
+        Args:
+            records: The records of :meth:`propagate`.
+            after: Whether a normalization follows the layer.
+            statistics: How BatchNorm is differentiated, as in ``analyze``.
+
+        Returns:
+            A tree like the records, with a number (1 if a normalization follows, else 0) in place
+            of each, (times,) inside a :class:`Repeat`; and whether a normalization follows the
+            layer's inputs.
+        """
+        return map_records(lambda record: float(after), records), after or self.normalizes(
+            statistics
+        )
 
     def check_theory(self, shape: Shape) -> None:
         """Raises SpecError if there is no theory of the layer for inputs of this shape."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -65,6 +66,13 @@ class Sequential(Layer):
             kernel, record = inner.propagate(kernel, added)
             records.append(record)
         return kernel, tuple(records)
+
+    def normalized(self, records: Any, after: bool, statistics: str) -> tuple[Any, bool]:
+        found = []
+        for inner, record in zip(reversed(self.layers), reversed(records), strict=True):
+            own, after = inner.normalized(record, after, statistics)
+            found.append(own)
+        return tuple(reversed(found)), after
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Sequential(*self.modules(shape, rngs))
@@ -136,6 +144,10 @@ class Residual(Layer):
             tangent_deviation=tangent_deviation,
         ), records
 
+    def normalized(self, records: Any, after: bool, statistics: str) -> tuple[Any, bool]:
+        # the shortcut goes around the norms of the branch
+        return self.branch.normalized(records, after, statistics)[0], after
+
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return ResidualModule(self.branch.build(shape, rngs))
 
@@ -198,6 +210,15 @@ class Repeat(Layer):
             return after.with_numbers(), record
 
         return jax.lax.scan(step, kernel.with_numbers(), perturbations, length=self.times)
+
+    def normalized(self, records: Any, after: bool, statistics: str) -> tuple[Any, bool]:
+        last, before = self.block.normalized(records, after, statistics)
+        others, _ = self.block.normalized(records, before, statistics)
+
+        def stacked(last: Any, other: Any) -> np.ndarray:
+            return np.stack([other] * (self.times - 1) + [last])
+
+        return jax.tree.map(stacked, last, others), before
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return RepeatModule(self.block, self.times, shape, rngs)

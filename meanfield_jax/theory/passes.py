@@ -99,7 +99,7 @@ def _on_data(
     kernel, tangent, records, backward = forward(body, batch_inputs(x, statistics, modulus), shapes)
     num_samples, matrix = x.shape[0], tangent.entries
     eigenvalues, vectors = jnp.linalg.eigh(matrix / num_samples)
-    top = _top_vector(matrix, eigenvalues * num_samples, vectors)
+    top = top_vector(matrix, eigenvalues * num_samples, vectors)
     same = jnp.eye(num_samples, dtype=x.dtype) / num_samples
     other = (1 - jnp.eye(num_samples, dtype=x.dtype)) / max(num_samples * (num_samples - 1), 1)
     outlier = jnp.outer(top, top) / num_samples
@@ -121,7 +121,7 @@ iid = compiled(_iid, ("input_shape", "num_outputs", "statistics"))
 on_data = compiled(_on_data, ("num_outputs", "statistics", "modulus"), small=2**13)
 
 
-def _top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
+def top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
     """The last eigenvector, with its derivative from first-order perturbation theory.
 
     The derivative of ``eigh`` is NaN where any two eigenvalues are equal.
@@ -154,7 +154,7 @@ def forward(body: Layer, start: Kernel[M], shapes: Any) -> Pass[M]:
         kernel, records = body.propagate(start, perturbations)
         return kernel.effective_tangent, (kernel, records)
 
-    tangent, pull, (kernel, records) = jax.vjp(perturbed, _zeros(shapes), has_aux=True)
+    tangent, pull, (kernel, records) = jax.vjp(perturbed, zeros(shapes), has_aux=True)
 
     def backward(matrix: M) -> Rows:
         back = map_records(
@@ -165,7 +165,7 @@ def forward(body: Layer, start: Kernel[M], shapes: Any) -> Pass[M]:
     return Pass(kernel, tangent, records, backward)
 
 
-def _zeros(records: Any) -> Any:
+def zeros(records: Any) -> Any:
     """Perturbations that are all 0."""
 
     def zeros(record: Record) -> Perturbation:

@@ -66,7 +66,7 @@ def stability_limit(optimizer: optax.GradientTransformation | Maker) -> Array:
     Source:
         Polyak 1964; Cohen et al. 2021 (arXiv:2103.00065), section 2.
     """
-    optimizer = _of_rate_1(optimizer)
+    optimizer = of_rate_1(optimizer)
     try:
         own, gain = _update_map(optimizer, 0)
     except (TypeError, ValueError, AttributeError) as error:
@@ -82,7 +82,17 @@ def stability_limit(optimizer: optax.GradientTransformation | Maker) -> Array:
     return limit
 
 
-def _of_rate_1(optimizer: optax.GradientTransformation | Maker) -> optax.GradientTransformation:
+def first_step(optimizer: optax.GradientTransformation | Maker) -> Array:
+    """The length of the first step, in units of rate times gradient.
+
+    Returns:
+        The length, (): 1 for the heavy ball, 1 + mu for Nesterov's momentum, and 1 - mu for an
+        average of gradients.
+    """
+    return -_update_map(of_rate_1(optimizer), 0)[1][0]
+
+
+def of_rate_1(optimizer: optax.GradientTransformation | Maker) -> optax.GradientTransformation:
     """The optimizer, or what a function makes of a learning rate of 1."""
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer

@@ -308,7 +308,7 @@ def given():
     )  # fmt: skip
     own: dict[str, dict[str, Any]] = dict(
         analyze=dict(data=X),
-        optimizer=dict(data=X),
+        learning_rate=dict(model=SMALL),
         tune=dict(data=X),
         power=dict(activation=X),
         mlp=dict(weight_var=1.0, bias_var=0.1),
@@ -320,8 +320,7 @@ def given():
         plot_sweep=dict(value=None),
         stability_limit=dict(optimizer=optax.sgd(1.0, 0.9)),
     )
-    own["analyze"]["num_samples"] = own["optimizer"]["num_samples"] = None
-    own["tune"]["num_samples"] = None
+    own["analyze"]["num_samples"] = own["tune"]["num_samples"] = None
     return named, own
 
 

@@ -1,0 +1,489 @@
+"""The learning rate of a network or a model: one function, and its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.core import Tracer
+
+from meanfield_jax.arguments import as_given, checked
+from meanfield_jax.checks import check_choice, check_data, targets
+from meanfield_jax.empirical.fisher import FisherOperator
+from meanfield_jax.empirical.generic import couples_samples, layers_after_norms
+from meanfield_jax.empirical.lanczos import top_eigenvalues
+from meanfield_jax.empirical.model import path_name
+from meanfield_jax.empirical.nnx_model import fisher_operator
+from meanfield_jax.empirical.trace import trace
+from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.network import Network, normalizes_over_batch
+from meanfield_jax.pytree import pytree, static
+from meanfield_jax.theory.after_norms import after_norms
+from meanfield_jax.theory.analyze import analyze
+from meanfield_jax.theory.learning_rate import eta_max
+from meanfield_jax.theory.rates import (
+    ALIGNED,
+    CROSS_ENTROPY,
+    LITTLE_IN_COMMON,
+    NO_NORM,
+    Rule,
+    decisive_eigenvalue,
+    heavy_ball,
+    linear,
+    rates,
+    reasons,
+    sign_descent,
+)
+from meanfield_jax.theory.stability import of_rate_1
+
+LOSSES = {"squared": "gaussian", "cross_entropy": "categorical", "bernoulli": "bernoulli"}
+"""The likelihood whose Fisher matrix is the curvature of each loss."""
+
+MEANINGS = dict(
+    quadratic="stable where the loss is quadratic, near a minimum",
+    no_spike="from a random start, the loss stays below twice its first value",
+    bounded="from a random start, training diverges above it",
+)
+
+FORMULAS = dict(
+    squared="(1/2n) sum ||f - y||^2",
+    cross_entropy="-(1/n) sum log softmax(f)[y]",
+    bernoulli="(1/n) sum of binary cross-entropies",
+)
+
+INFORMATION = dict(
+    squared=lambda num_outputs: 1.0,
+    cross_entropy=lambda num_outputs: 1 / num_outputs,
+    bernoulli=lambda num_outputs: 0.25,
+)
+"""Curvature of each loss in units of the squared one's, where all outputs are equal."""
+
+PROBES = 6
+"""Number of probes of a trace, good to some 20 %."""
+
+TOLERANCE = 1e-2
+"""Relative accuracy of measured eigenvalues; the rule itself is less accurate."""
+
+
+class Number:
+    """Arithmetic with the recommended rate, so that a result goes where a number does."""
+
+    recommended: Array
+
+    def __float__(self) -> float:
+        return float(self.recommended)
+
+    def __jax_array__(self) -> Array:
+        return jnp.asarray(self.recommended)
+
+    def __mul__(self, other: Any) -> Any:
+        return self.recommended * other
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * self.recommended
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.recommended / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.recommended
+
+    def __add__(self, other: Any) -> Any:
+        return self.recommended + other
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.recommended
+
+    def __sub__(self, other: Any) -> Any:
+        return self.recommended - other
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.recommended
+
+    def __neg__(self) -> Any:
+        return -self.recommended
+
+
+@pytree(eq=False, repr=False)
+class LearningRate(Number):
+    """Learning rates of a network, with their meaning; :func:`learning_rate` returns it.
+
+    It can be used in place of a number, which is then ``recommended``: ``float(rate)``,
+    ``optax.sgd(rate, 0.9)``, ``optax.cosine_decay_schedule(rate, 1000)``, ``0.5 * rate``.
+
+    Attributes:
+        recommended: A fraction of ``no_spike``.
+        quadratic: z / lambda_max: stable where the loss is quadratic, near a minimum.
+        no_spike: The largest rate at which, from a random start, the loss does not exceed twice its
+            first value.
+        bounded: The rate above which training from a random start diverges.
+        lambda_max: The largest eigenvalue of the Fisher matrix.
+        lambda_after_norms: That of its part for the parameters that no normalization follows.
+        loss: ``"squared"``, ``"cross_entropy"`` or ``"bernoulli"``.
+        source: ``"theory"`` or ``"measured"``.
+        num_outputs: C.
+        decisive: Paths of the layers that no normalization follows.
+        products: The number of products with the Fisher matrix, 0 for theory.
+        seconds: How long it took.
+        reasons: Why the rates from a random start may be wrong; () if nothing is known.
+    """
+
+    recommended: Array
+    quadratic: Array
+    no_spike: Array
+    bounded: Array
+    lambda_max: Array
+    lambda_after_norms: Array
+    loss: str = static()
+    source: str = static()
+    num_outputs: int = static()
+    decisive: tuple[str, ...] = static(default=())
+    products: int = static(default=0)
+    seconds: float = static(default=0.0)
+    reasons: tuple[str, ...] = static(default=())
+
+    @property
+    def domain(self) -> str:
+        """The reasons in one sentence; "" if the rates can be trusted."""
+        return "; ".join(self.reasons)
+
+    def for_mean_over_outputs(self) -> Array:
+        """The recommended rate for a squared loss that is also divided by the number of outputs.
+
+        For ``optax.l2_loss(outputs, targets).mean()``. For ``((outputs - targets) ** 2).mean()``,
+        which lacks the factor 1/2, take half of it.
+
+        Returns:
+            C times the recommended rate, ().
+        """
+        return self.recommended * self.num_outputs
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Name, number and meaning of each rate."""
+        named = dict(recommended="a fraction of no_spike") | MEANINGS
+        values = {name: float(getattr(self, name)) for name in named}
+        return [
+            (name, f"{value:.3g}", named[name])
+            for name, value in values.items()
+            if not np.isnan(value)
+        ]
+
+    def _about(self) -> str:
+        """What decides, and how it is known."""
+        effort = f" with {self.products} products" if self.products else ""
+        layers = ", ".join(self.decisive[:4]) + ", ..." * (len(self.decisive) > 4)
+        whole, after = float(self.lambda_max), float(self.lambda_after_norms)
+        eigenvalues = f"lambda_max {whole:.4g}, after the norms {after:.4g} ({layers})"
+        return f"{self.source}{effort} in {self.seconds:.2g} s; {eigenvalues}"
+
+    def __repr__(self) -> str:
+        if isinstance(self.recommended, Tracer) or jnp.ndim(self.recommended):
+            return f"LearningRate({self.recommended})"
+        lines = [f"LearningRate {float(self):.4g} for the loss {FORMULAS[self.loss]}"]
+        lines += [f"  {name:<12} {number:>9}  {text}" for name, number, text in self._rows()[1:]]
+        lines.append(f"  {self._about()}")
+        lines += [f"  caution: {reason}" for reason in self.reasons]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{name}</td><td>{number}</td><td style='text-align:left'>{text}</td></tr>"
+            for name, number, text in self._rows()
+        )
+        notes = [self._about(), *(f"caution: {reason}" for reason in self.reasons)]
+        head = f"Learning rate for the loss {FORMULAS[self.loss]}"
+        below = "<br>".join(html.escape(note) for note in notes)
+        return f"<b>{html.escape(head)}</b><table>{cells}</table><small>{below}</small>"
+
+
+Optimizer = optax.GradientTransformation | Callable[[float], optax.GradientTransformation]
+
+
+@checked(model=as_given, optimizer=as_given, x=as_given, y=as_given)
+def learning_rate(
+    model: Network | nnx.Module | Callable[..., Array],
+    x: Any = None,
+    *,
+    params: Any = None,
+    y: Array | None = None,
+    optimizer: str | Optimizer = "heavy_ball",
+    momentum: float | Array = 0.9,
+    loss: str = "squared",
+    statistics: str = "batch",
+    num_samples: int | None = None,
+    fraction: float = 1.0,
+) -> LearningRate:
+    r"""The learning rate with which to train a network, or any model, from a random start.
+
+    Three rates have a meaning. Near a minimum of the squared loss the largest stable rate is
+    z / lambda_max(F), where z is the optimizer's :func:`stability_limit`, 2 (1 + mu) for the heavy
+    ball. From a random start that is often far too careful: a step that is too large throws up the
+    weights of a layer before a normalization, its curvature falls like the inverse square of their
+    norm, and training goes on. What decides is F restricted to the parameters that no normalization
+    follows (the last layer, and the scale and offset of the last norm):
+
+    .. math:: \eta_{no\,spike} = (1 + \sqrt 2) / \lambda_{after}, \quad
+        \eta_{bounded} = (6.45 - 2.1 \mu) / \lambda_{after}
+
+    The first is where the first step doubles the loss of the steepest direction; it is not above
+    z / lambda_after. The numbers in the second were fitted. Norms within each sample make both
+    smaller, see :func:`meanfield_jax.theory.rates.rates`.
+
+    Args:
+        model: A :class:`Network`, for which the rates are predicted in milliseconds, without a
+            draw; a Flax NNX model, or a pure function ``apply(params, x)``, for which they are
+            measured with some twenty products with the Fisher matrix.
+        x: A batch of the size used in training, (n, ...). A network may do without: then inputs are
+            i.i.d. with unit variance.
+        params: Parameters of ``apply``, any pytree.
+        y: Targets, (n, C), or labels (n,); only for a measurement with Adam.
+        optimizer: ``"heavy_ball"``, ``"adam"``, or any linear transformation of optax (or a
+            function from a rate to one), made with a learning rate of 1.
+        momentum: mu of the heavy ball; 0 for plain gradient descent.
+        loss: ``"squared"``, (1/2n) sum ||f - y||^2, summed over outputs; ``"cross_entropy"``, the
+            mean over samples of -log softmax(f)[y]; or ``"bernoulli"``, summed over outputs.
+        statistics: As in :func:`analyze` for a network, :func:`fisher_operator` for a model.
+        num_samples: The batch size where ``x`` is left out; None for large batches.
+        fraction: ``recommended`` is this fraction of ``no_spike``.
+
+    Returns:
+        The rates, which can be used in place of a number. For a network they can be vmapped over
+        its numbers and differentiated in them.
+
+    Raises:
+        SpecError, DataError: if an option, the model or the data are not valid, or if there is no
+            rule for the optimizer.
+        RuntimeError: if the theory, or a search for an eigenvalue, failed.
+
+    Accuracy:
+        See benchmarks/rates.py. Eigenvalues are measured to 1 %.
+
+    Example:
+        >>> import jax, optax, meanfield_jax as mf
+        >>> net = mf.mlp([200] * 10, inputs=64, outputs=10, norm=mf.BatchNorm())
+        >>> rate = mf.learning_rate(net)
+        >>> round(float(rate), 2), round(float(rate.quadratic), 2), rate.decisive
+        (0.07, 0.11, ('layers/28', 'layers/30'))
+        >>> rule = optax.sgd(rate, momentum=0.9)
+
+    Source:
+        Near a minimum: Polyak 1964. Scale invariance: Arora, Li & Lyu 2018 (arXiv:1812.03981). The
+        rule from a random start is this package's own.
+    """
+    _check_fraction(fraction)
+    check_choice("loss", loss, tuple(LOSSES))
+    start = time.perf_counter()
+    rule = _rule(optimizer, momentum)
+    if isinstance(model, Network):
+        found = _predicted(model, x, rule, loss, statistics, num_samples)
+    else:
+        found = _measured(model, params, x, y, rule, loss, statistics)
+    seconds = time.perf_counter() - start
+    # an integer may be too large for JAX
+    recommended = found.no_spike * (fraction if isinstance(fraction, Tracer) else float(fraction))
+    return dataclasses.replace(found, recommended=recommended, seconds=seconds)
+
+
+def _rule(optimizer: Any, momentum: float | Array) -> Rule | None:
+    """The rule of a linear optimizer; None for Adam."""
+    if isinstance(optimizer, str):
+        check_choice("optimizer", optimizer, ("heavy_ball", "adam"))
+        return heavy_ball(momentum) if optimizer == "heavy_ball" else None
+    try:
+        made = of_rate_1(optimizer)
+        state = made.init(jnp.zeros(()))
+    except (TypeError, ValueError, AttributeError):
+        state = None
+    adam = jax.tree.leaves(state, is_leaf=_is_adam)
+    return None if any(map(_is_adam, adam)) else linear(optimizer)
+
+
+def _is_adam(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByAdamState)
+
+
+def _predicted(
+    network: Network, x: Any, rule: Rule | None, loss: str, statistics: str, num_samples: Any
+) -> LearningRate:
+    """The rates of a specification, by theory."""
+    theory = analyze(network, data=x, statistics=statistics, num_samples=num_samples)
+    if not isinstance(theory.status, Tracer):
+        theory.raise_if_failed()
+    dtype = theory.kernel.dtype
+    batch = None if x is None else check_data(x).astype(dtype)
+    after = after_norms(network, batch, statistics, num_samples)
+    information = INFORMATION[loss](network.num_outputs)
+    lambda_max = information * theory.fisher.lambda_max
+    lambda_after = information * decisive_eigenvalue(theory, after)
+    over_batch = statistics == "batch" and normalizes_over_batch(network.body)
+    found = (lambda_max, lambda_after, over_batch)
+    rates = _rates(rule, loss, *found, lambda: sign_descent(theory))
+    traced = isinstance(lambda_after, Tracer)
+    return LearningRate(
+        recommended=rates["no_spike"],
+        quadratic=rates["quadratic"],
+        no_spike=rates["no_spike"],
+        bounded=rates["bounded"],
+        lambda_max=lambda_max,
+        lambda_after_norms=lambda_after,
+        loss=loss,
+        source="theory",
+        num_outputs=network.num_outputs,
+        decisive=() if traced else after.paths,
+        reasons=() if traced else (*reasons(theory, after), *_cautions(rule, loss)),
+    )
+
+
+def _measured(
+    model: Any, params: Any, x: Any, y: Any, rule: Rule | None, loss: str, statistics: str
+) -> LearningRate:
+    """The rates of a model, by Lanczos."""
+    if x is None:
+        raise problem(DataError, "x", x, "a model is measured on data", "pass a training batch")
+    operator = _operator(model, params, x, LOSSES[loss], statistics)
+    layers = layers_after_norms(operator)
+    whole = top_eigenvalues(operator, tol=TOLERANCE).raise_if_failed()
+    products, lambda_max = int(whole.num_matvecs), whole.eigenvalues[0]
+    eta_max(lambda_max)  # refuses 0
+    everything = all(any(_inside(path, layer) for layer in layers) for path in operator.paths)
+    lambda_after, notes = lambda_max, (NO_NORM,)
+    if not everything:
+        block = operator.block(*layers)
+        part = top_eigenvalues(block, tol=TOLERANCE, vectors=True).raise_if_failed()
+        products, lambda_after = products + int(part.num_matvecs), part.eigenvalues[0]
+        assert part.eigenvectors is not None
+        notes = ()
+        if _common(block, part.eigenvectors[0]) < 0.5:
+            aligned = trace(block, num_probes=PROBES).raise_if_failed()
+            outputs = np.prod(operator.output_shape[1:])
+            lambda_after = jnp.maximum(lambda_after, ALIGNED * aligned.value / outputs)
+            products, notes = products + int(aligned.num_matvecs), (LITTLE_IN_COMMON,)
+    if float(lambda_after) <= 0:
+        cause = "no curvature: the outputs do not depend on the last layers' parameters"
+        raise problem(SpecError, "model", type(model).__name__, cause, "check for weights of 0")
+
+    def by_signs() -> Array:
+        scaled = _preconditioned(operator, layers, y, loss)
+        return 2 / top_eigenvalues(scaled, tol=TOLERANCE).raise_if_failed().eigenvalues[0]
+
+    over_batch = bool(couples_samples(operator))
+    rates = _rates(rule, loss, lambda_max, lambda_after, over_batch, by_signs)
+    return LearningRate(
+        recommended=rates["no_spike"],
+        quadratic=rates["quadratic"],
+        no_spike=rates["no_spike"],
+        bounded=rates["bounded"],
+        lambda_max=lambda_max,
+        lambda_after_norms=lambda_after,
+        loss=loss,
+        source="measured",
+        num_outputs=int(np.prod(operator.output_shape[1:])),
+        decisive=layers,
+        products=products,
+        reasons=(*notes, *_cautions(rule, loss)),
+    )
+
+
+def _rates(
+    rule: Rule | None,
+    loss: str,
+    lambda_max: Array,
+    lambda_after: Array,
+    over_batch: bool,
+    by_signs: Callable[[], Array],
+) -> dict[str, Array]:
+    """The three rates; NaN where there is no rule."""
+    unknown = jnp.full_like(lambda_after, jnp.nan)
+    if rule is None:
+        return dict(quadratic=unknown, no_spike=by_signs(), bounded=unknown)
+    found = rates(rule, lambda_max, lambda_after, over_batch)
+    if loss == "squared":
+        return found
+    largest = CROSS_ENTROPY / rule.gain
+    return found | dict(no_spike=jnp.minimum(largest, found["no_spike"]), bounded=unknown)
+
+
+def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
+    """What is known of rules that are less certain."""
+    found = []
+    if rule is None:
+        found.append("Adam: only no_spike has a rule, good to about 35 %")
+        if loss != "squared":
+            found.append("Adam's rule was tested on the squared loss only")
+    elif loss != "squared":
+        found.append(
+            "with cross-entropy the growth of the last layer, scale and offset limits training, "
+            "not curvature: no_spike is a safe first rate, and no rate is a bound"
+        )
+    return tuple(found)
+
+
+def _operator(model: Any, params: Any, x: Any, likelihood: str, statistics: str) -> FisherOperator:
+    """The model's Fisher matrix."""
+    if params is None:
+        if not isinstance(model, nnx.Module):
+            cause = "neither a Network nor a Flax NNX module, and there are no params"
+            remedy = "pass one of these, or apply with params="
+            raise problem(SpecError, "model", type(model).__name__, cause, remedy)
+        return fisher_operator(model, x, statistics=statistics, likelihood=likelihood)
+    operator = FisherOperator(model, params, x, likelihood)
+    if statistics == "frozen" and couples_samples(operator):
+        cause = "the function normalizes over the batch"
+        remedy = "pass the function in evaluation mode, or statistics='batch'"
+        raise problem(SpecError, "statistics", statistics, cause, remedy)
+    return operator
+
+
+_change = jax.jit(FisherOperator.change)
+
+
+def _common(block: FisherOperator, vector: Array) -> float:
+    """How much of the outputs' change along an eigenvector all samples have in common, 0 to 1."""
+    found = _change(block, vector)
+    change = np.asarray(found, float).reshape(block.num_samples, -1)
+    return float(len(change) * np.sum(change.mean(0) ** 2) / np.sum(change**2))
+
+
+def _inside(path: str, layer: str) -> bool:
+    """Whether an array of parameters belongs to a layer."""
+    return path == layer or path.startswith(layer + "/")
+
+
+def _preconditioned(
+    operator: FisherOperator, layers: tuple[str, ...], y: Any, loss: str
+) -> FisherOperator:
+    """P^(-1/2) F P^(-1/2) for these layers, where P is the gradient's rms in each array."""
+    if y is None:
+        remedy = "pass the batch's targets"
+        raise problem(SpecError, "y", y, "Adam's first steps depend on the gradient", remedy)
+    shape = operator.output_shape
+    if loss == "squared":
+        y = targets("y", y, operator.num_samples, shape[-1], operator.dtype)
+
+    def value(params: Any) -> Array:
+        outputs = operator.evaluate(params, operator.x)
+        if loss == "squared":
+            return jnp.sum((outputs - y.reshape(shape)) ** 2) / (2 * shape[0])
+        if loss == "bernoulli":
+            return optax.sigmoid_binary_cross_entropy(outputs, y).sum() / shape[0]
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+
+    slopes = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(value))(operator.params))
+    sizes = {path_name(path): jnp.sqrt(jnp.mean(slope**2)) for path, slope in slopes}
+    kept = {path: size for path, size in sizes.items() if any(_inside(path, la) for la in layers)}
+    return operator.rescaled({path: 1 / jnp.sqrt(size) for path, size in kept.items()})
+
+
+def _check_fraction(fraction: float) -> None:
+    if not isinstance(fraction, Tracer) and not 0 < fraction < np.inf:
+        remedy = "pass a number such as 0.5"
+        raise problem(SpecError, "fraction", fraction, "must be finite and above 0", remedy)
