@@ -128,12 +128,23 @@ def rate_tables(record: dict[str, Any]) -> list[Rows]:
     return [Rows("Measured boundary over the predicted rate", columns, rows)]
 
 
+def adam_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of adam_rates.py."""
+    rows = [
+        [" ".join(map(str, row["network"])), row["data"], number(row["ratio"], ".2f")]
+        for row in record["rows"]
+    ]
+    columns = ("layers, width, gamma, activation, norm", "data", "measured / predicted")
+    return [Rows("Largest rate without a spike", columns, rows)]
+
+
 TABLES = dict(
     fisher_lambda_max=("lambda_max of the Fisher matrix to 1e-4", lambda_max_tables),
     spectral_density=("Spectral density", density_tables),
     theory_grid=("Theory on a grid of 100,000 networks", grid_tables),
     theory_on_data=("Theory of a batch", batch_tables),
     rates=("Learning rates from a random start", rate_tables),
+    adam_rates=("Adam from a random start", adam_tables),
 )
 
 

@@ -67,6 +67,22 @@ def test_answers_after_a_cell_has_ended_do_not_count(answer):
     assert sum(ended) == 5
 
 
+def test_a_boundary_far_away_is_found():
+    """Of deep networks it is thousands of times the prediction."""
+    true = np.array([3e4, 2e-5])
+    low = boundary._bisect(lambda rates: rates <= true, np.ones(2), 1.05)
+    assert np.all((low <= true) & (1.05 * low > true))
+
+
+def test_the_loss_spikes_before_it_is_unbounded():
+    x, y = samples(20, 5, 2)
+    spike, bounded = (
+        mf.measured_boundary(SMALL_NORM, x, y, draws=2, event=event, num_steps=60)
+        for event in ("no_spike", "bounded")
+    )
+    assert np.all(spike.boundary < bounded.boundary)
+
+
 GAMMAS = (0.5, 2.0)
 ALONE = (without_norms(SMALL_NORM), *(with_gamma(SMALL_NORM, gamma) for gamma in GAMMAS))
 

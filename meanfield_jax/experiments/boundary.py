@@ -15,20 +15,27 @@ from rich.console import Console
 from rich.progress import Progress
 
 from meanfield_jax.arguments import checked
-from meanfield_jax.checks import check_data, targets
+from meanfield_jax.checks import check_choice, check_data, targets
 from meanfield_jax.empirical.model import Functional, Params, build, functional
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.train import BLOW_UP
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
+from meanfield_jax.theory.rates import SPIKE
 from meanfield_jax.variants import variants_of
 
 if TYPE_CHECKING:
     import xarray as xr
 
-WIDEST = 64.0
+WIDEST = 2.0**24
 """The search for a boundary covers this factor above and below the prediction."""
+
+EVENTS = dict(bounded=BLOW_UP, no_spike=SPIKE)
+"""By event, the multiple of the first loss that must not be exceeded."""
+
+LONGEST = 8.0
+"""The largest factor between two rates of the search."""
 
 Draw = tuple[Functional, Params]
 
@@ -45,6 +52,7 @@ def measured_boundary(
     num_steps: int = 200,
     tol: float = 0.05,
     residual: float = 1.0,
+    event: str = "bounded",
     seed: int = 0,
     progress: bool = False,
 ) -> xr.Dataset:
@@ -61,20 +69,21 @@ def measured_boundary(
             Empty: the network as it is.
         draws: Number of random draws of each network.
         momentum: Momentum of the heavy ball.
-        num_steps: Steps over which the loss must stay below 1000 times the first one.
+        num_steps: Steps over which the loss is followed.
         tol: Relative accuracy of the boundary.
         residual: Fraction of y - f(x) that is left to learn: y is moved towards the initial
             outputs. If it is small, the loss stays quadratic during training, as the theory
             assumes. If it is 1, the loss rises sharply above eta_max, the curvature falls, and
-            training continues: real blow-up occurs at 1.25 to 3 times the rate
-            (benchmarks/training_boundary.py).
+            training continues; :func:`learning_rate` predicts where that ends.
+        event: ``"bounded"``: the loss stays below 1000 times the first one; ``"no_spike"``: below
+            twice the first one.
         seed: Seed of the first draw.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
         A data set over ``network`` (its label) and ``draw``: ``boundary``, the largest rate at
         which the loss stayed bounded (NaN if it did at no rate, or at all rates, within a factor of
-        64 around the prediction), ``predicted``, and ``ratio``, the median over draws of
+        1e7 around the prediction), ``predicted``, and ``ratio``, the median over draws of
         boundary / predicted.
 
     Raises:
@@ -92,6 +101,7 @@ def measured_boundary(
 
     x = check_data(x)
     y = targets("y", y, len(x), network.num_outputs, x.dtype)
+    check_choice("event", event, tuple(EVENTS))
     for name, value in dict(draws=draws, num_steps=num_steps).items():
         if value < 1:
             raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
@@ -115,7 +125,8 @@ def measured_boundary(
             def bounded(rates: np.ndarray, models=models) -> np.ndarray:
                 # in the dtype of the parameters, also under x64
                 given = jnp.asarray(rates, jnp.float32)
-                return np.asarray(_stay_bounded(models, given, x, y, momentum, residual, num_steps))
+                options = (momentum, residual, num_steps, EVENTS[event])
+                return np.asarray(_stay_bounded(models, given, x, y, *options))
 
             found = _bisect(
                 bounded,
@@ -130,7 +141,8 @@ def measured_boundary(
         ratio=("network", np.median(boundary, -1) / predicted),
     )
     spec = network.to_json(indent=None)
-    attributes = dict(num_samples=len(x), momentum=momentum, num_steps=num_steps, spec=spec)
+    options = dict(momentum=momentum, num_steps=num_steps, event=event)
+    attributes = dict(num_samples=len(x), **options, spec=spec)
     return xr.Dataset(data, dict(network=list(variants)), attributes)
 
 
@@ -172,13 +184,15 @@ def _bisect(
     rate, searching = guess, np.full(guess.shape, True)
     # the largest rate known to be bounded and the smallest known not to be; NaN: none yet
     low = high = np.full(guess.shape, np.nan)
+    stride = 1.25
     while searching.any():
         # cells that are done get an infinite rate, whose run ends at once
         stays = bounded(np.where(searching, rate, np.inf))
         low = np.where(searching & stays, rate, low)
         high = np.where(searching & ~stays, rate, high)
         open_ends = [np.isnan(high), np.isnan(low)]
-        rate = np.select(open_ends, [1.25 * low, high / 1.25], np.sqrt(low * high))
+        rate = np.select(open_ends, [stride * low, high / stride], np.sqrt(low * high))
+        stride = min(stride**1.25, LONGEST)
         within = [low < WIDEST * guess, high > guess / WIDEST]
         before, searching = searching, searching & np.select(open_ends, within, high > factor * low)
         finished(int(before.sum() - searching.sum()))
@@ -194,6 +208,7 @@ def _stay_bounded(
     momentum: Array | float,
     residual: Array | float,
     num_steps: Array | int,
+    most: Array | float = BLOW_UP,
 ) -> Array:
     """Which networks keep a bounded loss at their rates.
 
@@ -205,7 +220,7 @@ def _stay_bounded(
     """
 
     def one(model: Draw, rate: Array) -> Array:
-        return _stays_bounded(model, rate, x, y, momentum, residual, num_steps)
+        return _stays_bounded(model, rate, x, y, momentum, residual, num_steps, most)
 
     def in_turn(models: Draw, rates: Array) -> Array:
         return jax.lax.map(lambda cell: one(*cell), (models, rates))
@@ -221,6 +236,7 @@ def _stays_bounded(
     momentum: Array | float,
     residual: Array | float,
     num_steps: Array | int,
+    most: Array | float = BLOW_UP,
 ) -> Array:
     """Whether the loss stays below a multiple of the first one; stops as soon as it does not."""
     apply, params = model
@@ -231,7 +247,7 @@ def _stays_bounded(
     def loss(params: Params) -> Array:
         return jnp.sum((apply(params, x) - target) ** 2) / (2 * len(x))
 
-    limit = BLOW_UP * loss(params)
+    limit = most * loss(params)
 
     def goes_on(state) -> Array:
         _, _, count, last = state
