@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from meanfield_jax.kernel.gaussian import Moments, Nonlinearity, expectations
 from meanfield_jax.kernel.sphere import SphereAverages
@@ -152,7 +153,7 @@ class Matrix(ABC):
         """1 for pairs of values that BatchNorm normalizes by the same statistics, else 0."""
 
     @abstractmethod
-    def on_sphere(self, over_positions: bool) -> SphereAverages:
+    def on_sphere(self, over_positions: bool) -> SphereAverages[Self]:
         """Averages over Gaussian values with this covariance, divided by their sample deviation.
 
         Args:
@@ -171,11 +172,11 @@ class Matrix(ABC):
         """The product with another matrix over the m values with the same statistics, over m."""
 
     @abstractmethod
-    def means(self, over_positions: bool) -> "tuple[Matrix | Number, Matrix | Number]":
+    def means(self, over_positions: bool) -> tuple[Array, Array]:
         """Means over a pair's first member, and over both, among values with the same statistics.
 
         Returns:
-            Two matrices, or arrays, that broadcast to the entries.
+            Two arrays that broadcast to the entries.
         """
 
     @abstractmethod
@@ -187,7 +188,9 @@ class Matrix(ABC):
         """The mean over positions r of self[(a, p), (a, r)] other[(a, r), (b, q)]."""
 
     @abstractmethod
-    def expectations(self, phi: Nonlinearity, mean: Array | None, factor: Any) -> Moments:
+    def expectations(
+        self, phi: Nonlinearity, mean: Array | None, factor: "Matrix | None"
+    ) -> Moments[Self]:
         """Gaussian expectations with this covariance; see gaussian.py.
 
         Args:
@@ -233,9 +236,9 @@ class PairMatrix(Matrix):
 
     iid = True
 
-    same: Array
-    other: Array
-    inverse_samples: Array
+    same: Float[Array, "*map"]
+    other: Float[Array, "*map"]
+    inverse_samples: Float[Array, "..."]
     all_positions: bool = static()
 
     def map(self, function: Callable[..., Array], *others: Any) -> Self:
@@ -267,14 +270,14 @@ class PairMatrix(Matrix):
     def keeps_deviations(self) -> bool:
         return True
 
-    def _at_equal_positions(self, entry: Array) -> Array:
+    def _at_equal_positions(self, entry: Float[Array, "*map"]) -> Float[Array, "*positions"]:
         if not self.all_positions:
             return entry
         height, width = self.positions
         square = entry.reshape(height * width, height * width)
         return jnp.diagonal(square).reshape(height, width)
 
-    def diagonal(self) -> Array:
+    def diagonal(self) -> Float[Array, "*positions"]:
         """The entries of a value with itself, one number per position."""
         return self._at_equal_positions(self.same)
 
@@ -283,24 +286,28 @@ class PairMatrix(Matrix):
             return values, values
         return values[..., None, None], values[None, None]
 
-    def batch_mean(self, values: Array, over_positions: bool) -> Array:
+    def batch_mean(
+        self, values: Float[Array, "*positions"], over_positions: bool
+    ) -> Float[Array, "*positions"]:
         return self.sample_mean(values) if over_positions else values
 
-    def sample_mean(self, values: Array) -> Array:
+    def sample_mean(self, values: Float[Array, "*positions"]) -> Float[Array, "*positions"]:
         return jnp.broadcast_to(values.mean(), values.shape)
 
-    def sum(self) -> Array:
+    def sum(self) -> Float[Array, ""]:
         return self.same.sum() + self.other.sum()
 
-    def totals(self) -> tuple[Array, Array]:
+    def totals(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         return self.diagonal().sum(), self._at_equal_positions(self.other).sum()
 
-    def averages(self) -> tuple[Array, Array]:
+    def averages(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         same, other = self.totals()
         size = self.diagonal().size
         return same / size, other / size
 
-    def _batch_average(self, same: Array, other: Array, num_positions: int = 1) -> Array:
+    def _batch_average(
+        self, same: Float[Array, "*map"], other: Float[Array, "*map"], num_positions: int = 1
+    ) -> Float[Array, "*map"]:
         fraction = self.inverse_samples / num_positions
         return fraction * same + (1 - fraction) * other
 
@@ -329,7 +336,7 @@ class PairMatrix(Matrix):
         size = self.positions[0] * self.positions[1]
         return jnp.eye(size, dtype=self.dtype).reshape(self.same.shape)
 
-    def on_sphere(self, over_positions: bool) -> SphereAverages:
+    def on_sphere(self, over_positions: bool) -> SphereAverages[Self]:
         """See :meth:`Matrix.on_sphere`: a variance is chi^2 with m - 1 degrees of freedom.
 
         Returns:
@@ -372,13 +379,15 @@ class PairMatrix(Matrix):
         size = self.positions[0] * self.positions[1]
         return other.map(lambda entry: einsum("ijkl,klmn->ijmn", self.same, entry) / size)
 
-    def expectations(self, phi: Nonlinearity, mean: Array | None, factor: Any) -> Moments:
+    def expectations(
+        self, phi: Nonlinearity, mean: Array | None, factor: "Matrix | None"
+    ) -> Moments[Self]:
         variances = self.variances()
         divided = self if factor is None else self / factor
         same, other = (
             expectations(phi, *variances, entry, mean) for entry in (divided.same, divided.other)
         )
-        return Moments(*map(self.replaced, same, other))  # pyright: ignore[reportArgumentType]
+        return Moments(*map(self.replaced, same, other))
 
     def windows(self, window: Window) -> Self:
         axes = ((-4, -2), (-3, -1)) if self.all_positions else ((-2,), (-1,))
