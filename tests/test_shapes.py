@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
-from meanfield_jax.kernel.matrix import PairMatrix
+from meanfield_jax.kernel.pair_matrix import PairMatrix
 from meanfield_jax.kernel.sphere import on_sphere
 from meanfield_jax.theory.fisher import Contributions
 

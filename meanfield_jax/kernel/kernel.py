@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import Moments, Nonlinearity
 from meanfield_jax.kernel.gram_matrix import GramMatrix, gram
-from meanfield_jax.kernel.matrix import Matrix, Number, PairMatrix, Window
+from meanfield_jax.kernel.matrix import Matrix, Number, Window
+from meanfield_jax.kernel.pair_matrix import PairMatrix
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.status import Status

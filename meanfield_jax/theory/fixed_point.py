@@ -13,7 +13,7 @@ from meanfield_jax.checks import check_choice
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel, iid_inputs
-from meanfield_jax.kernel.matrix import PairMatrix
+from meanfield_jax.kernel.pair_matrix import PairMatrix
 from meanfield_jax.layers import Conv, Layer, Residual, Sequential
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.network import check_numbers, walk
