@@ -232,7 +232,7 @@ def calibrate(model: nnx.Module, x: Array) -> None:
     nnx.update(model, batch_statistics(model, x))
 
 
-def batch_statistics(model: nnx.Module, x: Array) -> nnx.State:
+def batch_statistics(model: nnx.Module, x: Array) -> nnx.State[Any, Any]:
     """The running statistics that the model would have if they were those of this batch."""
     copy = in_mode(model, "batch")
     modules: list[Any] = [module for _, module in nnx.iter_modules(copy)]
@@ -244,7 +244,7 @@ def batch_statistics(model: nnx.Module, x: Array) -> nnx.State:
 
 
 @jax.jit(static_argnums=0)
-def _statistics_after(graphdef: Any, state: Any, x: Array) -> nnx.State:
+def _statistics_after(graphdef: Any, state: Any, x: Array) -> nnx.State[Any, Any]:
     model = nnx.merge(graphdef, state, copy=True)
     model(x)
     return nnx.state(model, nnx.BatchStat)

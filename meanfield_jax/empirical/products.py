@@ -39,7 +39,7 @@ def jacobian(op: "FisherOperator") -> Jacobian:
         return of_all
 
     def masked(tree: Any) -> Any:
-        def scaled(path, leaf):
+        def scaled(path: tuple[Any, ...], leaf: Array) -> Array:
             return leaf * mask[path_name(path)].astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(scaled, tree)
@@ -101,7 +101,7 @@ def _in_batches(op: "FisherOperator", batch_size: int) -> Jacobian:
         return join(jax.lax.map(one, batches))
 
     def backward(u: Array) -> Any:
-        def add(total, batch):
+        def add(total: Any, batch: tuple[Any, Array]) -> tuple[Any, None]:
             x, part = batch
             (gradient,) = jax.vjp(lambda p: op.evaluate(p, x), params)[1](part)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradient), None

@@ -61,7 +61,7 @@ class Projection(NamedTuple):
         cross, own, weight = (part * fraction for part in (self.cross, self.own, self.weight))
         return self._replace(cross=cross, own=own, weight=weight)
 
-    def of_function(self, moments: Moments[M]) -> tuple[M, M]:
+    def of_function(self, moments: Moments[M]) -> tuple[M, Matrix]:
         """E[phi' phi' w z_hat_a z_hat_b] and E[phi' phi' z_hat_a v_b].
 
         v_b is jointly Gaussian with the two z_hat: it is regressed on them, and the remainder drops
@@ -152,7 +152,8 @@ class Kernel(Generic[M]):
         zero, one = covariance.full(0.0), covariance.full(1.0)
         parts = Projection(zero, zero, zero, zero, one)
         if self.projection is not None:
-            known = self.projection._replace(factor=self.projection.factor or one)
+            correlation, cross, own, weight, factor = self.projection
+            known = (correlation, cross, own, weight, factor or one)
             parts = Projection(*(zero + part for part in known))
         return self.replace(
             covariance=covariance,
@@ -235,7 +236,7 @@ class Kernel(Generic[M]):
     def activated(self, phi: Nonlinearity) -> Self:
         """The kernel after an elementwise function."""
         factor = None if self.projection is None else self.projection.factor
-        moments: Any = self.covariance.expectations(phi, self.mean, factor)
+        moments = self.covariance.expectations(phi, self.mean, factor)
         tangent = self.tangent * moments.derivative
         if self.scale is not None:
             tangent += moments.scale * safe.geometric_mean(*self.scale.variances())

@@ -61,7 +61,7 @@ class Theory:
 
     fisher: Fisher
     order_parameters: OrderParameters
-    kernel: Kernel
+    kernel: Kernel[Any]
     network: Network
     status: Int[Array, "*batch"]
 

@@ -1,7 +1,7 @@
 """Compilation once per structure; the numbers of a network, including widths, are arguments."""
 
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from meanfield_jax.network import Network
 
 Spec = TypeVar("Spec", Network, Layer)
 L = TypeVar("L", bound=Layer)
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -60,8 +59,8 @@ def with_widths(layer: L, widths: tuple[Array | float, ...]) -> L:
 
 
 def compiled(
-    function: Callable[P, R], static: tuple[str, ...] = (), small: int = 0
-) -> Callable[P, R]:
+    function: Callable[..., R], static: tuple[str, ...] = (), small: int = 0
+) -> Callable[..., R]:
     """The function under jit, on CPU without fusion.
 
     On CPU, XLA fuses every number with all layers before it: 15 layers compile in 30 s instead of
@@ -74,7 +73,7 @@ def compiled(
             optimizations, a third of the compile time, are left out.
 
     Returns:
-        A function of the same arguments.
+        A function of the same arguments, given by position.
     """
     unfused = {"xla_disable_hlo_passes": "fusion"}
     plain, large, quick = (
@@ -82,11 +81,11 @@ def compiled(
         for options in ({}, unfused, unfused | {"xla_backend_optimization_level": 0})
     )
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        leaves = jax.tree.leaves((args, kwargs))
+    def call(*args: Any) -> R:
+        leaves = jax.tree.leaves(args)
         traced = any(isinstance(value, Tracer) for value in (*leaves, jnp.zeros(())))
         if traced or jax.default_backend() != "cpu":
-            return plain(*args, **kwargs)
-        return (quick if sum(map(np.size, leaves)) < small else large)(*args, **kwargs)
+            return plain(*args)
+        return (quick if sum(map(np.size, leaves)) < small else large)(*args)
 
     return call
