@@ -20,7 +20,7 @@ from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.train import Training, train
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.layers import *  # noqa: F403
-from meanfield_jax.network import Network, cnn, mlp, preact_resnet
+from meanfield_jax.network import Network
 from meanfield_jax.plots import (
     plot_comparison,
     plot_phase_diagram,
@@ -29,6 +29,7 @@ from meanfield_jax.plots import (
     plot_tuning,
     plot_validation,
 )
+from meanfield_jax.presets import cnn, mlp, preact_resnet
 from meanfield_jax.status import Status
 from meanfield_jax.theory.analyze import Theory, analyze
 from meanfield_jax.theory.batch_growth import batch_growth

@@ -1,10 +1,12 @@
-"""What all tests share: kept programs, float64 on request, strict broadcasting, bounded memory."""
+"""What all tests share: kept programs, float64, checks of shapes and ranks, bounded memory."""
 
 from pathlib import Path
 
 import compile_cache
+import shape_checks
 
 compile_cache.start()
+shape_checks.start()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -18,7 +18,7 @@ import numpy as np
 import pooch
 import pytest
 
-from meanfield_jax import data
+from meanfield_jax import data, data_files
 from meanfield_jax.errors import DataError
 
 PREFIX = {"train": "train", "test": "t10k"}
@@ -350,10 +350,10 @@ def test_contents_of_the_other_set_are_recognized(tmp_path, monkeypatch):
     """Also when packed anew: the digest is that of the contents."""
     images, _ = write_idx(tmp_path / "mnist")
     digest = hashlib.sha256(idx_bytes(images)).hexdigest()[:16]
-    monkeypatch.setitem(data._CONTENTS, digest, "fashion_mnist/train-images-idx3-ubyte")
+    monkeypatch.setitem(data_files.CONTENTS, digest, "fashion_mnist/train-images-idx3-ubyte")
     message = refusal("mnist", data_dir=tmp_path)
     assert "holds fashion_mnist/train-images-idx3-ubyte, not mnist/train-images" in message
-    monkeypatch.setitem(data._CONTENTS, digest, "mnist/train-images-idx3-ubyte")
+    monkeypatch.setitem(data_files.CONTENTS, digest, "mnist/train-images-idx3-ubyte")
     assert len(data.load("mnist", data_dir=tmp_path)[0]) == 6
 
 

@@ -15,7 +15,8 @@ from tolerance import assert_close, assert_printed, standard_error, tolerance
 
 import meanfield_jax as mf
 from meanfield_jax.cli import main
-from meanfield_jax.kernel.gaussian import NONLINEARITIES, expectations
+from meanfield_jax.kernel.gaussian import expectations
+from meanfield_jax.kernel.nonlinearities import NONLINEARITIES
 from meanfield_jax.kernel.table import tabulated
 
 FUNCTIONS = SMOOTH | dict(relu=(lambda x: np.maximum(x, 0), lambda x: 1.0 * (x > 0)))

@@ -12,12 +12,12 @@ from tolerance import assert_close, tolerance
 
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import (
-    NONLINEARITIES,
     Moments,
     Nonlinearity,
     expectations,
     quadrature_error,
 )
+from meanfield_jax.kernel.nonlinearities import NONLINEARITIES
 
 VARIANCES = (0.1, 1.0, 9.0)
 CORRELATIONS = (-0.9, 0.0, 0.5, 0.999)

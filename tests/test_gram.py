@@ -15,13 +15,13 @@ from tolerance import assert_close
 
 import meanfield_jax as mf
 from meanfield_jax.kernel.gaussian import (
-    NONLINEARITIES,
     Moments,
     batch_expectations,
     expectations,
     variance_expectations,
 )
 from meanfield_jax.kernel.kernel import batch_inputs, iid_inputs
+from meanfield_jax.kernel.nonlinearities import NONLINEARITIES
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.kernel.sphere import on_sphere
 from meanfield_jax.theory import likelihood, memory_plan

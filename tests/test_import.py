@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("matplotlib", "pandas", "pooch", "scipy.sparse", "xarray", "zarr")
+HEAVY = ("beartype", "matplotlib", "pandas", "pooch", "scipy.sparse", "xarray", "zarr")
 
 CHILD = """
 import resource, sys

@@ -356,9 +356,9 @@ def test_a_function_of_ones_own_is_refused_by_json():
 DENSE = '{"type": "Dense", "width": 3}'
 HEAD = '{"format": "meanfield_jax.Network/1", '
 JSON = {
-    "not json": ("{", "specification: not JSON", "write it with to_json"),
-    "nothing": ("", "specification: not JSON"),
-    "a list": ("[]", "specification: its format is not 'meanfield_jax.Network/1'"),
+    "not json": ("{", "specification='{': not JSON", "with to_json"),
+    "nothing": ("", "specification='': not JSON"),
+    "a list": ("[]", "specification=[]: its format is not 'meanfield_jax.Network/1'"),
     "other format": ('{"format": "Network/9"}', "its format is not 'meanfield_jax.Network/1'"),
     "no shape": (HEAD + f'"layers": [{DENSE}]}}', "input_shape", "to_json"),
     "no layers": (HEAD + '"input_shape": [8]}', "layers", "to_json"),

@@ -12,7 +12,8 @@ import numpy as np
 from meanfield_jax import data
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import BatchNorm
-from meanfield_jax.network import Network, cnn, mlp, preact_resnet
+from meanfield_jax.network import Network
+from meanfield_jax.presets import cnn, mlp, preact_resnet
 from meanfield_jax.variants import with_gamma, without_norms
 
 LARGEST_SPEC = 2**24

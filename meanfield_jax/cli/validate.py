@@ -72,4 +72,4 @@ class Validate:
                 Console().print(spectrum_table(dataset))
         print("wrote", *written, file=sys.stderr)
         if not np.isfinite(dataset.measured).all():
-            raise ComputationError("a measurement failed; see the NaN in the results")
+            raise ComputationError("validate: a measurement failed; see the NaN in the results")

@@ -6,17 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float, Int
 
 from meanfield_jax import precise
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import numbers, scalar
-from meanfield_jax.empirical.lanczos import begin, check_dtype, expand
-from meanfield_jax.empirical.linearized import linearized, loops_on_host
+from meanfield_jax.empirical.krylov import Krylov, begin, check_dtype, expand
+from meanfield_jax.empirical.linearized import Operator, dual_of, linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.limits import within
 from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
+
+Quadrature = tuple[Float[Array, "*draws steps"], Float[Array, "*draws steps"]]
+"""Nodes and weights."""
 
 
 @pytree
@@ -28,26 +32,26 @@ class SpectralDensity:
         weights: (num_draws, num_steps), non-negative; each row sums to 1; 0 after an early end.
     """
 
-    nodes: jax.Array
-    weights: jax.Array
+    nodes: Float[Array, "*runs draws steps"]
+    weights: Float[Array, "*runs draws steps"]
 
     @property
-    def status(self) -> jax.Array:
+    def status(self) -> Int[Array, "*draws"]:
         """(num_draws,), a :class:`Status` as an integer: CONVERGED or NOT_FINITE."""
         finite = jnp.isfinite(self.nodes).all(-1)
         return jnp.where(finite, Status.CONVERGED, Status.NOT_FINITE)
 
-    def moment(self, order: int) -> jax.Array:
+    def moment(self, order: int) -> Float[Array, ""]:
         """Estimate of tr(A^order) / size, a scalar."""
         return jnp.mean(jnp.sum(self.weights * self.nodes**order, axis=-1))
 
-    def mean(self) -> jax.Array:
+    def mean(self) -> Float[Array, ""]:
         """Estimate of the mean eigenvalue tr(A) / size, a scalar."""
         return self.moment(1)
 
     def density(
         self, grid: Any, *, sigma: float | None = None, relative_sigma: float = 0.0
-    ) -> jax.Array:
+    ) -> Float[Array, " points"]:
         r"""The density per unit eigenvalue, with each node widened to a Gaussian.
 
         .. math:: p(\lambda) = \langle \sum_j w_j N(\lambda; \theta_j, \sigma_j^2) \rangle, \quad
@@ -98,10 +102,10 @@ class SpectralDensity:
 
 
 @partial(jax.jit, static_argnames=("num_steps", "num_draws"))
-def _density_compiled(op, key, *, num_steps, num_draws):
+def _density_compiled(op: Operator, key: Array, *, num_steps: int, num_draws: int) -> Quadrature:
     matvec = op.linearize()
 
-    def quadrature(draw_key):
+    def quadrature(draw_key: Array) -> Quadrature:
         krylov = lax.fori_loop(
             0,
             num_steps,
@@ -114,35 +118,36 @@ def _density_compiled(op, key, *, num_steps, num_draws):
     return lax.map(quadrature, jax.random.split(key, num_draws))
 
 
-def _density_stepwise(op, key, *, num_steps, num_draws):
-    op, draws = linearized(op), []
+def _density_stepwise(op: Operator, key: Array, *, num_steps: int, num_draws: int) -> Quadrature:
+    op, draws = linearized(op), list[Quadrature]()
     for draw_key in jax.random.split(key, num_draws):
         krylov = _begin(draw_key, size=op.size, num_steps=num_steps, dtype=op.dtype)
         for step in range(num_steps):
             krylov = _expand(op, krylov, step)
         draws.append(_nodes_and_weights(krylov))
-    return tuple(jnp.stack(parts) for parts in zip(*draws, strict=True))
+    nodes, weights = (jnp.stack(parts) for parts in zip(*draws, strict=True))
+    return nodes, weights
 
 
 @partial(jax.jit, static_argnames=("size", "num_steps", "dtype"))
-def _begin(key, *, size, num_steps, dtype):
+def _begin(key: Array, *, size: int, num_steps: int, dtype: jnp.dtype) -> Krylov:
     return begin(size, num_steps, dtype, key)
 
 
 @jax.jit
-def _expand(op, krylov, step):
+def _expand(op: Operator, krylov: Krylov, step: Int[Array, ""]) -> Krylov:
     return expand(op.linearize(), krylov, step)
 
 
 @jax.jit
-def _nodes_and_weights(krylov):
+def _nodes_and_weights(krylov: Krylov) -> Quadrature:
     nodes, vectors = jnp.linalg.eigh(krylov.projected)
     return nodes, vectors[0] ** 2
 
 
 @checked()
 def spectral_density(
-    op: Any, *, num_steps: int = 90, num_draws: int = 1, key: jax.Array | None = None
+    op: Operator, *, num_steps: int = 90, num_draws: int = 1, key: Array | None = None
 ) -> SpectralDensity:
     r"""The distribution of all eigenvalues, by stochastic Lanczos quadrature.
 
@@ -180,7 +185,7 @@ def spectral_density(
     Source:
         Ghorbani, Krishnan and Xiao, arXiv:1901.10159, section 2; Golub and Welsch (1969).
     """
-    op = getattr(op, "dual", op)
+    op = dual_of(op)
     check_dtype(op)
     for name, value in (("num_steps", num_steps), ("num_draws", num_draws)):
         if value < 1:

@@ -6,6 +6,8 @@ on all outputs of a batch and has the same non-zero eigenvalues. The dual's vect
 re-orthogonalization costs nothing: eigenvalues, densities and traces are computed in the dual.
 
 A product takes one backward and one forward pass through the network, which is linearized once.
+
+The operator and its dual are one file, because each is defined by the other.
 """
 
 import dataclasses
@@ -19,18 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 from meanfield_jax import precise
 from meanfield_jax.checks import check_choice, whole
 from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.inputs import check_batch, check_params
 from meanfield_jax.empirical.likelihood import LIKELIHOODS, likelihood_factor
+from meanfield_jax.empirical.linearized import Product
 from meanfield_jax.empirical.mode import MODES, check_mode
-from meanfield_jax.empirical.model import (
-    Functional,
-    path_name,
-)
-from meanfield_jax.empirical.operator import Product, SymmetricOperator
+from meanfield_jax.empirical.model import Functional, path_name
+from meanfield_jax.empirical.operator import SymmetricOperator
 from meanfield_jax.empirical.products import jacobian, outer
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.pytree import pytree, static
@@ -94,7 +95,7 @@ class FisherOperator(SymmetricOperator):
     likelihood: str = static(default="gaussian")
     batch_size: int | None = static(default=None)
     output: Any = static(default=None)
-    mask: dict[str, Array] | None = None
+    mask: dict[str, Array | np.float32] | None = None
     dense: tuple[str, ...] = static(default=())
 
     def __post_init__(self):
@@ -192,7 +193,9 @@ class FisherOperator(SymmetricOperator):
             raise problem(DataError, "x.shape", shapes, cause, "pass valid inputs") from error
         return found
 
-    def evaluate(self, params: Any, x: Any, added: Mapping[str, Array] | None = None) -> Array:
+    def evaluate(
+        self, params: Any, x: Any, added: Mapping[str, Array] | None = None
+    ) -> Float[Array, "n ..."]:
         """The outputs, in at least float32.
 
         Products are in full precision unless the model itself requests a precision.
@@ -339,7 +342,7 @@ class FisherOperator(SymmetricOperator):
     def linearize(self) -> Product:
         """Evaluates the network once and returns the product v -> F v, from (P,) to (P,)."""
         product = self._product()
-        return lambda vector: self._flat(product(self._tree(vector)))
+        return lambda vector: self.flat(product(self._tree(vector)))
 
     def parameter_product(self, vector: Any) -> Any:
         """The product F v for a pytree like ``params``, as ``op @ vector`` computes it."""
@@ -378,12 +381,12 @@ class FisherOperator(SymmetricOperator):
 
         return product
 
-    def _flat(self, tree: Any) -> Array:
+    def flat(self, tree: Any) -> Float[Array, " P"]:
         """A pytree like ``params`` as one vector, in the order of its leaves."""
         leaves = [jnp.ravel(leaf).astype(self.dtype) for leaf in jax.tree.leaves(tree)]
         return jnp.concatenate(leaves)
 
-    def _tree(self, vector: Array) -> Any:
+    def _tree(self, vector: Float[Array, " P"]) -> Any:
         """The inverse of ``_flat``."""
         leaves, treedef = jax.tree.flatten(self.params)
         ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1]
@@ -439,7 +442,7 @@ class FisherDual(SymmetricOperator):
 
         return dual
 
-    def to_parameters(self, vectors: Array) -> Array:
+    def to_parameters(self, vectors: Float[Array, "k size"]) -> Float[Array, "k P"]:
         """Eigenvectors of F from those of the dual: J^T Lambda^{1/2} u, normalized.
 
         Args:
@@ -460,13 +463,13 @@ def _parameter_product(op: FisherOperator, vector: Any) -> Any:
 
 
 @jax.jit
-def _to_parameters(dual: FisherDual, vectors: Array) -> Array:
+def _to_parameters(dual: FisherDual, vectors: Float[Array, "k size"]) -> Float[Array, "k P"]:
     op = dual.fisher
     outputs, _, backward = jacobian(op)
     factor, _ = likelihood_factor(op.likelihood, outputs)
 
     def one(u: Array) -> Array:
-        gradient = op._flat(backward(factor(u.reshape(outputs.shape))))
+        gradient = op.flat(backward(factor(u.reshape(outputs.shape))))
         return gradient / jnp.linalg.norm(gradient)
 
     return jax.lax.map(one, vectors)

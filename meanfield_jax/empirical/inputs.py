@@ -78,11 +78,11 @@ def check_params(params: Any) -> Any:
     return jax.tree.map(jnp.asarray, params)
 
 
-def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
+def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_layer)
 
 
-def _argument(name: str, path: tuple) -> str:
+def _argument(name: str, path: tuple[Any, ...]) -> str:
     """The name of a leaf: "x", or "x[tokens]"."""
     return f"{name}[{path_name(path)}]" if path else name
 

@@ -1,8 +1,6 @@
 """Top eigenvalues of a symmetric positive semi-definite operator by the Lanczos method.
 
-An operator is any pytree with ``shape`` (size, size), ``dtype`` and ``linearize() -> matvec``;
-``linearize`` is called once inside the trace, and ``matvec`` maps (size,) to (size,). If an
-operator has a ``dual`` with the same non-zero eigenvalues, the search runs in the dual.
+If an operator has a ``dual`` with the same non-zero eigenvalues, the search runs in the dual.
 """
 
 import math
@@ -13,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.core import Tracer
+from jaxtyping import Bool, Float, Int
 
 from meanfield_jax.arguments import checked
-from meanfield_jax.empirical.linearized import linearized, loops_on_host
+from meanfield_jax.empirical.krylov import Krylov, begin, check_dtype, expand, random_unit
+from meanfield_jax.empirical.linearized import Operator, Product, dual_of, linearized, loops_on_host
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.limits import within
 from meanfield_jax.precise import matmul
@@ -27,8 +27,6 @@ from meanfield_jax.status import Status, first_failure
 # The probability, over random starts, that an eigenvector's overlap with the start is so small that
 # its eigenvalue may escape the error bounds: 0.05 fails in 0-0.5 % of the runs measured below.
 _MISS_PROBABILITY = 0.02
-# A remainder below this many eps * lambda_max is rounding error.
-_FLOOR = 10.0
 # All k up to this number use one compiled program; all k up to two, four ... times it use another.
 _CAPACITY = 10
 
@@ -47,12 +45,12 @@ class TopEigenvalues:
         eigenvectors: (k, size), orthonormal, or None; for a Fisher matrix, in parameter space.
     """
 
-    eigenvalues: jax.Array
-    residual_bounds: jax.Array
-    error_bounds: jax.Array
-    num_matvecs: jax.Array
-    status: jax.Array
-    eigenvectors: jax.Array | None = None
+    eigenvalues: Float[Array, "*runs k"]
+    residual_bounds: Float[Array, "*runs k"]
+    error_bounds: Float[Array, "*runs k"]
+    num_matvecs: Int[Array, "*runs"]
+    status: Int[Array, "*runs"]
+    eigenvectors: Float[Array, "*runs k size"] | None = None
 
     def raise_if_failed(self) -> "TopEigenvalues":
         """Returns itself, or raises for the first run that failed (host only).
@@ -78,87 +76,53 @@ class TopEigenvalues:
         )
 
 
-class _Krylov(NamedTuple):
-    basis: jax.Array  # (steps, size) orthonormal rows; rows not computed yet are zero
-    projected: jax.Array  # (steps, steps) Q A Q^T
-    vector: jax.Array  # (size,) the next basis vector, or zero after a breakdown
-    beta: jax.Array  # () norm of the remainder, exactly zero after a breakdown
-
-
 class _Search(NamedTuple):
-    krylov: _Krylov
-    step: jax.Array
-    status: jax.Array
-    starts: jax.Array  # (steps,) 1 where the basis vector is random, 0 where it is from a product
-    dropped: jax.Array  # (steps,) norms of the remainders dropped by fresh starts
-    fresh: jax.Array  # () whether the next vector is to be random
-    pivot: jax.Array  # () current pivot in the elimination of (probe - T) along the current chain
-    growth: jax.Array  # () log of the factor by which a hidden eigenvector would have grown
-    alive: jax.Array  # () whether the current chain can still prove that nothing is hidden
-    found: tuple[jax.Array, ...]  # Ritz values, residuals, error bounds
-    ritz: jax.Array  # (steps, capacity) the Ritz vectors in the basis
+    """The state of a search.
 
-
-def _remove(basis, vector):
-    """Twice-iterated classical Gram-Schmidt; returns the coefficients and the remainder."""
-    first = matmul(basis, vector)
-    vector = vector - matmul(first, basis)
-    second = matmul(basis, vector)
-    return first + second, vector - matmul(second, basis)
-
-
-def _random_unit(basis, key):
-    """A random unit vector orthogonal to the basis."""
-    vector = jax.random.normal(key, basis.shape[1:], basis.dtype)
-    vector = _remove(basis, vector / jnp.linalg.norm(vector))[1]
-    return vector / jnp.linalg.norm(vector)
-
-
-def begin(size, steps, dtype, key):
-    """The state at a random start, with room for ``steps`` basis vectors."""
-    vector = jax.random.normal(key, (size,), dtype)
-    zero = jnp.zeros((), dtype)
-    basis, projected = jnp.zeros((steps, size), dtype), jnp.zeros((steps, steps), dtype)
-    return _Krylov(basis, projected, vector / jnp.linalg.norm(vector), zero)
-
-
-def expand(matvec, krylov, step):
-    """One Lanczos step: a product, orthogonalized against the whole basis.
-
-    All coefficients Q A q are kept, not only the two that are non-zero in exact arithmetic, so that
-    T remains the projection of A onto the basis in spite of rounding and fresh starts.
-
-    Returns:
-        The state with the basis and T one row larger, the next unit vector, (size,), and the norm
-        of the remainder from which it was made; both are exactly zero after a breakdown.
+    Attributes:
+        krylov: The Krylov space.
+        step: Number of products so far.
+        status: A :class:`Status` as an integer; MAX_STEPS while the search goes on.
+        starts: 1 where the basis vector is random, 0 where it is from a product.
+        dropped: Norms of the remainders dropped by fresh starts.
+        fresh: Whether the next vector is to be random.
+        pivot: Current pivot in the elimination of (probe - T) along the current chain.
+        growth: Log of the factor by which a hidden eigenvector would have grown.
+        alive: Whether the current chain can still prove that nothing is hidden.
+        found: Ritz values, residuals, error bounds.
+        ritz: The Ritz vectors in the basis.
     """
-    basis = krylov.basis.at[step].set(krylov.vector)
-    product = matvec(krylov.vector)
-    row, vector = _remove(basis, product)
-    projected = krylov.projected.at[step].set(row).at[:, step].set(row)
-    beta, scale = jnp.linalg.norm(vector), jnp.max(jnp.abs(projected))
-    # once the basis spans the whole space, the remainder is rounding error
-    exact = (beta <= _FLOOR * jnp.finfo(beta.dtype).eps * scale) | (step + 1 >= basis.shape[1])
-    beta = jnp.where(exact & jnp.isfinite(beta), 0, beta)
-    vector = jnp.where(beta == 0, 0, vector / jnp.where(beta == 0, 1, beta))
-    return _Krylov(basis, projected, vector, beta)
+
+    krylov: Krylov
+    step: Int[Array, ""]
+    status: Int[Array, ""]
+    starts: Float[Array, " steps"]
+    dropped: Float[Array, " steps"]
+    fresh: Bool[Array, ""]
+    pivot: Float[Array, ""]
+    growth: Float[Array, ""]
+    alive: Bool[Array, ""]
+    found: tuple[Float[Array, " k"], Float[Array, " k"], Float[Array, " k"]]
+    ritz: Float[Array, "steps k"]
 
 
-def _top_ritz(projected, step, capacity):
+def _top_ritz(
+    projected: Float[Array, "steps steps"], step: Int[Array, ""], capacity: int
+) -> tuple[Float[Array, " k"], Float[Array, "steps k"], Int[Array, ""]]:
     """The largest eigenpairs of the leading block of T; rows not computed yet rank last.
 
     LAPACK on 24 rows is 10 times cheaper than on 90 (and 1000 times where its threads compete with
     others for the cores), and most searches end there. The block doubles when it is full.
 
     Returns:
-        Eigenvalues in descending order, (k,), and their eigenvectors as columns, (steps, k).
+        Eigenvalues in descending order, their eigenvectors as columns, and the rows of the block.
     """
     steps, sizes = projected.shape[0], [max(24, capacity)]
     while sizes[-1] < steps:
         sizes.append(2 * sizes[-1])
     sizes[-1] = steps
 
-    def solve(size):
+    def solve(size: int) -> tuple[Array, Array]:
         block = projected[:size, :size]
         norm = jnp.linalg.norm(block)
         padding = -2 * jnp.where(norm > 0, norm, 1)
@@ -168,17 +132,24 @@ def _top_ritz(projected, step, capacity):
         return values[::-1][:capacity], vectors
 
     block = jnp.sum(step >= jnp.asarray(sizes))
-    pairs = lax.switch(block, [partial(solve, size) for size in sizes])
-    return *pairs, jnp.asarray(sizes)[block]
+    values, vectors = lax.switch(block, [partial(solve, size) for size in sizes])
+    return values, vectors, jnp.asarray(sizes)[block]
 
 
-def _search_step(matvec, op, k, tol, key, state):
+def _search_step(
+    matvec: Product,
+    op: Operator,
+    k: Int[Array, ""],
+    tol: Float[Array, ""],
+    key: Array,
+    state: _Search,
+) -> _Search:
     """One product, the new Ritz pairs with their bounds, and the decision how to continue."""
     dtype, size = op.dtype, op.shape[0]
     krylov, step, capacity = state.krylov, state.step, state.ritz.shape[1]
     vector = lax.cond(
         state.fresh,
-        lambda: _random_unit(krylov.basis, jax.random.fold_in(key, step)),
+        lambda: random_unit(krylov.basis, jax.random.fold_in(key, step)),
         lambda: krylov.vector,
     )
     krylov = krylov._replace(vector=vector)
@@ -233,9 +204,9 @@ def _search_step(matvec, op, k, tol, key, state):
 
 
 @partial(jax.jit, static_argnames=("size", "dtype", "capacity", "room"))
-def _begin_search(key, *, size, dtype, capacity, room):
+def _begin_search(key: Array, *, size: int, dtype: jnp.dtype, capacity: int, room: int) -> _Search:
     """A search with room for ``capacity`` eigenvalues, of which only the first k will count."""
-    row, zero = jnp.zeros(room, dtype), jnp.zeros((), dtype)
+    row, zero, none = jnp.zeros(room, dtype), jnp.zeros((), dtype), jnp.zeros(capacity, dtype)
     return _Search(
         krylov=begin(size, room, dtype, key),
         step=jnp.zeros((), jnp.int32),
@@ -246,18 +217,27 @@ def _begin_search(key, *, size, dtype, capacity, room):
         pivot=zero + 1,
         growth=zero,
         alive=jnp.asarray(False),
-        found=(jnp.zeros(capacity, dtype),) * 3,
+        found=(none, none, none),
         ritz=jnp.zeros((room, capacity), dtype),
     )
 
 
 @jax.jit
-def _next_step(op, k, tol, key, state):
+def _next_step(
+    op: Operator, k: Int[Array, ""], tol: Float[Array, ""], key: Array, state: _Search
+) -> _Search:
     return _search_step(op.linearize(), op, k, tol, key, state)
 
 
 @jax.jit
-def _search_compiled(op, k, tol, max_steps, key, state):
+def _search_compiled(
+    op: Operator,
+    k: Int[Array, ""],
+    tol: Float[Array, ""],
+    max_steps: Int[Array, ""],
+    key: Array,
+    state: _Search,
+) -> _Search:
     return lax.while_loop(
         lambda s: (s.status == Status.MAX_STEPS) & (s.step < max_steps),
         partial(_search_step, op.linearize(), op, k, tol, key),
@@ -265,7 +245,9 @@ def _search_compiled(op, k, tol, max_steps, key, state):
     )
 
 
-def _search_stepwise(op, k, tol, max_steps, key, state):
+def _search_stepwise(
+    op: Operator, k: int, tol: float, max_steps: int, key: Array, state: _Search
+) -> _Search:
     op = linearized(op)
     while state.status == Status.MAX_STEPS and state.step < max_steps:
         state = _next_step(op, k, tol, key, state)
@@ -273,7 +255,7 @@ def _search_stepwise(op, k, tol, max_steps, key, state):
 
 
 @partial(jax.jit, static_argnames="vectors")
-def _ended(state, *, vectors):
+def _ended(state: _Search, *, vectors: bool) -> TopEigenvalues:
     """The result of a search."""
     hole = jnp.where(state.status == Status.NOT_FINITE, jnp.nan, 1).astype(state.ritz.dtype)
     theta, residual, error = (x * hole for x in state.found)
@@ -283,12 +265,12 @@ def _ended(state, *, vectors):
 
 @checked()
 def top_eigenvalues(
-    op: Any,
+    op: Operator,
     k: int = 1,
     *,
     tol: float = 1e-4,
     max_steps: int | None = None,
-    key: jax.Array | None = None,
+    key: Array | None = None,
     vectors: bool = False,
 ) -> TopEigenvalues:
     r"""The k largest eigenvalues of a positive semi-definite operator, by Lanczos.
@@ -350,7 +332,7 @@ def top_eigenvalues(
         Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22 (2001) 837. Departure: T is
         the full projection Q A Q^T, not only its three diagonals.
     """
-    solved = getattr(op, "dual", op)
+    solved: Any = dual_of(op)
     size = solved.shape[0]
     check_dtype(solved)
     if not 1 <= k <= size:
@@ -387,7 +369,7 @@ def _rounded_up(number: int, unit: int) -> int:
 def _first(found: TopEigenvalues, k: int) -> TopEigenvalues:
     """The first k of the computed eigenvalues, without compiling anything."""
 
-    def cut(array):
+    def cut(array: Array) -> Array:
         if isinstance(array, Tracer):
             return array[:k]
         return jax.device_put(np.asarray(array)[:k])
@@ -395,10 +377,3 @@ def _first(found: TopEigenvalues, k: int) -> TopEigenvalues:
     names = ("eigenvalues", "residual_bounds", "error_bounds", "eigenvectors")
     arrays = {name: getattr(found, name) for name in names}
     return replace(found, **jax.tree.map(cut, arrays))
-
-
-def check_dtype(op):
-    """Raises SpecError unless the operator works in float32 or float64."""
-    if jnp.dtype(op.dtype) not in (jnp.float32, jnp.float64):
-        cause = "the small eigenproblem needs float32 or float64"
-        raise problem(SpecError, "op.dtype", str(op.dtype), cause, "cast the operator")

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
-from meanfield_jax.empirical.operator import Product
+from meanfield_jax.empirical.linearized import Product
 
 LIKELIHOODS = ("gaussian", "categorical", "bernoulli")
 
 
-def likelihood_factor(likelihood: str, outputs: Array) -> tuple[Product, Product]:
+def likelihood_factor(likelihood: str, outputs: Float[Array, "n ..."]) -> tuple[Product, Product]:
     """Products with B and with B^T, where B B^T = Lambda for every sample.
 
     Categorical: B = diag(s) (1 - s s^T), s = sqrt(p). Bernoulli: B = diag(sqrt(p (1 - p))).

@@ -5,14 +5,36 @@ outside. On CPU, loops over products are therefore Python loops in which each st
 program; elsewhere, and under a caller's ``jax.jit``, the loops are compiled.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+from jaxtyping import Inexact
 
 from meanfield_jax.pytree import pytree, static
+
+Product = Callable[[Array], Array]
+
+
+class Operator(Protocol):
+    """A symmetric matrix that is known by its products; any pytree with these members."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix, (size, size)."""
+        ...
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the vectors."""
+        ...
+
+    def linearize(self) -> Product:
+        """Does the work common to all products; returns v -> A v, from (size,) to (size,)."""
+        ...
 
 
 @pytree(eq=False)
@@ -25,7 +47,7 @@ class Linearized:
         dtype: Dtype of the vectors.
     """
 
-    product: Any
+    product: Product
     size: int = static()
     dtype: jnp.dtype = static()
 
@@ -34,9 +56,14 @@ class Linearized:
         """The shape of the matrix, (size, size)."""
         return (self.size, self.size)
 
-    def linearize(self) -> Any:
+    def linearize(self) -> Product:
         """The product v -> A v."""
         return self.product
+
+
+def dual_of(op: Operator) -> Operator:
+    """The operator's dual, with the same non-zero eigenvalues; the operator if it has none."""
+    return getattr(op, "dual", op)
 
 
 def loops_on_host(*trees: Any) -> bool:
@@ -45,7 +72,7 @@ def loops_on_host(*trees: Any) -> bool:
     return jax.default_backend() == "cpu" and not traced
 
 
-def linearized(op: Any) -> Linearized:
+def linearized(op: Operator) -> Linearized:
     """The operator, with the part common to all its products computed once."""
     if isinstance(op, Linearized):
         return op
@@ -53,12 +80,12 @@ def linearized(op: Any) -> Linearized:
 
 
 @jax.jit
-def _linearized(op: Any) -> Any:
+def _linearized(op: Operator) -> Product:
     zeros = jnp.zeros(op.shape[:1], op.dtype)
     return jax.linearize(op.linearize(), zeros)[1]
 
 
-def multiply_rows(op: Any, vectors: Array) -> Array:
+def multiply_rows(op: Operator, vectors: Inexact[Array, "k size"]) -> Inexact[Array, "k size"]:
     """The product A v for every row v, one after the other, with the memory of one product.
 
     Args:
@@ -75,10 +102,10 @@ def multiply_rows(op: Any, vectors: Array) -> Array:
 
 
 @jax.jit
-def _multiply_rows(op: Any, vectors: Array) -> Array:
+def _multiply_rows(op: Operator, vectors: Inexact[Array, "k size"]) -> Inexact[Array, "k size"]:
     return jax.lax.map(op.linearize(), vectors)
 
 
 @jax.jit
-def _multiply(op: Any, vector: Array) -> Array:
+def _multiply(op: Operator, vector: Inexact[Array, " size"]) -> Inexact[Array, " size"]:
     return op.linearize()(vector)

@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax import Array
 
 from meanfield_jax.empirical.model import spread_over
 from meanfield_jax.errors import SpecError, problem
@@ -87,7 +86,9 @@ def _has_arrays(value: Any) -> bool:
     return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))
 
 
-def _without_dropout(function: Any, arguments: tuple, keywords: dict, context: Any) -> Array | Any:
+def _without_dropout(
+    function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], context: Any
+) -> Any:
     if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
         return arguments[0] if arguments else keywords["inputs"]
     return function(*arguments, **keywords)

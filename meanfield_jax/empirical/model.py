@@ -129,7 +129,7 @@ class Functional:
 
 
 def _adding(seen: list[Array], added: Array | float) -> Callable[..., Array]:
-    def dot_general(x: Array, kernel: Array, *args, **kwargs) -> Array:
+    def dot_general(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
         seen.append(x)
         return jax.lax.dot_general(x, kernel, *args, **kwargs) + added
 
@@ -149,7 +149,7 @@ def call_with(model: nnx.Module, x: Any) -> Any:
     return model(*arguments, **keywords)
 
 
-def spread_over(signature: inspect.Signature, x: Any) -> tuple[tuple, dict[str, Any]]:
+def spread_over(signature: inspect.Signature, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs as positional and keyword arguments of a function with this signature."""
     taken = [
         parameter
@@ -195,7 +195,7 @@ def functional(
     return Functional(state, graphdef, treedef, names, call or call_with), params
 
 
-def path_name(path: tuple) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """A pytree's key path as text, such as "layers/0/kernel"."""
     parts = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
     return "/".join(map(str, parts))
@@ -232,7 +232,7 @@ def calibrate(model: nnx.Module, x: Array) -> None:
     nnx.update(model, batch_statistics(model, x))
 
 
-def batch_statistics(model: nnx.Module, x: Array) -> nnx.State:
+def batch_statistics(model: nnx.Module, x: Array) -> nnx.State[Any, Any]:
     """The running statistics that the model would have if they were those of this batch."""
     copy = in_mode(model, "batch")
     modules: list[Any] = [module for _, module in nnx.iter_modules(copy)]
@@ -244,7 +244,7 @@ def batch_statistics(model: nnx.Module, x: Array) -> nnx.State:
 
 
 @jax.jit(static_argnums=0)
-def _statistics_after(graphdef, state, x: Array):
+def _statistics_after(graphdef: Any, state: Any, x: Array) -> nnx.State[Any, Any]:
     model = nnx.merge(graphdef, state, copy=True)
     model(x)
     return nnx.state(model, nnx.BatchStat)

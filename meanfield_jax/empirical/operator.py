@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Inexact
 
-from meanfield_jax.empirical.linearized import linearized, multiply_rows
+from meanfield_jax.empirical.linearized import Product, linearized, multiply_rows
 from meanfield_jax.errors import SpecError, problem
 
 if TYPE_CHECKING:
     import lineax
     import scipy.sparse.linalg
-
-Product = Callable[[Array], Array]
 
 LARGEST_DENSE = 20_000
 """Number of rows of the largest matrix that ``to_dense`` forms: 1.6 GB in float32."""
@@ -60,7 +58,7 @@ class SymmetricOperator:
         products = multiply_rows(self, rows)
         return products[0] if vector.ndim == 1 else products.T
 
-    def to_dense(self) -> Array:
+    def to_dense(self) -> Inexact[Array, "size size"]:
         """The matrix as an array.
 
         Returns:

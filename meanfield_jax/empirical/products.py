@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from meanfield_jax import precise
+from meanfield_jax.empirical.linearized import Product
 from meanfield_jax.empirical.model import Functional, path_name
 
 if TYPE_CHECKING:
     from meanfield_jax.empirical.fisher import FisherOperator
-
-Product = Callable[[Array], Array]
 
 
 class Jacobian(NamedTuple):
@@ -25,9 +26,9 @@ class Jacobian(NamedTuple):
         backward: u -> J^T u, from the outputs' shape to a pytree like the parameters.
     """
 
-    outputs: Array
-    forward: Callable[[Any], Array]
-    backward: Callable[[Array], Any]
+    outputs: Float[Array, "n ..."]
+    forward: Callable[[Any], Float[Array, "n ..."]]
+    backward: Callable[[Float[Array, "n ..."]], Any]
 
 
 def jacobian(op: "FisherOperator") -> Jacobian:
@@ -38,7 +39,7 @@ def jacobian(op: "FisherOperator") -> Jacobian:
         return of_all
 
     def masked(tree: Any) -> Any:
-        def scaled(path, leaf):
+        def scaled(path: tuple[Any, ...], leaf: Array) -> Array:
             return leaf * mask[path_name(path)].astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(scaled, tree)
@@ -100,7 +101,7 @@ def _in_batches(op: "FisherOperator", batch_size: int) -> Jacobian:
         return join(jax.lax.map(one, batches))
 
     def backward(u: Array) -> Any:
-        def add(total, batch):
+        def add(total: Any, batch: tuple[Any, Array]) -> tuple[Any, None]:
             x, part = batch
             (gradient,) = jax.vjp(lambda p: op.evaluate(p, x), params)[1](part)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradient), None
@@ -114,7 +115,7 @@ def _in_batches(op: "FisherOperator", batch_size: int) -> Jacobian:
     return Jacobian(outputs, forward, backward)
 
 
-def outer(op: "FisherOperator") -> tuple[Array, Product]:
+def outer(op: "FisherOperator") -> tuple[Float[Array, "n ..."], Product]:
     """The product with J J^T, in which the layers ``op.dense`` contribute (H H^T + 1) delta.
 
     H are the inputs of such a layer and delta the derivatives with respect to its outputs. The
@@ -148,12 +149,15 @@ def outer(op: "FisherOperator") -> tuple[Array, Product]:
     return outputs, product
 
 
-def _dense_layers(op: "FisherOperator", params: dict[str, Array]) -> tuple[dict, dict]:
+def _dense_layers(
+    op: "FisherOperator", params: dict[str, Array]
+) -> tuple[dict[str, Float[Array, "n width"]], dict[str, Float[Array, "n n"]]]:
     """By layer, zeros to add to its outputs, and H H^T + 1 for its inputs H, (n, n)."""
     assert isinstance(op.apply, Functional)
     with precise.by_default():
         _, inputs = op.apply.with_added(op.params, {}, op.x)
-    zeros, grams = {}, {}
+    zeros: dict[str, Array] = {}
+    grams: dict[str, Array] = {}
     for layer in op.dense:
         values, kernel = inputs[layer], params[f"{layer}/kernel"]
         gram = _scale(op, f"{layer}/kernel") * precise.matmul(values, values.T)
@@ -164,6 +168,6 @@ def _dense_layers(op: "FisherOperator", params: dict[str, Array]) -> tuple[dict,
     return zeros, grams
 
 
-def _scale(op: "FisherOperator", name: str) -> Array | float:
+def _scale(op: "FisherOperator", name: str) -> Array | np.float32 | float:
     """The factor of a parameter's contribution to J J^T."""
     return 1.0 if op.mask is None else op.mask[name] ** 2

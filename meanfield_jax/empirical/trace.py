@@ -1,15 +1,21 @@
 """The trace of an operator, with its standard error."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked
-from meanfield_jax.empirical.lanczos import check_dtype
-from meanfield_jax.empirical.linearized import linearized, loops_on_host, multiply_rows
+from meanfield_jax.empirical.krylov import check_dtype
+from meanfield_jax.empirical.linearized import (
+    Operator,
+    dual_of,
+    linearized,
+    loops_on_host,
+    multiply_rows,
+)
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.limits import within
 from meanfield_jax.precise import einsum, matmul
@@ -28,10 +34,10 @@ class Trace:
         status: (), a :class:`Status` as an integer: CONVERGED or NOT_FINITE.
     """
 
-    value: Array
-    standard_error: Array
-    num_matvecs: Array
-    status: Array
+    value: Float[Array, "*runs"]
+    standard_error: Float[Array, "*runs"]
+    num_matvecs: Int[Array, "*runs"]
+    status: Int[Array, "*runs"]
 
     def raise_if_failed(self) -> "Trace":
         """Returns itself, or raises if a product was not finite (host only).
@@ -49,28 +55,34 @@ class Trace:
 
 
 @partial(jax.jit, static_argnames=("num_probes", "size", "dtype"))
-def _signs(key: Array, *, num_probes: int, size: int, dtype: Any) -> tuple[Array, Array]:
+def _signs(
+    key: Array, *, num_probes: int, size: int, dtype: jnp.dtype
+) -> tuple[Float[Array, "probes size"], Float[Array, "probes size"]]:
     """Two sets of random signs, (num_probes, size) each."""
-    return tuple(jax.random.rademacher(key, (2, num_probes, size), dtype))
+    sketch, probes = jax.random.rademacher(key, (2, num_probes, size), dtype)
+    return sketch, probes
 
 
 @jax.jit
-def _without_sketched(images: Array, probes: Array) -> Array:
+def _without_sketched(
+    images: Float[Array, "probes size"], probes: Float[Array, "probes size"]
+) -> Float[Array, "2*probes size"]:
     """An orthonormal basis of the images, and the probes projected out of its span, as rows."""
     frame = jnp.linalg.qr(images.T)[0].T
     return jnp.concatenate([frame, probes - matmul(matmul(probes, frame.T), frame)])
 
 
 @jax.jit
-def _estimate(vectors: Array, images: Array) -> tuple[Array, Array]:
+def _estimate(
+    vectors: Float[Array, "rows size"], images: Float[Array, "rows size"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The trace, and its standard error."""
     own, rest = jnp.split(einsum("si,si->s", vectors, images), 2)
     return own.sum() + rest.mean(), rest.std(ddof=1) / len(rest) ** 0.5
 
 
-def _hutch(op: Any, key: Array, num_probes: int) -> tuple[Array, Array]:
-    sizes = dict(num_probes=num_probes, size=op.shape[0], dtype=op.dtype)
-    sketch, probes = _signs(key, **sizes)
+def _hutch(op: Operator, key: Array, num_probes: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    sketch, probes = _signs(key, num_probes=num_probes, size=op.shape[0], dtype=op.dtype)
     if loops_on_host(op):
         op = linearized(op)
     vectors = _without_sketched(multiply_rows(op, sketch), probes)
@@ -78,7 +90,7 @@ def _hutch(op: Any, key: Array, num_probes: int) -> tuple[Array, Array]:
 
 
 @checked()
-def trace(op: Any, *, num_probes: int = 20, key: Array | None = None) -> Trace:
+def trace(op: Operator, *, num_probes: int = 20, key: Array | None = None) -> Trace:
     r"""The trace of a positive semi-definite operator, by Hutch++.
 
     .. math:: \mathrm{tr} A = \mathrm{tr} Q^T A Q + E[g^T A g], \quad g = (1 - Q Q^T) z
@@ -116,7 +128,7 @@ def trace(op: Any, *, num_probes: int = 20, key: Array | None = None) -> Trace:
     Source:
         Meyer, Musco, Musco & Woodruff 2021 (arXiv:2010.09649), algorithm 1.
     """
-    op = getattr(op, "dual", op)
+    op = dual_of(op)
     check_dtype(op)
     if num_probes < 2:
         remedy = "pass 2 or more, which the standard error needs"

@@ -1,4 +1,8 @@
-"""Phase diagrams of training: a grid of runs on any number of devices, saved in a store."""
+"""Phase diagrams of training: a grid of runs on any number of devices, saved in a store.
+
+One file, because it is the one place where grid, job, store and training come together; each of
+them has a file of its own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Training as one pure function: many scales, learning rates and seeds in one call."""
+"""Training as one pure function: many scales, learning rates and seeds in one call.
+
+One file, because a run, its recipe and its checks share the same few tuples of arrays.
+"""
 
 from __future__ import annotations
 

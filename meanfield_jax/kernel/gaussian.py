@@ -9,12 +9,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from meanfield_jax.kernel import safe
 
@@ -31,8 +32,11 @@ CUTOFF = 8.5
 """Where the standard Gaussian is cut off: the mass beyond is 2e-17."""
 
 
-class Moments(NamedTuple):
-    """The expectations that a layer rule needs, each of the shape of the covariance.
+V = TypeVar("V")
+
+
+class Moments(NamedTuple, Generic[V]):
+    """The expectations that a layer rule needs: arrays, or matrices, of the covariance's shape.
 
     Attributes:
         product: E[phi(u) phi(v)].
@@ -41,10 +45,10 @@ class Moments(NamedTuple):
         square: E[phi'(u) phi'(v) x^2].
     """
 
-    product: Array
-    derivative: Array
-    scale: Array
-    square: Array
+    product: V
+    derivative: V
+    scale: V
+    square: V
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Nonlinearity:
 
     function: Callable[[Array], Array]
     kinks: tuple[float, ...] = ()
-    closed_form: Callable[[Array, Array, Array], Moments] | None = None
+    closed_form: Callable[[Array, Array, Array], Moments[Array]] | None = None
 
     def __call__(self, x: Array) -> Array:
         """phi(x), elementwise."""
@@ -72,11 +76,11 @@ class Nonlinearity:
 
 def expectations(
     phi: Nonlinearity,
-    variance_a: Array,
-    variance_b: Array,
-    covariance: Array,
-    mean: Array | None,
-) -> Moments:
+    variance_a: Float[Array, "..."],
+    variance_b: Float[Array, "..."],
+    covariance: Float[Array, "..."],
+    mean: Float[Array, ""] | None,
+) -> Moments[Array]:
     """E[phi phi], E[phi' phi'], E[phi' phi' x y], E[phi' phi' x^2] at Gaussian u, v of equal mean.
 
     Args:
@@ -115,11 +119,11 @@ def expectations(
 
 def batch_expectations(
     phi: Nonlinearity,
-    variance_a: Array,
-    variance_b: Array,
-    covariance: Array,
-    mean: Array | None,
-) -> Moments:
+    variance_a: Float[Array, "... n 1"],
+    variance_b: Float[Array, "... 1 n"],
+    covariance: Float[Array, "... n n"],
+    mean: Float[Array, ""] | None,
+) -> Moments[Array]:
     """The same for a matrix over a batch: the variances are (..., n, 1) and (..., 1, n).
 
     Without a closed form it uses Mehler's series: E[phi phi] = sum_k a_k(std_a) a_k(std_b) c^k,
@@ -146,7 +150,7 @@ def batch_expectations(
     first, second = hermite_coefficients(phi, std_a, mean), hermite_coefficients(phi, std_b, mean)
     pairs = ((0, 0), (1, 1), (2, 2), (3, 1))
 
-    def term(total: Moments, both) -> tuple[Moments, None]:
+    def term(total: Moments[Array], both: Any) -> tuple[Moments[Array], None]:
         a, b = both
         parts = (c * value + a[i] * b[j] for value, (i, j) in zip(total, pairs, strict=True))
         return Moments(*parts), None
@@ -156,7 +160,9 @@ def batch_expectations(
     return series
 
 
-def variance_expectations(phi: Nonlinearity, variance: Array, mean: Array | None) -> Moments:
+def variance_expectations(
+    phi: Nonlinearity, variance: Float[Array, "..."], mean: Float[Array, ""] | None
+) -> Moments[Array]:
     """The expectations at correlation 1, where u = v: one-dimensional integrals."""
     mean = jnp.zeros_like(variance, shape=()) if mean is None else mean
     std = safe.sqrt(variance)
@@ -168,7 +174,9 @@ def variance_expectations(phi: Nonlinearity, variance: Array, mean: Array | None
     return Moments(product, jnp.sum(weight * slope, -1), scale, scale)
 
 
-def hermite_coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Array, ...]:
+def hermite_coefficients(
+    phi: Nonlinearity, std: Float[Array, "*shape"], mean: Array | float
+) -> tuple[Float[Array, " terms *shape"], ...]:
     """Hermite coefficients of phi, phi', phi' x and phi' x^2 at mean + std x.
 
     They refer to normalized Hermite polynomials of x ~ N(0, 1); the first is the expectation.
@@ -182,7 +190,7 @@ def hermite_coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Ar
     slope = phi.derivative(u)
     functions = [weight * value for value in (phi.function(u), slope, slope * x, slope * x**2)]
 
-    def term(state, k):
+    def term(state: tuple[Array, Array], k: Array) -> tuple[Any, tuple[Array, ...]]:
         before, now = state
         after = (x * now - jnp.sqrt(k) * before) / jnp.sqrt(k + 1)
         return (now, after), tuple(jnp.sum(value * now, -1) for value in functions)
@@ -191,7 +199,9 @@ def hermite_coefficients(phi: Nonlinearity, std: Array, mean: Array) -> tuple[Ar
     return jax.lax.scan(term, start, jnp.arange(NUM_TERMS, dtype=u.dtype))[1]
 
 
-def mehler(first: Sequence[Array], second: Sequence[Array], correlation: Array) -> Array:
+def mehler(
+    first: Sequence[Array], second: Sequence[Array], correlation: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """The sum of E[f(x) g(y)] over pairs of functions given by their Hermite coefficients.
 
     Args:
@@ -207,7 +217,7 @@ def mehler(first: Sequence[Array], second: Sequence[Array], correlation: Array) 
         That of :func:`batch_expectations`.
     """
 
-    def term(total: Array, both) -> tuple[Array, None]:
+    def term(total: Array, both: Any) -> tuple[Array, None]:
         return correlation * total + sum(a * b for a, b in zip(*both, strict=True)), None
 
     both = (tuple(first), tuple(second))
@@ -225,15 +235,20 @@ def quadrature_error(
     return float(max(changes))
 
 
-def clipped(correlation: Array) -> Array:
+def clipped(correlation: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The value clipped to [-1, 1]; rounding beyond the ends does not change the derivative."""
     return correlation + jax.lax.stop_gradient(jnp.clip(correlation, -1.0, 1.0) - correlation)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _quadrature(
-    phi: Nonlinearity, num_nodes: int, std_a: Array, std_b: Array, correlation: Array, mean: Array
-) -> Moments:
+    phi: Nonlinearity,
+    num_nodes: int,
+    std_a: Float[Array, "*shape"],
+    std_b: Float[Array, "*shape"],
+    correlation: Float[Array, "*shape"],
+    mean: Float[Array, ""],
+) -> Moments[Array]:
     """Iterated integral over x and over the part w of y that is independent of x."""
     rest = safe.sqrt(1.0 - correlation**2)
     x, weight_x = _nodes(_kinks(phi, mean, std_a), num_nodes)
@@ -257,13 +272,15 @@ def _quadrature(
 
 
 @_quadrature.defjvp
-def _quadrature_jvp(phi, num_nodes, primals, tangents):
+def _quadrature_jvp(
+    phi: Nonlinearity, num_nodes: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Moments[Array], Moments[Array]]:
     """The derivative of the product in c by Price's theorem; the nodes do not see it at c = 1."""
     *fixed, correlation, mean = primals
     *fixed_dot, correlation_dot, mean_dot = tangents
     rule = _quadrature.fun
 
-    def at_fixed_correlation(std_a, std_b, mean):
+    def at_fixed_correlation(std_a: Array, std_b: Array, mean: Array) -> Moments[Array]:
         return rule(phi, num_nodes, std_a, std_b, correlation, mean)
 
     # computed separately, not by the next line, so that higher derivatives use this rule again
@@ -278,7 +295,9 @@ def _quadrature_jvp(phi, num_nodes, primals, tangents):
     return moments, total._replace(product=dots.product + price)
 
 
-def _kinks(phi: Nonlinearity, mean: Array, std: Array) -> Array:
+def _kinks(
+    phi: Nonlinearity, mean: Array | float, std: Float[Array, "*shape"]
+) -> Float[Array, "*shape kinks"]:
     """The kinks in units of the standardized variable, (..., kinks), inside the cutoff."""
     if not phi.kinks:
         return jnp.zeros((*std.shape, 0), std.dtype)
@@ -290,7 +309,9 @@ def _kinks(phi: Nonlinearity, mean: Array, std: Array) -> Array:
     return jnp.clip(points, -CUTOFF, CUTOFF)
 
 
-def _nodes(kinks: Array, num_nodes: int) -> tuple[Array, Array]:
+def _nodes(
+    kinks: Float[Array, "*shape kinks"], num_nodes: int
+) -> tuple[Float[Array, "*shape nodes"], Float[Array, "*shape nodes"]]:
     """Nodes and Gaussian weights, (..., nodes): Gauss-Legendre on the pieces between kinks.
 
     Without kinks the nodes are equally spaced: nothing converges faster for an analytic function
@@ -318,64 +339,3 @@ def _nodes(kinks: Array, num_nodes: int) -> tuple[Array, Array]:
     density = jnp.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
     shape = (*kinks.shape[:-1], -1)
     return x.reshape(shape), (weights * density).reshape(shape)
-
-
-def _rectifier(slope: float) -> Nonlinearity:
-    """max(x, slope x): piecewise linear, hence phi'(u) u = phi(u)."""
-
-    def closed_form(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
-        scale = safe.geometric_mean(variance_a, variance_b)
-        c = clipped(safe.divide(covariance, scale))
-        angle = jnp.pi / 2 + safe.asin(c)
-        first = (safe.sqrt(1.0 - c**2) + c * angle) / jnp.pi
-        product = (1 - slope) ** 2 / 2 * first + slope * c
-        derivative = (1 - slope) ** 2 / 2 * angle / jnp.pi + slope
-        square = (1 - slope) ** 2 / 2 * (angle + c * safe.sqrt(1.0 - c**2)) / jnp.pi + slope
-        return Moments(scale * product, derivative, product, square)
-
-    def function(x: Array) -> Array:
-        return jax.nn.relu(x) if slope == 0 else jax.nn.leaky_relu(x, slope)
-
-    return Nonlinearity(function, kinks=(0.0,), closed_form=closed_form)
-
-
-def _erf_moments(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
-    wide = (1 + 2 * variance_a) * (1 + 2 * variance_b)
-    determinant = wide - 4 * covariance**2
-    derivative = 4 / jnp.pi / jnp.sqrt(determinant)
-    std_product = safe.geometric_mean(variance_a, variance_b)
-    # phi' phi' is itself a Gaussian factor, which shrinks the covariance to cov / determinant
-    return Moments(
-        2 / jnp.pi * safe.asin(2 * covariance / jnp.sqrt(wide)),
-        derivative,
-        derivative * safe.divide(covariance, std_product) / determinant,
-        derivative
-        * (1 + 2 * variance_b - 2 * safe.divide(covariance**2, variance_a))
-        / determinant,
-    )
-
-
-def _identity_moments(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
-    correlation = safe.divide(covariance, safe.geometric_mean(variance_a, variance_b))
-    one = jnp.ones_like(covariance)
-    return Moments(covariance, one, correlation, one)
-
-
-def _identity(x: Array) -> Array:
-    return x
-
-
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
-NONLINEARITIES: dict[str, Nonlinearity] = {
-    "relu": _rectifier(0.0),
-    "leaky_relu": _rectifier(0.1),
-    "tanh": Nonlinearity(jnp.tanh),
-    "erf": Nonlinearity(jax.scipy.special.erf, closed_form=_erf_moments),
-    "gelu": Nonlinearity(_gelu),
-    "silu": Nonlinearity(jax.nn.silu),
-    "identity": Nonlinearity(_identity, closed_form=_identity_moments),
-}
-"""The activation functions that have a name; ``leaky_relu`` has slope 0.1."""

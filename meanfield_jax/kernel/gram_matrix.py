@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.gaussian import (
@@ -41,9 +42,9 @@ class GramMatrix(Matrix):
 
     iid = False
 
-    entries: Array
+    entries: Float[Array, "*pairs n n"]
     pairs: Positions | None = static()
-    images: Array | None = None
+    images: Float[Array, "n height width channels"] | None = None
 
     def map(self, function: Callable[..., Array], *others: Any) -> Self:
         arrays = (other.entries if isinstance(other, GramMatrix) else other for other in others)
@@ -75,32 +76,36 @@ class GramMatrix(Matrix):
     def keeps_deviations(self) -> bool:
         return self.pairs is None  # for maps they would double the memory
 
-    def diagonal(self) -> Array:
-        """The entries of a value with itself, ([positions,] n)."""
+    def diagonal(self) -> Float[Array, "*positions n"]:
+        """The entries of a value with itself."""
         own = self.entries if self.pairs is None else self.entries[self.pairs.equal]
         return jnp.diagonal(own, axis1=-2, axis2=-1)
 
-    def of_members(self, values: Array) -> tuple[Array, Array]:
+    def of_members(
+        self, values: Float[Array, "*positions n"]
+    ) -> tuple[Float[Array, "*pairs n 1"], Float[Array, "*pairs 1 n"]]:
         if self.pairs is None:
             return values[:, None], values[None, :]
         return values[self.pairs.first][:, :, None], values[self.pairs.second][:, None, :]
 
-    def batch_mean(self, values: Array, over_positions: bool) -> Array:
+    def batch_mean(
+        self, values: Float[Array, "*positions n"], over_positions: bool
+    ) -> Float[Array, "*positions n"]:
         average = values.mean() if over_positions else values.mean(-1, keepdims=True)
         return jnp.broadcast_to(average, values.shape)
 
-    def sample_mean(self, values: Array) -> Array:
+    def sample_mean(self, values: Float[Array, "*positions n"]) -> Float[Array, "*positions n"]:
         return values if self.pairs is None else jnp.broadcast_to(values.mean(0), values.shape)
 
-    def sum(self) -> Array:
+    def sum(self) -> Float[Array, ""]:
         return self.entries.sum()
 
-    def totals(self) -> tuple[Array, Array]:
+    def totals(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         own = self.entries if self.pairs is None else self.entries[self.pairs.equal]
         same = jnp.trace(own, axis1=-2, axis2=-1).sum()
         return same, own.sum() - same
 
-    def averages(self) -> tuple[Array, Array]:
+    def averages(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         num_samples, size = self.entries.shape[-1], math.prod(self.positions)
         if self.images is None:
             same, total = self.totals()
@@ -141,7 +146,7 @@ class GramMatrix(Matrix):
         own = self.pairs.first == self.pairs.second
         return jnp.asarray(own, self.dtype)[:, None, None]
 
-    def on_sphere(self, over_positions: bool) -> SphereAverages:
+    def on_sphere(self, over_positions: bool) -> SphereAverages[Self]:
         """See :meth:`Matrix.on_sphere`.
 
         Returns:
@@ -186,24 +191,23 @@ class GramMatrix(Matrix):
             result = result.at[places].set(_pieces(matmul(a, b) / a.shape[-1], places))
         return self.replaced(result)
 
-    def means(self, over_positions: bool) -> tuple[Self, Self]:
+    def means(self, over_positions: bool) -> tuple[Float[Array, "*pairs 1 n"], Float[Array, "..."]]:
         """See :meth:`Matrix.means`.
 
         Returns:
-            Two matrices; where positions are averaged, the second is a single number, the mean over
+            Two arrays; where positions are averaged, the second is a single number, the mean over
             the classes of positions that are kept with each other.
         """
         matrix, pairs = self.entries, self.pairs
         if pairs is None or not over_positions:
-            first, both = matrix.mean(-2, keepdims=True), matrix.mean((-2, -1), keepdims=True)
-            return self.replaced(first), self.replaced(both)
-        first, totals = matrix[:, :1], []
+            return matrix.mean(-2, keepdims=True), matrix.mean((-2, -1), keepdims=True)
+        first, totals = matrix[:, :1], list[Array]()
         for places in pairs.groups:
             square = _square(matrix, places)
             row = jnp.broadcast_to(jnp.mean(square, -2, keepdims=True), square.shape)
             first = first.at[places].set(_pieces(row, places)[..., :1, :])
             totals.append(jnp.mean(square, (-2, -1)))
-        return self.replaced(first), self.replaced(jnp.concatenate(totals).mean())
+        return first, jnp.concatenate(totals).mean()
 
     def position_means(self) -> tuple[Self, Self, Self]:
         """See :meth:`Matrix.position_means`; the pairs kept represent those left out.
@@ -232,7 +236,9 @@ class GramMatrix(Matrix):
             result = result.at[places].set(part / places.shape[1])
         return self.replaced(result)
 
-    def expectations(self, phi: Nonlinearity, mean: Array | None, factor: Any) -> Moments:
+    def expectations(
+        self, phi: Nonlinearity, mean: Array | None, factor: Matrix | None
+    ) -> Moments[Self]:
         divided = self if factor is None else self / factor
         moments = batch_expectations(phi, *self.variances(), divided.entries, mean)
         if phi.closed_form is None or mean is not None:
@@ -245,7 +251,7 @@ class GramMatrix(Matrix):
                 moments,
                 own,
             )
-        return Moments(*map(self.replaced, moments))  # pyright: ignore[reportArgumentType]
+        return Moments(*map(self.replaced, moments))
 
     def windows(self, window: Window) -> Self:
         """See :meth:`Matrix.windows`.
@@ -292,12 +298,12 @@ class GramMatrix(Matrix):
         return self.replaced(tensordot(weights, self.entries, 1), pairs=None)
 
 
-def gram(x: Array, pairs: Positions | None) -> GramMatrix:
+def gram(x: Float[Array, "n ..."], pairs: Positions | None) -> GramMatrix:
     """Mean products x_a x_b over features, for all pairs of samples (and of positions)."""
     return GramMatrix(_products(x, pairs), pairs)
 
 
-def _products(x: Array, pairs: Positions | None) -> Array:
+def _products(x: Float[Array, "n ..."], pairs: Positions | None) -> Float[Array, "*pairs n n"]:
     if pairs is None:
         return matmul(x, x.T) / x.shape[-1]
     by_position = x.reshape(x.shape[0], pairs.size, x.shape[-1]).transpose(1, 0, 2)
@@ -305,8 +311,10 @@ def _products(x: Array, pairs: Positions | None) -> Array:
     return matmul(by_position[pairs.first], turned[pairs.second]) / x.shape[-1]
 
 
-def _under_window(numbers: np.ndarray, shape: Shape, window: Window) -> list[np.ndarray]:
-    """For each place in the window at these positions, the position under it, (2, pairs)."""
+def _under_window(
+    numbers: Int[np.ndarray, " pairs"], shape: Shape, window: Window
+) -> list[Int[np.ndarray, "2 pairs"]]:
+    """For each place in the window at these positions, the position (y, x) under it."""
     side, stride, padding, positions = window
     corners = [
         stride * index - pad_width(size, side, stride, padding)[0]
@@ -319,15 +327,19 @@ def _under_window(numbers: np.ndarray, shape: Shape, window: Window) -> list[np.
     return list(places)
 
 
-def _square(matrix: Array, places: np.ndarray) -> Array:
-    """The matrices over all samples and positions of each class, (classes, size, size)."""
+def _square(
+    matrix: Float[Array, "pairs n n"], places: Int[np.ndarray, "classes members members"]
+) -> Float[Array, "classes members*n members*n"]:
+    """The matrices over all samples and positions of each class."""
     classes, members, _ = places.shape
     size = members * matrix.shape[-1]
     return matrix[places].transpose(0, 1, 3, 2, 4).reshape(classes, size, size)
 
 
-def _pieces(squares: Array, places: np.ndarray) -> Array:
-    """The inverse of ``_square``: pairs of positions, (classes, members, members, n, n)."""
+def _pieces(
+    squares: Float[Array, "classes size size"], places: Int[np.ndarray, "classes members members"]
+) -> Float[Array, "classes members members n n"]:
+    """The inverse of ``_square``: the pairs of positions of each class."""
     classes, members, _ = places.shape
     blocks = squares.reshape(classes, members, -1, members, squares.shape[-1] // members)
     return blocks.transpose(0, 1, 3, 2, 4)

@@ -9,11 +9,13 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from meanfield_jax.kernel import safe
-from meanfield_jax.kernel.gaussian import Nonlinearity
+from meanfield_jax.kernel.gaussian import Moments, Nonlinearity
 from meanfield_jax.kernel.gram_matrix import GramMatrix, gram
-from meanfield_jax.kernel.matrix import Matrix, PairMatrix, Window
+from meanfield_jax.kernel.matrix import Matrix, Number, Window
+from meanfield_jax.kernel.pair_matrix import PairMatrix
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.status import Status
@@ -48,18 +50,18 @@ class Projection(NamedTuple):
             where the two are divided by different sample deviations; None for 1.
     """
 
-    correlation: Any
-    cross: Any
-    own: Any
-    weight: Any
-    factor: Any
+    correlation: Matrix
+    cross: Matrix
+    own: Matrix | Number
+    weight: Matrix | Number
+    factor: Matrix | None
 
     def scaled(self, fraction: Array | float) -> Self:
         """The projection of a variance that depends on the parameters by only this fraction."""
         cross, own, weight = (part * fraction for part in (self.cross, self.own, self.weight))
         return self._replace(cross=cross, own=own, weight=weight)
 
-    def of_function(self, moments: Any) -> tuple[Any, Any]:
+    def of_function(self, moments: Moments[M]) -> tuple[M, Matrix]:
         """E[phi' phi' w z_hat_a z_hat_b] and E[phi' phi' z_hat_a v_b].
 
         v_b is jointly Gaussian with the two z_hat: it is regressed on them, and the remainder drops
@@ -74,7 +76,9 @@ class Projection(NamedTuple):
         var_a, var_b = self.correlation.variances()
         both = moments.scale * safe.geometric_mean(var_a, var_b)
 
-        def regressed(correlation, cross, own, both, square) -> Array:
+        def regressed(
+            correlation: Array, cross: Array, own: Array, both: Array, square: Array
+        ) -> Array:
             slope = safe.divide(own, var_b)
             ratio = safe.divide(correlation, var_b)
             left = var_a - ratio * correlation
@@ -115,12 +119,12 @@ class Kernel(Generic[M]):
     tangent: M
     scale: M | None
     projection: Projection | None
-    mean: Array | None
+    mean: Float[Array, ""] | None
     deviation: M | None
     tangent_deviation: M | None
-    status: Array
-    fluctuation: Array | None
-    channels: Array | float
+    status: Int[Array, ""]
+    fluctuation: Float[Array, ""] | None
+    channels: Float[Array, ""] | float
     statistics: str = static()
 
     @property
@@ -148,7 +152,8 @@ class Kernel(Generic[M]):
         zero, one = covariance.full(0.0), covariance.full(1.0)
         parts = Projection(zero, zero, zero, zero, one)
         if self.projection is not None:
-            known = self.projection._replace(factor=self.projection.factor or one)
+            correlation, cross, own, weight, factor = self.projection
+            known = (correlation, cross, own, weight, factor or one)
             parts = Projection(*(zero + part for part in known))
         return self.replace(
             covariance=covariance,
@@ -200,14 +205,16 @@ class Kernel(Generic[M]):
         """The tangent of the values after their mean over the batch is subtracted."""
         return self._loose_tangent.centred(over_positions)
 
-    def with_variance(self, var: Array, eps: Array | float) -> Self:
+    def with_variance(self, var: Float[Array, "..."], eps: Array | float) -> Self:
         """The kernel, with status CANCELLATION if this variance is lost to rounding."""
         size = jnp.abs(self._loose_covariance.diagonal()).max()
         rounding = jnp.finfo(var.dtype).eps * size
         lost = jnp.where(rounding > LOSS * (jnp.mean(var) + eps), Status.CANCELLATION, 0)
         return self.replace(status=first_failure_of(self.status, lost))
 
-    def with_fluctuation(self, factor: Array, var: Array, eps: Array | float) -> Self:
+    def with_fluctuation(
+        self, factor: Float[Array, "..."], var: Float[Array, "..."], eps: Array | float
+    ) -> Self:
         """The kernel, with status FEW_DIRECTIONS if a variance over the batch fluctuates too much.
 
         Args:
@@ -229,7 +236,7 @@ class Kernel(Generic[M]):
     def activated(self, phi: Nonlinearity) -> Self:
         """The kernel after an elementwise function."""
         factor = None if self.projection is None else self.projection.factor
-        moments: Any = self.covariance.expectations(phi, self.mean, factor)
+        moments = self.covariance.expectations(phi, self.mean, factor)
         tangent = self.tangent * moments.derivative
         if self.scale is not None:
             tangent += moments.scale * safe.geometric_mean(*self.scale.variances())
@@ -308,7 +315,7 @@ def iid_inputs(
     return _inputs(covariance, covariance.full(0.0), channels, statistics)
 
 
-def batch_inputs(x: Array, statistics: str, modulus: int) -> Kernel[GramMatrix]:
+def batch_inputs(x: Float[Array, "n ..."], statistics: str, modulus: int) -> Kernel[GramMatrix]:
     """The kernel of a batch: second moments over the features (the channels of a position).
 
     Args:
@@ -347,6 +354,6 @@ def _inputs(covariance: M, zero: M, channels: Array | float, statistics: str) ->
     )
 
 
-def first_failure_of(status: Array, other: Array) -> Array:
+def first_failure_of(status: Int[Array, ""], other: Int[Array, ""]) -> Int[Array, ""]:
     """The first of two statuses that is a failure, else CONVERGED."""
     return jnp.where(status == Status.CONVERGED, other, status).astype(status.dtype)

@@ -9,12 +9,13 @@ by its expectation. Averages of f(z) / |z|^2 are mixtures of Gaussian averages:
 With a further factor 1 / |z|^2, the integrand has a further factor s.
 """
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float
 
 from meanfield_jax.precise import matmul
 
@@ -27,7 +28,10 @@ LEAST_VALUES = 4
 """Fewest values in a variance: the inverse variance of fewer values has no expectation."""
 
 
-class SphereAverages(NamedTuple):
+V = TypeVar("V")
+
+
+class SphereAverages(NamedTuple, Generic[V]):
     """Averages over a Gaussian vector z divided by its own length, as arrays or matrices.
 
     Attributes:
@@ -36,12 +40,12 @@ class SphereAverages(NamedTuple):
         second: E[z z^T / |z|^4], in units in which it is ``first`` if variances do not fluctuate.
     """
 
-    first: Any
-    factor: Array
-    second: Any
+    first: V
+    factor: Float[Array, "..."]
+    second: V
 
 
-def on_sphere(covariance: Array) -> SphereAverages:
+def on_sphere(covariance: Float[Array, "*batch n n"]) -> SphereAverages[Array]:
     """E[z z^T / |z|^2], E[1 / |z|^2], E[z z^T / |z|^4] in units of C, of 1 / trace C, of both.
 
     Args:
@@ -95,7 +99,9 @@ def on_sphere(covariance: Array) -> SphereAverages:
     )
 
 
-def _dominant(matrix: Array) -> tuple[Array, Array]:
+def _dominant(
+    matrix: Float[Array, "*batch n n"],
+) -> tuple[Float[Array, "*batch rank"], Float[Array, "*batch n rank"]]:
     """The largest eigenvalues and their eigenvectors, by subspace iteration."""
     function = _dominant_of_one
     for _ in matrix.shape[:-2]:
@@ -106,11 +112,13 @@ def _dominant(matrix: Array) -> tuple[Array, Array]:
 # one matrix after the other: two batched QR at a time deadlock on a CPU with two cores
 # (jaxlib 0.10.1)
 @jax.custom_batching.sequential_vmap
-def _dominant_of_one(matrix: Array) -> tuple[Array, Array]:
+def _dominant_of_one(
+    matrix: Float[Array, "n n"],
+) -> tuple[Float[Array, " rank"], Float[Array, "n rank"]]:
     size = matrix.shape[-1]
     start = jax.random.normal(jax.random.key(0), (size, min(RANK, size)), matrix.dtype)
 
-    def improve(_, frame):
+    def improve(_: Array, frame: Array) -> Array:
         return jnp.linalg.qr(matmul(matrix, frame))[0]
 
     frame = lax.fori_loop(0, ITERATIONS, improve, jnp.linalg.qr(start)[0])
@@ -118,5 +126,5 @@ def _dominant_of_one(matrix: Array) -> tuple[Array, Array]:
     return jnp.maximum(values, 0), matmul(frame, turn)
 
 
-def _turned(matrix: Array) -> Array:
+def _turned(matrix: Float[Array, "*batch a b"]) -> Float[Array, "*batch b a"]:
     return jnp.swapaxes(matrix, -1, -2)

@@ -7,11 +7,13 @@ hundred multiplications, whatever the function.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import CUTOFF, Moments, Nonlinearity, clipped
@@ -67,13 +69,15 @@ def tabulated(phi: Nonlinearity) -> Nonlinearity:
         return read(0, variance, c)
 
     @product.defjvp
-    def product_jvp(primals, tangents):
+    def product_jvp(
+        primals: tuple[Array, Array], tangents: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
         """In c by Price's theorem, which keeps digits that the polynomial's derivative loses."""
         (variance, c), (variance_dot, c_dot) = primals, tangents
         _, along = jax.jvp(lambda variance: read(0, variance, c), (variance,), (variance_dot,))
         return product(variance, c), along + read(1, variance, c) * c_dot
 
-    def closed_form(variance_a: Array, variance_b: Array, covariance: Array) -> Moments:
+    def closed_form(variance_a: Array, variance_b: Array, covariance: Array) -> Moments[Array]:
         variance, c = variance_a, clipped(safe.divide(covariance, variance_a))
         rest = (read(moment, variance, c) for moment in (1, 2, 3))
         return Moments(offset + variance * product(variance, c), *rest)
@@ -81,7 +85,9 @@ def tabulated(phi: Nonlinearity) -> Nonlinearity:
     return dataclasses.replace(phi, closed_form=closed_form)
 
 
-def _place(variance: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
+def _place(
+    variance: Float[Array, "..."], c: Float[Array, "*shape"]
+) -> tuple[Int[Array, "*shape"], tuple[Array, Array]]:
     """The cell of a point, and its coordinates in the cell, from -1 to 1 in both directions."""
     s = jnp.log1p(SCALE * variance) / WIDTH
     row = jnp.clip(jnp.floor(jax.lax.stop_gradient(s)), 0, NUM_VARIANCES - 1)
@@ -97,25 +103,31 @@ def _place(variance: Array, c: Array) -> tuple[Array, tuple[Array, Array]]:
     return cell.astype(int), at
 
 
-def _polynomial(coefficients: Array, x: Array, y: Array) -> Array:
+def _polynomial(
+    coefficients: Float[Array, "*shape order order"],
+    x: Float[Array, "..."],
+    y: Float[Array, "*shape"],
+) -> Float[Array, "*shape"]:
     """The sum over i and j of coefficients_ij x^i y^j."""
     rows = jnp.sum(coefficients * _powers(y)[..., None, :], -1)
     return jnp.sum(rows * _powers(x), -1)
 
 
-def _powers(x: Array) -> Array:
+def _powers(x: Float[Array, "*shape"]) -> Float[Array, "*shape order"]:
     return jnp.stack(
         list(itertools.accumulate([x] * (ORDER - 1), jnp.multiply, initial=jnp.ones_like(x))), -1
     )
 
 
-def _values(function, x: np.ndarray) -> np.ndarray:
+def _values(
+    function: Callable[[Array], Array], x: Float[np.ndarray, "*shape"]
+) -> Float[np.ndarray, "*shape"]:
     with jax.ensure_compile_time_eval(), jax.enable_x64():
         return np.asarray(function(jnp.asarray(x)))
 
 
-def _tables(phi: Nonlinearity) -> np.ndarray:
-    """Polynomials of (E[phi phi] - phi(0)^2) / variance and the other moments, (4, cells, ...)."""
+def _tables(phi: Nonlinearity) -> Float[np.ndarray, "4 cells order order"]:
+    """Polynomials of (E[phi phi] - phi(0)^2) / variance and of the other moments."""
     nodes = np.cos(np.pi * (np.arange(ORDER) + 0.5) / ORDER)
     s = WIDTH * (np.arange(NUM_VARIANCES)[:, None] + (1 + nodes) / 2)
     variance = np.expm1(s.ravel()) / SCALE
@@ -135,8 +147,10 @@ def _tables(phi: Nonlinearity) -> np.ndarray:
     return cells.reshape(4, -1, ORDER, ORDER)
 
 
-def _coefficients(phi: Nonlinearity, std: np.ndarray) -> np.ndarray:
-    """Hermite coefficients of phi, phi', phi' x and phi' x^2, (4, std, terms)."""
+def _coefficients(
+    phi: Nonlinearity, std: Float[np.ndarray, " stds"]
+) -> Float[np.ndarray, "4 stds terms"]:
+    """Hermite coefficients of phi, phi', phi' x and phi' x^2."""
     x, step = np.linspace(-CUTOFF, CUTOFF, NUM_TERMS, retstep=True)
     weight = step * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
     hermite = np.empty((NUM_TERMS, NUM_TERMS))

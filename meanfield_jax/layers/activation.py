@@ -10,7 +10,8 @@ from jax import Array
 
 from meanfield_jax.checks import numbers
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.gaussian import NONLINEARITIES, Nonlinearity
+from meanfield_jax.kernel.gaussian import Nonlinearity
+from meanfield_jax.kernel.nonlinearities import NONLINEARITIES
 from meanfield_jax.layers.base import Kernel, Layer, Problem, Shape, Signal, layer
 from meanfield_jax.pytree import static
 
@@ -29,7 +30,7 @@ class Activation(Layer):
         kinks: The points where a given function or its derivative jumps.
 
     Source:
-        theory: Wei et al. 2019, section 3; closed forms as in kernel/gaussian.py.
+        theory: Wei et al. 2019, section 3; closed forms as in kernel/nonlinearities.py.
     """
 
     function: str | Callable[[Array], Array] | Nonlinearity = static()

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.numpy import result_type
+from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import check_choice, check_data
@@ -60,9 +61,9 @@ class Theory:
 
     fisher: Fisher
     order_parameters: OrderParameters
-    kernel: Kernel
+    kernel: Kernel[Any]
     network: Network
-    status: Array
+    status: Int[Array, "*batch"]
 
     def raise_if_failed(self) -> Theory:
         """Returns itself, or raises for the first network that failed (host only).
@@ -75,7 +76,7 @@ class Theory:
             return self
         raise RuntimeError(f"analyze: {CAUSES[failed.status]}{failed.where}")
 
-    def eta_max(self, momentum: float | Array = 0.9) -> Array:
+    def eta_max(self, momentum: float | Array = 0.9) -> Float[Array, "*batch"]:
         """The largest stable learning rate of heavy-ball gradient descent on the squared loss.
 
         Args:
@@ -235,7 +236,7 @@ def _check_status(network: Network, status: Array, data: Any) -> None:
     raise problem(DataError, "data.shape", np.shape(data), cause, remedy)
 
 
-def _checked_data(network: Network, data: Any, num_samples) -> Array:
+def _checked_data(network: Network, data: Any, num_samples: Any) -> Float[Array, "n ..."]:
     """The batch in the dtype of the theory; raises if it does not fit."""
     if num_samples is not None:
         cause, remedy = "data determines the number of samples", "leave it out"
@@ -256,7 +257,7 @@ def least_samples(layer: Layer) -> int:
     return LEAST_VALUES if normalizes_over_batch(layer) else 1
 
 
-def check_num_samples(layer: Layer, num_samples) -> None:
+def check_num_samples(layer: Layer, num_samples: Any) -> None:
     """Raises SpecError if the number of samples is known and too small for the layer."""
     if num_samples is None or isinstance(num_samples, Tracer):
         return

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import scalar
@@ -24,7 +25,7 @@ def batch_growth(
     *,
     gamma: float | Array = 1.0,
     beta: float | Array = 0.0,
-) -> Array:
+) -> Float[Array, ""]:
     r"""The growth of squared gradients per block [Dense, BatchNorm, activation] on a batch of n.
 
     A unit's normalized values on the batch are sqrt(n) u, where u is uniform on the unit sphere of
@@ -94,21 +95,25 @@ def batch_growth(
     return num_samples / (num_samples - 3) * gamma**2 * (same + other) / variance
 
 
-def _kinks(phi: Nonlinearity, scale: Array, mean: Array) -> Array:
-    """The values of x at which scale x + mean is a kink, (..., kinks)."""
+def _kinks(
+    phi: Nonlinearity, scale: Float[Array, "..."], mean: Float[Array, "..."]
+) -> Float[Array, "*shape kinks"]:
+    """The values of x at which scale x + mean is a kink."""
     shape = jnp.broadcast_shapes(scale.shape, mean.shape)
     points = [jnp.broadcast_to((kink - mean) / scale, shape) for kink in phi.kinks]
     return jnp.stack(points, -1) if points else jnp.zeros((*shape, 0))
 
 
-def _component(kinks: Array, dimension: int) -> tuple[Array, Array]:
+def _component(
+    kinks: Float[Array, "*shape kinks"], dimension: int
+) -> tuple[Float[Array, "*shape nodes"], Float[Array, "*shape nodes"]]:
     """Nodes and weights for one component of a uniform vector of length sqrt(dimension).
 
     With x = sqrt(d) sin(t) the density (1 - x^2/d)^((d-3)/2) becomes cos(t)^(d-2), which has no
     singularity for d >= 2; it is integrated between the kinks.
 
     Returns:
-        Nodes and weights, (..., nodes) each; the weights add up to 1.
+        Nodes and weights; the weights add up to 1.
     """
     reach = min(np.pi / 2, REACH / np.sqrt(dimension))
     root = np.sqrt(dimension)

@@ -1,6 +1,7 @@
 """Compilation once per structure; the numbers of a network, including widths, are arguments."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from meanfield_jax.network import Network
 
 Spec = TypeVar("Spec", Network, Layer)
 L = TypeVar("L", bound=Layer)
+R = TypeVar("R")
 
 
 def known_numbers(network: Spec) -> Spec:
@@ -25,7 +27,7 @@ def known_numbers(network: Spec) -> Spec:
         A specification of the same structure and with the same theory.
     """
 
-    def known(path, leaf):
+    def known(path: tuple[Any, ...], leaf: Any) -> Any:
         if isinstance(leaf, Tracer):
             return leaf
         if path[-1].name == "beta" and np.all(np.asarray(leaf) == 0):
@@ -37,7 +39,7 @@ def known_numbers(network: Spec) -> Spec:
 
 def without_widths(layer: L) -> tuple[L, tuple[float, ...]]:
     """The layer with every width set to 1, and its widths, so that only depth needs compiling."""
-    widths = []
+    widths: list[float] = []
 
     def change(inner: Layer) -> Layer:
         if not inner.is_weights:
@@ -48,7 +50,7 @@ def without_widths(layer: L) -> tuple[L, tuple[float, ...]]:
     return layer.changed(change), tuple(widths)
 
 
-def with_widths(layer: L, widths: tuple[Array, ...]) -> L:
+def with_widths(layer: L, widths: tuple[Array | float, ...]) -> L:
     """The layer with these widths, which may be traced; for use in the layer's rules only."""
     given = iter(widths)
     return layer.changed(
@@ -56,7 +58,9 @@ def with_widths(layer: L, widths: tuple[Array, ...]) -> L:
     )
 
 
-def compiled(function, static: tuple[str, ...] = (), small: int = 0):
+def compiled(
+    function: Callable[..., R], static: tuple[str, ...] = (), small: int = 0
+) -> Callable[..., R]:
     """The function under jit, on CPU without fusion.
 
     On CPU, XLA fuses every number with all layers before it: 15 layers compile in 30 s instead of
@@ -77,7 +81,7 @@ def compiled(function, static: tuple[str, ...] = (), small: int = 0):
         for options in ({}, unfused, unfused | {"xla_backend_optimization_level": 0})
     )
 
-    def call(*args):
+    def call(*args: Any) -> R:
         leaves = jax.tree.leaves(args)
         traced = any(isinstance(value, Tracer) for value in (*leaves, jnp.zeros(())))
         if traced or jax.default_backend() != "cpu":

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float
 
 from meanfield_jax.pytree import pytree, static
 
@@ -22,15 +23,15 @@ class Contributions:
     """What each layer's parameters contribute to the outlier; all contributions sum to it.
 
     Attributes:
-        weights: Contributions of the weights, (layers,); their sum is the bound of Wei et al. 2019.
-        biases: Contributions of the biases, (layers,).
-        norm: Contributions of a BatchNorm's scale and offset, (layers,).
+        weights: Contributions of the weights; their sum is the bound of Wei et al. 2019.
+        biases: Contributions of the biases.
+        norm: Contributions of a BatchNorm's scale and offset.
         layers: Paths of the layers with parameters.
     """
 
-    weights: Array
-    biases: Array
-    norm: Array
+    weights: Float[Array, "*batch layers"]
+    biases: Float[Array, "*batch layers"]
+    norm: Float[Array, "*batch layers"]
     layers: tuple[str, ...] = static()
 
 
@@ -47,7 +48,7 @@ class Fisher:
         tangent_other: T for two samples; on data the mean.
         inverse_samples: 1/n; 0 in the limit.
         contributions: Contributions to the outlier by layer.
-        bulk_contributions: Contributions to ``bulk`` by layer, (layers,).
+        bulk_contributions: Contributions to ``bulk`` by layer.
         draw_width: By layer, relative width of the range of the C outliers in one draw, (layers,);
             see ``outlier_high``.
         information: Eigenvalues of the mean S_i, ascending, (C,); ones for a Gaussian likelihood.
@@ -84,20 +85,20 @@ class Fisher:
         "within_domain",
     )
 
-    tangent_same: Array
-    tangent_other: Array
-    inverse_samples: Array
+    tangent_same: Float[Array, "*batch"]
+    tangent_other: Float[Array, "*batch"]
+    inverse_samples: Float[Array, "*batch"]
     contributions: Contributions
-    bulk_contributions: Array
-    draw_width: Array
-    information: Array
+    bulk_contributions: Float[Array, "*batch layers"]
+    draw_width: Float[Array, "*batch layers"]
+    information: Float[Array, "*batch outputs"]
     num_parameters: int = static()
     multiplicity: int = static()
-    eigenvalues: Array | None = None
-    variance_fluctuation: Array | float = 1.0
+    eigenvalues: Float[Array, "*batch n"] | None = None
+    variance_fluctuation: Float[Array, "*batch"] | float = 1.0
 
     @property
-    def outlier(self) -> Array:
+    def outlier(self) -> Float[Array, "*batch"]:
         """The large eigenvalue, averaged over draws; its multiplicity is C (uniform p: C - 1).
 
         For i.i.d. inputs it is T_same/n + (n-1)/n T_other, times the largest of ``information``.
@@ -109,7 +110,7 @@ class Fisher:
         return large * self.information[..., -1]
 
     @property
-    def bulk(self) -> Array:
+    def bulk(self) -> Float[Array, "*batch"]:
         """The mean of all but the C largest eigenvalues; for i.i.d. inputs (T_same - T_other)/n."""
         if self.eigenvalues is not None:
             return self.eigenvalues[..., self._num_outliers :].mean(-1)
@@ -117,7 +118,7 @@ class Fisher:
         return small * self.information.mean(-1)
 
     @property
-    def outlier_high(self) -> Array:
+    def outlier_high(self) -> Float[Array, "*batch"]:
         r"""The largest of the C outliers in one draw.
 
         .. math:: \sum_l f_l (1 + \sqrt{C \sum_{m > l} 1/N_m})^2
@@ -129,12 +130,12 @@ class Fisher:
         return (self._contributions * (1 + self.draw_width) ** 2).sum(-1)
 
     @property
-    def outlier_low(self) -> Array:
+    def outlier_low(self) -> Float[Array, "*batch"]:
         """The smallest of the C outliers in one draw: ``outlier_high`` with 1 - sqrt(...)."""
         return (self._contributions * jnp.maximum(1 - self.draw_width, 0) ** 2).sum(-1)
 
     @property
-    def bulk_high(self) -> Array:
+    def bulk_high(self) -> Float[Array, "*batch"]:
         r"""A lower estimate of the bulk's edge in one draw.
 
         .. math:: \sum_l b_l (1 + \sqrt{2 C \sum_{m > l} 1/N_m})^2
@@ -149,7 +150,7 @@ class Fisher:
         return (self.bulk_contributions * (1 + math.sqrt(2) * self.draw_width) ** 2).sum(-1)
 
     @property
-    def within_domain(self) -> Array:
+    def within_domain(self) -> Bool[Array, "*batch"]:
         """Whether ``lambda_max`` can be trusted: the outliers are above twice all else.
 
         ``outlier_high`` is compared with ``bulk_high``, and on data also ``outlier`` with the
@@ -208,11 +209,11 @@ class Fisher:
         return self.information.shape[-1] // self.multiplicity
 
     @property
-    def _contributions(self) -> Array:
+    def _contributions(self) -> Float[Array, "*batch layers"]:
         return self.contributions.weights + self.contributions.biases + self.contributions.norm
 
     @property
-    def lambda_max(self) -> Array:
+    def lambda_max(self) -> Float[Array, "*batch"]:
         """The largest eigenvalue of one draw: the larger of ``outlier_high`` and ``bulk_high``.
 
         See ``within_domain`` for its domain.
@@ -220,17 +221,17 @@ class Fisher:
         return jnp.maximum(self.outlier_high, self.bulk_high)
 
     @property
-    def trace(self) -> Array:
+    def trace(self) -> Float[Array, "*batch"]:
         """Sum of all eigenvalues, C T_same; an upper bound on lambda_max."""
         return self.information.sum(-1) * self.tangent_same
 
     @property
-    def mean(self) -> Array:
+    def mean(self) -> Float[Array, "*batch"]:
         """Mean of all P eigenvalues, trace/P."""
         return self.trace / self.num_parameters
 
     @property
-    def second_moment(self) -> Array:
+    def second_moment(self) -> Float[Array, "*batch"]:
         """Mean of the squares of all P eigenvalues."""
         fraction = self.inverse_samples
         square = (1 - fraction) * self.tangent_other**2 + fraction * self.tangent_same**2

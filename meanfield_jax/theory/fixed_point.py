@@ -6,13 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import check_choice
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel, iid_inputs
-from meanfield_jax.kernel.matrix import PairMatrix
+from meanfield_jax.kernel.pair_matrix import PairMatrix
 from meanfield_jax.layers import Conv, Layer, Residual, Sequential
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.network import check_numbers, walk
@@ -40,9 +41,9 @@ class DepthScales(NamedTuple):
             growth is above 1.
     """
 
-    xi_q: Array
-    xi_c: Array
-    xi_gradient: Array
+    xi_q: Float[Array, "*batch"]
+    xi_c: Float[Array, "*batch"]
+    xi_gradient: Float[Array, "*batch"]
 
 
 @pytree
@@ -62,13 +63,13 @@ class FixedPoint:
         status: A :class:`Status` as an integer: CONVERGED, MARGINAL or NO_FIXED_POINT.
     """
 
-    q: Array
-    c: Array
-    chi_q: Array
-    chi_c: Array
-    chi_1: Array
-    growth: Array
-    status: Array
+    q: Float[Array, "*batch"]
+    c: Float[Array, "*batch"]
+    chi_q: Float[Array, "*batch"]
+    chi_c: Float[Array, "*batch"]
+    chi_1: Float[Array, "*batch"]
+    growth: Float[Array, "*batch"]
+    status: Int[Array, "*batch"]
 
     @property
     def depth_scales(self) -> DepthScales:
@@ -88,7 +89,7 @@ class FixedPoint:
         if failed is None:
             return self
         raise RuntimeError(
-            f"no fixed point{failed.where}: q grows without bound; "
+            f"fixed_point: q grows without bound{failed.where}; "
             "use a smaller weight_var, or add a normalization"
         )
 
@@ -153,8 +154,8 @@ def solve(block: Layer, statistics: str, num_samples: int | Array | None) -> Fix
     block = _ending_in_weights(block)
     dtype = jnp.result_type(float, *jax.tree.leaves(block))
     start = iid_inputs((), _checked_width(block), num_samples, statistics, False, dtype)
-    after = jax.eval_shape(lambda: block.propagate(start)[0])
-    after = after.replace(deviation=None, tangent_deviation=None)
+    nothing = dict(deviation=None, tangent_deviation=None)
+    after = jax.eval_shape(lambda: block.propagate(start)[0].replace(**nothing))
     if jax.tree.structure(after) != jax.tree.structure(start):
         cause = "the norm right after its last random weights is inside another layer"
         raise problem(SpecError, "block", block, cause, "move it outside, after that layer")
@@ -223,13 +224,13 @@ def _found(block: Layer, start: Kernel[PairMatrix]) -> FixedPoint:
 class Moments(NamedTuple):
     """Second moments of one sample (same) and of two (other)."""
 
-    same: Array
-    other: Array
+    same: Float[Array, ""]
+    other: Float[Array, ""]
 
 
 def _slopes(
-    block: Layer, start: Kernel[PairMatrix], q: Array, c: Array
-) -> tuple[Moments, Array, Array]:
+    block: Layer, start: Kernel[PairMatrix], q: Float[Array, ""], c: Float[Array, ""]
+) -> tuple[Moments, Float[Array, ""], Float[Array, ""]]:
     """The second moments after the block, and the derivative of each in its own input."""
 
     def after(moments: Moments) -> Moments:
@@ -243,7 +244,9 @@ def _slopes(
     return found, along_q.same, along_xy.other
 
 
-def _improved(state: tuple[Array, Array], args) -> tuple[Array, Array]:
+def _improved(
+    state: tuple[Float[Array, ""], Float[Array, ""]], args: tuple[Layer, Kernel[PairMatrix]]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """One step in the direction of the block's map, with a length that depends on its slope.
 
     This is Newton's step in each variable, except for its direction, which is always that of the
@@ -283,7 +286,9 @@ def _clipped(value: Array, lower: Array | float, upper: Array | float) -> Array:
     return value + lax.stop_gradient(jnp.clip(value, lower, upper) - value)
 
 
-def _growth(block: Layer, start: Kernel[PairMatrix], q: Array, c: Array) -> Array:
+def _growth(
+    block: Layer, start: Kernel[PairMatrix], q: Float[Array, ""], c: Float[Array, ""]
+) -> Float[Array, ""]:
     """The largest eigenvalue of the block's map of tangents, a non-negative matrix."""
 
     def tangents(tangent: Moments) -> Moments:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jaxtyping import Float
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import numbers
@@ -11,7 +12,7 @@ from meanfield_jax.errors import SpecError, problem
 
 
 @checked(momentum=numbers)
-def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
+def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Float[Array, "..."]:
     """The largest stable learning rate, eta_max = 2 (1 + momentum) / lambda_max.
 
     Heavy-ball gradient descent on a quadratic is stable if and only if eta < eta_max.
@@ -51,6 +52,6 @@ def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Array:
     return stable_rate(lambda_max, momentum)
 
 
-def stable_rate(lambda_max: float | Array, momentum: float | Array) -> Array:
+def stable_rate(lambda_max: float | Array, momentum: float | Array) -> Float[Array, "..."]:
     """``eta_max`` for many cells, without checks: infinite where lambda_max is 0."""
     return 2 * (1 + momentum) / jnp.asarray(lambda_max)

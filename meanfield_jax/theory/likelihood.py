@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jaxtyping import Float
 
 from meanfield_jax.checks import check_choice
 from meanfield_jax.errors import SpecError, problem
@@ -22,8 +23,8 @@ COUPLED = 1000
 
 def class_information(
     network: Network, likelihood: str, probabilities: Array | None, num_samples: int | None
-) -> Array | None:
-    """S = diag p - p p^T for every sample, (n or 1, C, C); None for a Gaussian likelihood."""
+) -> Float[Array, "n_or_1 outputs outputs"] | None:
+    """S = diag p - p p^T for every sample; None for a Gaussian likelihood."""
     check_choice("likelihood", likelihood, LIKELIHOODS)
     if likelihood == "gaussian":
         if probabilities is not None:
@@ -47,14 +48,20 @@ def class_information(
     return _covariance(p)
 
 
-def mean_information(num_outputs: int, classes: Array | None, dtype: Any) -> dict[str, Any]:
+def mean_information(
+    num_outputs: int, classes: Float[Array, "n_or_1 outputs outputs"] | None, dtype: Any
+) -> dict[str, Any]:
     """Eigenvalues of the mean information of the outputs, and the multiplicity in F."""
     if classes is None:
         return dict(information=jnp.ones(num_outputs, dtype), multiplicity=num_outputs)
     return dict(information=jnp.linalg.eigvalsh(classes.mean(0)), multiplicity=1)
 
 
-def of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Array:
+def of_outputs(
+    eigenvalues: Float[Array, " n"],
+    vectors: Float[Array, "n n"],
+    classes: Float[Array, "n_or_1 outputs outputs"] | None,
+) -> Float[Array, " all"]:
     """The eigenvalues of F from those of T/n for one output, ascending."""
     if classes is None:
         return eigenvalues
@@ -69,8 +76,10 @@ def of_outputs(eigenvalues: Array, vectors: Array, classes: Array | None) -> Arr
     return jnp.sort(jnp.concatenate([large, small.ravel()]))
 
 
-def _covariance(probabilities: Array) -> Array:
-    """diag(p) - p p^T for class probabilities p, (samples, C): (samples, C, C)."""
+def _covariance(
+    probabilities: Float[Array, "n outputs"],
+) -> Float[Array, "n outputs outputs"]:
+    """diag(p) - p p^T for class probabilities p."""
     outer = probabilities[:, :, None] * probabilities[:, None, :]
     identity = jnp.eye(probabilities.shape[-1], dtype=outer.dtype)
     return probabilities[:, :, None] * identity[None] - outer

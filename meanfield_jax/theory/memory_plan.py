@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
+from jaxtyping import Float
 
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.kernel.kernel import batch_inputs
@@ -24,7 +25,9 @@ LIVE = {1: 75, 3: 35}
 """Peak memory in units of the largest matrix (measured), for vectors and for images."""
 
 
-def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
+def modulus_for(
+    body: Layer, widths: tuple[float, ...], x: Float[Array, "n ..."], statistics: str
+) -> int:
     """The pairs of positions to keep: all that count if memory allows, else an even sample.
 
     Args:
@@ -82,7 +85,13 @@ def check_iid(body: Layer, input_shape: tuple[int, ...], num_outputs: int) -> No
     within("MEMORY", "outputs", num_outputs, bytes_each * num_outputs)
 
 
-def records_on_data(body: Layer, widths: tuple, x: Array, statistics: str, modulus: int) -> Any:
+def records_on_data(
+    body: Layer,
+    widths: tuple[Array | float, ...],
+    x: Float[Array, "n ..."],
+    statistics: str,
+    modulus: int,
+) -> Any:
     """The records of a pass over this network and batch, as shapes and dtypes."""
     given = jax.eval_shape(lambda *arrays: arrays, body, widths, x)
     shapes, structure = jax.tree.flatten(given)
@@ -91,11 +100,11 @@ def records_on_data(body: Layer, widths: tuple, x: Array, statistics: str, modul
 
 @functools.cache  # tracing the pass takes longer than many a pass
 def _traced_records(
-    structure: Any, shapes: tuple, dtype: jnp.dtype, statistics: str, modulus: int
+    structure: Any, shapes: tuple[Any, ...], dtype: jnp.dtype, statistics: str, modulus: int
 ) -> Any:
     """The same, traced once for each structure, shapes and default dtype."""
 
-    def records(body: Layer, widths: tuple, x: Array) -> Any:
+    def records(body: Layer, widths: tuple[Array, ...], x: Array) -> Any:
         return with_widths(body, widths).propagate(batch_inputs(x, statistics, modulus))[1]
 
     return jax.eval_shape(records, *jax.tree.unflatten(structure, shapes))

@@ -1,13 +1,14 @@
 """The published order parameters: second moments and gradients of each layer."""
 
 from jax import Array
+from jaxtyping import Float
 
 from meanfield_jax.pytree import pytree, static
 
 
 @pytree
 class OrderParameters:
-    """The published order parameters, one entry for each Dense or Conv layer, (layers,) each.
+    """The published order parameters, one entry for each Dense or Conv layer.
 
     They are second moments per unit: ``q`` for one input and ``q_xy`` for two, averaged over
     positions. Names without suffix refer to the pre-activations leaving the layer, ``hat`` to the
@@ -23,10 +24,10 @@ class OrderParameters:
         out), and they come from differentiating the forward pass, not from a separate recursion.
     """
 
-    q: Array
-    q_xy: Array
-    q_hat: Array
-    q_hat_xy: Array
-    q_tilde: Array
-    q_tilde_xy: Array
+    q: Float[Array, "*batch layers"]
+    q_xy: Float[Array, "*batch layers"]
+    q_hat: Float[Array, "*batch layers"]
+    q_hat_xy: Float[Array, "*batch layers"]
+    q_tilde: Float[Array, "*batch layers"]
+    q_tilde_xy: Float[Array, "*batch layers"]
     layers: tuple[str, ...] = static()

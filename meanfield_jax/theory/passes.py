@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
 from meanfield_jax.kernel.kernel import (
     LOSS,
@@ -33,8 +34,8 @@ class Found(NamedTuple):
 
     fisher: Fisher
     order_parameters: OrderParameters
-    kernel: Kernel
-    status: Array
+    kernel: Kernel[Any]
+    status: Int[Array, ""]
 
 
 class Pass(NamedTuple, Generic[M]):
@@ -55,9 +56,9 @@ class Pass(NamedTuple, Generic[M]):
 
 def _iid(
     body: Layer,
-    widths: tuple,
-    num_samples: Array | None,
-    classes: Array | None,
+    widths: tuple[Array | float, ...],
+    num_samples: Array | int | None,
+    classes: Float[Array, "n_or_1 outputs outputs"] | None,
     input_shape: tuple[int, ...],
     num_outputs: int,
     statistics: str,
@@ -87,9 +88,9 @@ def _iid(
 
 def _on_data(
     body: Layer,
-    widths: tuple,
-    x: Array,
-    classes: Array | None,
+    widths: tuple[Array | float, ...],
+    x: Float[Array, "n ..."],
+    classes: Float[Array, "n_or_1 outputs outputs"] | None,
     num_outputs: int,
     statistics: str,
     modulus: int,
@@ -121,13 +122,15 @@ iid = compiled(_iid, ("input_shape", "num_outputs", "statistics"))
 on_data = compiled(_on_data, ("num_outputs", "statistics", "modulus"), small=2**13)
 
 
-def top_vector(matrix: Array, eigenvalues: Array, vectors: Array) -> Array:
+def top_vector(
+    matrix: Float[Array, "n n"], eigenvalues: Float[Array, " n"], vectors: Float[Array, "n n"]
+) -> Float[Array, " n"]:
     """The last eigenvector, with its derivative from first-order perturbation theory.
 
     The derivative of ``eigh`` is NaN where any two eigenvalues are equal.
 
     Returns:
-        The unit vector, (n,).
+        The unit vector.
     """
     eigenvalues, vectors = jax.lax.stop_gradient((eigenvalues, vectors))
     top, rest = vectors[:, -1], vectors[:, :-1]
@@ -178,11 +181,11 @@ def zeros(records: Any) -> Any:
 
 def _found(
     body: Layer,
-    kernel: Kernel,
+    kernel: Kernel[Any],
     records: Any,
     backs: Rows,
     fisher: dict[str, Any],
-    outlier: Array,
+    outlier: Float[Array, ""],
 ) -> Found:
     """The results of the passes; ``backs`` are the derivatives of T_same, T_other, outlier."""
     rows = body.rows(records, _read)
@@ -221,7 +224,9 @@ def _found(
     return Found(statistics, order, kernel, status)
 
 
-def _status(kernel: Kernel, sums: Array, wholes: Array) -> Array:
+def _status(
+    kernel: Kernel[Any], sums: Float[Array, "2"], wholes: Float[Array, "2"]
+) -> Int[Array, ""]:
     """The theory's status.
 
     Args:
@@ -232,7 +237,7 @@ def _status(kernel: Kernel, sums: Array, wholes: Array) -> Array:
             rounding errors dominate.
 
     Returns:
-        A :class:`Status` as an integer, ().
+        A :class:`Status` as an integer.
     """
     finite = jnp.isfinite(sums).all() & jnp.isfinite(wholes).all()
     equal = jnp.all(jnp.abs(sums - wholes) <= LOSS * jnp.abs(wholes))
@@ -269,7 +274,7 @@ def _read_back(record: Record) -> Rows:
     return {name: value[None] for name, value in values.items()}
 
 
-def _dot(derivative: Matrix | None, injection: Matrix | None) -> Array:
+def _dot(derivative: Matrix | None, injection: Matrix | None) -> Float[Array, ""]:
     """Sum of the products of all entries; 0 if the layer has no such parameters."""
     if derivative is None or injection is None:
         return jnp.zeros(())

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import scalar
@@ -128,7 +129,7 @@ def phase_diagram(
     return xr.Dataset(data, coords, attributes)
 
 
-def _checked_axis(name: str, axis) -> Array:
+def _checked_axis(name: str, axis: Any) -> Float[Array, " values"]:
     values = np.asarray(axis, float)
     good = values.ndim == 1 and values.size > 0 and np.isfinite(values).all()
     if not good or values.min() < 0 or np.any(np.diff(values) <= 0):
@@ -145,7 +146,12 @@ def _with_table(inner: Layer) -> Layer:
 
 
 @functools.partial(jax.jit, static_argnames=("statistics", "num_samples"))
-def _solved(block: Layer, weight_var: Array, bias_var: Array, **options):
+def _solved(
+    block: Layer,
+    weight_var: Float[Array, " rows"],
+    bias_var: Float[Array, " columns"],
+    **options: Any,
+) -> tuple[FixedPoint, Float[Array, " columns"]]:
     """The fixed points of the grid, and the critical weight_var for each bias_var."""
 
     def at(weight_var: Array, bias_var: Array) -> FixedPoint:

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.errors import SpecError, problem
@@ -24,7 +25,7 @@ Maker = Callable[[float], optax.GradientTransformation]
 
 
 @checked()
-def stability_limit(optimizer: optax.GradientTransformation | Maker) -> Array:
+def stability_limit(optimizer: optax.GradientTransformation | Maker) -> Float[Array, ""]:
     r"""The largest curvature at which an optimizer is stable on a quadratic loss.
 
     On :math:`\lambda w^2 / 2` a step is a linear map of the weight w and the optimizer's state v,
@@ -106,14 +107,18 @@ def of_rate_1(optimizer: optax.GradientTransformation | Maker) -> optax.Gradient
     return made
 
 
-def _update_map(optimizer: optax.GradientTransformation, step: int) -> tuple[Array, Array]:
+def _update_map(
+    optimizer: optax.GradientTransformation, step: int
+) -> tuple[Float[Array, "size size"], Float[Array, " size"]]:
     """The map of (weight, floating-point state) at w = 0, and what a unit gradient adds to it."""
     update, size = _flat_update(optimizer, step)
     zeros = jnp.zeros(size)
     return jax.jacobian(update)(zeros, 0.0), jax.jacobian(update, 1)(zeros, 0.0)
 
 
-def _flat_update(optimizer: optax.GradientTransformation, step: int):
+def _flat_update(
+    optimizer: optax.GradientTransformation, step: int
+) -> tuple[Callable[[Array, Array | float], Array], int]:
     """One update as a function of (weight, state) and gradient; counters stand at ``step``."""
     weight = jnp.zeros(())
     leaves, treedef = jax.tree.flatten(optimizer.init(weight))
@@ -158,7 +163,9 @@ def _check_linear(optimizer: optax.GradientTransformation) -> None:
                 raise problem(SpecError, "optimizer", type(optimizer).__name__, cause, remedy)
 
 
-def _smallest_unstable(own: np.ndarray, gain: np.ndarray, limit: float) -> float:
+def _smallest_unstable(
+    own: Float[np.ndarray, "size size"], gain: Float[np.ndarray, " size"], limit: float
+) -> float:
     """The limit, unless the map becomes unstable before, in oscillations of another period."""
 
     def growth(curvature: float) -> float:

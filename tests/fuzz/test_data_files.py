@@ -22,7 +22,7 @@ import pytest
 from borders import answer, draws
 
 import meanfield_jax as mf
-from meanfield_jax import data
+from meanfield_jax import data, data_files
 
 COUNT = 3
 BOMB = 2**26
@@ -197,7 +197,7 @@ def hostile_files() -> Iterator[tuple[str, str, bytes]]:
 
 
 def test_hostile_files_are_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_MOST_BYTES", MOST)
+    monkeypatch.setattr(data_files, "MOST_BYTES", MOST)
     for name, kind, content in hostile_files():
         folder = tmp_path / name
         folder.mkdir()
