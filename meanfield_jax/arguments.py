@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from meanfield_jax.checks import (
     array,
+    check_tree,
     function,
     mapping,
     names,
@@ -256,7 +257,7 @@ def integers(argument: str, value: Any) -> Any:
     """An integer, or an array of them."""
     if not (isinstance(value, Tracer) or np.ndim(numbers(argument, value))):
         return whole(argument, value)
-    found = value if isinstance(value, Array) else np.asarray(value)
+    found = value if isinstance(value, Array) else plain(np.asarray(value))
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise problem(SpecError, argument, value, "must be integers", "pass integers")
     return found
@@ -290,6 +291,7 @@ def vector(argument: str, value: Any) -> Array:
 
 def arrays(argument: str, value: Any) -> Any:
     """Arrays in containers of any kind."""
+    check_tree(argument, value, is_layer)
     return jax.tree.map(lambda leaf: array(argument, leaf), value, is_leaf=is_layer)
 
 
