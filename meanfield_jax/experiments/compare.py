@@ -25,7 +25,7 @@ from meanfield_jax.layers.base import Layer, norm_layers
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network, normalizes_over_batch, walk
 from meanfield_jax.theory.analyze import analyze, least_samples
-from meanfield_jax.theory.learning_rate import eta_max, stable_rate
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import has_norm, with_norm
 
 if TYPE_CHECKING:
@@ -133,7 +133,6 @@ def compare(
         cause = f"there are {len(x)} training samples"
         remedy = f"pass sizes from 1 to {len(x)}"
         raise problem(SpecError, "batch_sizes", list(batch_sizes), cause, remedy)
-    eta_max(1.0, momentum)  # checks the momentum
     jobs = [(name, size) for name in variants for size in batch_sizes]
     cells = []
     console = Console(stderr=True)

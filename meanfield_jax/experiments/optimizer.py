@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -67,7 +66,6 @@ def optimizer(
     Source:
         Polyak 1964; Wei, Stokes & Schwab 2019 (arXiv:1903.02606), equation 6.
     """
-    _check_fraction(fraction)
     theory = analyze(network, data=data, statistics=statistics, num_samples=num_samples)
     if not isinstance(theory.status, Tracer):
         theory.raise_if_failed()
@@ -126,7 +124,6 @@ def learning_rate_for(
     Source:
         Polyak 1964; Karakida, Akaho & Amari 2019 (arXiv:1806.01316), section 4.
     """
-    _check_fraction(fraction)
     if params is None:
         operator = fisher_operator(model, x, statistics=statistics)  # pyright: ignore[reportArgumentType]
     else:
@@ -137,9 +134,3 @@ def learning_rate_for(
             raise problem(SpecError, "statistics", statistics, cause, remedy)
     found = top_eigenvalues(operator).raise_if_failed()
     return fraction * eta_max(found.eigenvalues[0], momentum)
-
-
-def _check_fraction(fraction: float) -> None:
-    if not isinstance(fraction, Tracer) and not 0 < fraction < np.inf:
-        remedy = "pass a number such as 0.5"
-        raise problem(SpecError, "fraction", fraction, "must be finite and above 0", remedy)

@@ -26,7 +26,7 @@ from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
-from meanfield_jax.theory.learning_rate import eta_max, stable_rate
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import has_batch_norm, variants_of, with_gamma
 
 if TYPE_CHECKING:
@@ -97,7 +97,6 @@ def validate(
     if draws < 1:
         raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
     check_choice("theory", theory, ("iid", "data"))
-    eta_max(1.0, momentum)  # checks the momentum
     variants = variants_of(network, gammas)
     num_samples = x.shape[0]
     given = dict(data=x) if theory == "data" else dict(num_samples=num_samples)

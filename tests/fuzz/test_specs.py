@@ -431,6 +431,47 @@ def test_arrays_without_numbers_are_refused(given, dtype):
         assert answer(attempt, str(dtype)) is None
 
 
+NAN, INF = float("nan"), float("inf")
+COUNTS = (
+    *("batch_size", "chunk_cells", "draws", "epochs", "k", "max_steps", "num_batches", "num_draws"),
+    *("num_eigenvalues", "num_probes", "num_steps", "seeds"),
+)
+NONSENSE: dict[str, tuple[float, ...]] = dict(
+    **dict.fromkeys(COUNTS, (0, -1)),
+    **dict.fromkeys(("fraction", "patience", "residual", "tol", "tolerance"), (0, -1.0, NAN, INF)),
+    momentum=(-0.1, 1, 1.5, NAN),
+    learning_rate=(-1.0, NAN),
+    lambda_max=(0.0, -1.0),
+)
+"""Numbers that no function can use, by the name of the argument."""
+
+
+def test_nonsense_numbers_are_refused_by_every_function(cut_off, given):
+    """Also by a sweep, where they are on an axis; and before any long computation."""
+    named, own = given
+    seen = set()
+    for name, function in functions().items():
+        parameters = inspect.signature(function).parameters.values()
+        right = named | own.get(name, {})
+        right = {
+            p.name: right[p.name] for p in parameters if p.default is p.empty and p.name in right
+        }
+        for argument in {p.name for p in parameters} & NONSENSE.keys():
+            seen.add(argument)
+            for value in NONSENSE[argument]:
+                call = right | {argument: value}
+                what = f"{name}({argument}={value})"
+                assert (
+                    answer(lambda function=function, call=call: function(**call), what) is None
+                ), what
+    assert seen == NONSENSE.keys()
+    for argument in ("momentum", "learning_rate"):
+        for value in NONSENSE[argument]:
+            grid = {"seed": [0, 1], argument: [0.5, value]}
+            what = f"sweep: {argument}={value}"
+            assert answer(lambda grid=grid: mf.sweep(SMALL, (X, Y), grid), what) is None, what
+
+
 TREES: dict[str, Any] = {
     "deep": nested(500),
     "deeper": nested(50_000),
