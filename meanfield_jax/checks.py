@@ -81,40 +81,37 @@ def number(argument: str, value: Any) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number or an array of them."""
     if isinstance(value, (np.ndarray, np.generic, Array)):
-        kinds = (jnp.integer, jnp.floating)
-        known = isinstance(value, Array) or has_dtype_of_jax(value)
-        return known and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        known, kinds = jax_dtype(value.dtype), (jnp.integer, jnp.floating)
+        return known is not None and any(jnp.issubdtype(known, kind) for kind in kinds)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def has_dtype_of_jax(values: np.ndarray | np.generic) -> bool:
-    """Whether an array holds numbers or booleans, which JAX has in some order and length.
-
-    NumPy counts spans of time among the integers.
-
-    Returns:
-        False for objects, texts, dates, spans of time, records and raw bytes.
-    """
-    kind = values.dtype.kind
-    # what JAX adds to NumPy, such as bfloat16, has the kind of records
-    return kind in "biufc" or (kind == "V" and not issubclass(values.dtype.type, np.void))
-
-
-def native(values: np.ndarray) -> np.ndarray:
-    """The same numbers in a dtype of JAX: this machine's order of bytes, doubles for long doubles.
+def jax_dtype(dtype: Any) -> Any:
+    """The dtype of JAX for the numbers of an array: other orders of bytes and long doubles change.
 
     Files in formats such as FITS and IDX give arrays in the other order.
 
     Returns:
-        The array itself if it needs no change.
+        None for dtypes that JAX does not have or does not compute with: objects, texts, dates,
+        records, keys, integers of four bits.
     """
-    dtype = values.dtype
-    if dtype.kind not in "iufc":
-        return values
-    for longest in (np.dtype(float), np.dtype(complex)):
-        if dtype.kind == longest.kind and dtype.itemsize > longest.itemsize:
-            dtype = longest
-    return values.astype(dtype.newbyteorder("="), copy=False)
+    if not isinstance(dtype, np.dtype) or dtype.kind == "T":  # keys, texts
+        return None
+    if dtype.kind in "iufc":
+        for longest in (np.dtype(float), np.dtype(complex)):
+            if dtype.kind == longest.kind and dtype.itemsize > longest.itemsize:
+                dtype = longest
+        dtype = dtype.newbyteorder("=")
+    try:
+        jnp.promote_types(dtype, jnp.float32)
+    except (TypeError, ValueError):
+        return None
+    return dtype
+
+
+def native(values: np.ndarray) -> np.ndarray:
+    """The same numbers in a dtype of JAX; what has none stays as it is."""
+    return values.astype(jax_dtype(values.dtype) or values.dtype, copy=False)
 
 
 def scalar(argument: str, value: Any) -> Any:
@@ -192,12 +189,12 @@ def check_data(x: Any, name: str = "x") -> Array:
 
 def array(name: str, value: Any) -> Array:
     """The value as a JAX array of numbers; raises DataError for anything else."""
-    if isinstance(value, Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+    if isinstance(value, Array) and jax_dtype(value.dtype) is not None:
         return value
     _check_length(name, value)
     try:
         given = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
-        if given is not None and has_dtype_of_jax(given) and value is not None:
+        if given is not None and jax_dtype(given.dtype) is not None and value is not None:
             # a constant stays one under jit, so that its values can be checked
             with jax.ensure_compile_time_eval():
                 return jnp.asarray(native(given))

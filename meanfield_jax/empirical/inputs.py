@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from meanfield_jax.checks import check_tree, has_dtype_of_jax, native
+from meanfield_jax.checks import check_tree, jax_dtype, native
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.layers.base import is_layer
@@ -104,5 +104,4 @@ def _dtype(leaf: Any) -> Any:
         return leaf.dtype
     if isinstance(leaf, (jax.ShapeDtypeStruct, np.ma.MaskedArray)) or not hasattr(leaf, "dtype"):
         return None
-    values = np.asarray(leaf)  # also of pandas, xarray or PyTorch
-    return values.dtype if has_dtype_of_jax(values) else None
+    return jax_dtype(np.asarray(leaf).dtype)  # also of pandas, xarray or PyTorch
