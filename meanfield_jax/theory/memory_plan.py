@@ -12,7 +12,7 @@ from jax.core import Tracer
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.kernel.kernel import batch_inputs
 from meanfield_jax.layers.base import Layer, map_records
-from meanfield_jax.limits import within
+from meanfield_jax.limits import how_to_raise, limit_set, within
 from meanfield_jax.memory import memory_of
 from meanfield_jax.network import walk
 from meanfield_jax.theory.compiled import with_widths
@@ -23,9 +23,12 @@ MAX_ENTRIES = 2**28
 LIVE = {1: 75, 3: 35}
 """Peak memory in units of the largest matrix (measured), for vectors and for images."""
 
+ROOM = 0.5
+"""Fraction of the memory above which a sample of the positions is taken instead of all pairs."""
+
 
 def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
-    """The pairs of positions to keep: all that count if memory allows, else an even sample.
+    """The pairs of positions to keep: all that count if half of the memory allows, else a sample.
 
     Args:
         body: The layers, without widths.
@@ -51,12 +54,14 @@ def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
         return max(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept))
 
     bytes_each = LIVE[x.ndim - 1] * x.dtype.itemsize
-    memory = memory_of(jax.local_devices()[:1] if isinstance(x, Tracer) else x.devices())
+    devices = jax.local_devices()[:1] if isinstance(x, Tracer) else x.devices()
+    memory = limit_set("MEMORY") or memory_of(devices)
     most = min(MAX_ENTRIES, memory / bytes_each)
     modulus = strides if couples_positions(body, on_data=True) else largest
     if any(inner.within_sample for inner in layers):
         modulus = 1
-    while (size := entries(modulus)) > most and modulus < largest:
+    room = min(MAX_ENTRIES, ROOM * memory / bytes_each)
+    while (size := entries(modulus)) > room and modulus < largest:
         modulus *= 2
     if size > MAX_ENTRIES:
         cause = (
@@ -68,7 +73,8 @@ def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
     if size > most:
         needed = bytes_each * size
         cause = f"needs {needed / 2**30:.1f} GiB, above the {memory / 2**30:.1f} on this device"
-        remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
+        count = int(x.shape[0] * math.sqrt(memory / needed))
+        remedy = f"pass at most {count} samples, or {how_to_raise('MEMORY')}"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
 

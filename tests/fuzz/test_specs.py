@@ -378,20 +378,21 @@ PLACES: list[Callable[[Any], Any]] = [
 
 @pytest.mark.filterwarnings("ignore")
 def test_arrays_of_every_dtype(cut_off, given):
-    """In every place of every argument they are refused in one line, or accepted."""
+    """In every argument, in places that take turns, they are refused in one line, or accepted."""
     named, own = given
     arrays = [np.ones((8, 3), dtype) for dtype in (*KNOWN, *FOREIGN)]
+    places = itertools.cycle(PLACES)
     for name, function in functions().items():
         if name == "load_sweep":
             continue
         parameters = inspect.signature(function).parameters.values()
         right = named | own.get(name, {})
         right = {p.name: right[p.name] for p in parameters if p.default is p.empty}
-        for place, parameter in itertools.product(PLACES, parameters):
-            for values in arrays:
-                call = right | {parameter.name: place(values)}
-                what = f"{name}({parameter.name}={_text(place(values))})"
-                answer(lambda function=function, call=call: function(**call), what)
+        for parameter, values in itertools.product(parameters, arrays):
+            value = next(places)(values)
+            call = right | {parameter.name: value}
+            what = f"{name}({parameter.name}={_text(value)})"
+            answer(lambda function=function, call=call: function(**call), what)
 
 
 @pytest.mark.parametrize("dtype", ["g", ">f4", ">f8"])
