@@ -164,6 +164,8 @@ def test_pairs_of_positions_are_kept_where_they_count(name, modulus, monkeypatch
     with monkeypatch.context() as patched:
         patched.setenv("MEANFIELD_JAX_MAX_MEMORY", str(35 * 8 * 16**2 * 4**2))
         assert memory_plan.modulus_for(*known, x, "batch") == max(modulus, 4)
+        with memory_plan.room(1.0):
+            assert memory_plan.modulus_for(*known, x, "batch") == modulus
     monkeypatch.setattr(memory_plan, "MAX_ENTRIES", 16**2 * 4**2 // 2)
     assert memory_plan.modulus_for(*known, x, "batch") == max(modulus, 4)
 

@@ -1,7 +1,10 @@
 """Which pairs of positions the theory of a batch keeps, depending on the device's memory."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -23,12 +26,22 @@ MAX_ENTRIES = 2**28
 LIVE = {1: 75, 3: 35}
 """Peak memory in units of the largest matrix (measured), for vectors and for images."""
 
-ROOM = 0.5
+ROOM: ContextVar[float] = ContextVar("ROOM", default=0.5)
 """Fraction of the memory above which a sample of the positions is taken instead of all pairs."""
 
 
+@contextlib.contextmanager
+def room(fraction: float) -> Iterator[None]:
+    """Sets this fraction for theories that are computed beside something larger."""
+    before = ROOM.set(fraction)
+    try:
+        yield
+    finally:
+        ROOM.reset(before)
+
+
 def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
-    """The pairs of positions to keep: all that count if half of the memory allows, else a sample.
+    """The pairs of positions to keep: all that count if there is room for them, else a sample.
 
     Args:
         body: The layers, without widths.
@@ -60,8 +73,8 @@ def modulus_for(body: Layer, widths: tuple, x: Array, statistics: str) -> int:
     modulus = strides if couples_positions(body, on_data=True) else largest
     if any(inner.within_sample for inner in layers):
         modulus = 1
-    room = min(MAX_ENTRIES, ROOM * memory / bytes_each)
-    while (size := entries(modulus)) > room and modulus < largest:
+    comfortable = min(MAX_ENTRIES, ROOM.get() * memory / bytes_each)
+    while (size := entries(modulus)) > comfortable and modulus < largest:
         modulus *= 2
     if size > MAX_ENTRIES:
         cause = (
