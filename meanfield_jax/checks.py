@@ -111,7 +111,8 @@ def jax_dtype(dtype: Any) -> Any:
 
 def native(values: np.ndarray) -> np.ndarray:
     """The same numbers in a dtype of JAX; what has none stays as it is."""
-    return values.astype(jax_dtype(values.dtype) or values.dtype, copy=False)
+    found = jax_dtype(values.dtype)
+    return values if found is None else values.astype(found, copy=False)
 
 
 def scalar(argument: str, value: Any) -> Any:

@@ -87,11 +87,12 @@ def check_store(location: str | Path) -> Check:
         files = existing(files)
     attributes = unproven_header(files.read(HEADER, LIMIT))
     try:
-        found = attributes and _checked(files, attributes, [Fault(HEADER, "repairable", OPTIONS)])
+        first = [Fault(HEADER, "repairable", OPTIONS)]
+        found = None if attributes is None else _checked(files, attributes, first)
     except DataError:
         found = None
     # a chunk's digest covers the specification, so that one that is right proves it
-    return found if found and found.whole else _without_header(files)
+    return found if found is not None and found.whole else _without_header(files)
 
 
 def _checked(files: Folder | Memory, attributes: dict[str, Any], faults: list[Fault]) -> Check:
@@ -101,7 +102,10 @@ def _checked(files: Folder | Memory, attributes: dict[str, Any], faults: list[Fa
         content = content_of(files, file)
         if content is None or digest_of(content) != digest:
             faults.append(Fault(file, "repairable", RESUME))
-            content = _stand_in(files, attributes, file)
+            try:
+                content = _stand_in(files, attributes, file)
+            except MALFORMED:
+                content = None
         if content is not None:
             contents[file] = content
     store = opened(files, attributes, contents)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -142,7 +142,7 @@ def validate(
 
 
 def _seconds(
-    variants: Iterable[Network], num_samples: int, draws: int, traces: bool
+    variants: Collection[Network], num_samples: int, draws: int, traces: bool
 ) -> Iterator[float]:
     """Yields an estimate of the time of the theory of each network, and of each measurement.
 
