@@ -41,6 +41,7 @@ NORM_COLORS = (
     "#E69F00",
     "#8F7A00",
 )
+MOST_TICKS = 12
 LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
 
 
@@ -219,6 +220,9 @@ def _line_plot(dataset: xr.Dataset, along: str, value: str | None) -> Figure:
     values = dataset[along].values
     if along != "seed" and values.min() > 0 and values.max() > 3 * values.min():
         panels[-1].set_xscale("log")
+    if along != "learning_rate" and len(values) <= MOST_TICKS:
+        panels[-1].set_xticks(values, [f"{number:g}" for number in values])
+        panels[-1].set_xticks([], minor=True)
     panels[-1].set_xlabel(str(dataset[along].attrs.get("long_name", along)))
     for axes in panels:
         axes.grid(alpha=0.25)
@@ -242,7 +246,9 @@ def _draw_line(
     )
     style = dict(color=color, transform=axes.get_xaxis_transform(), clip_on=False)
     if gone.any():
-        axes.plot(x[gone.values], np.full(int(gone.sum()), 0.97), "x", label="diverged", **style)
+        known = "diverged" in axes.get_legend_handles_labels()[1]
+        label = None if known else "diverged"
+        axes.plot(x[gone.values], np.full(int(gone.sum()), 0.97), "x", label=label, **style)
     axes.set_ylabel(f"{result.long_name} after {dataset.sizes['epoch']} epochs")
     if value != "test_accuracy":
         axes.set_yscale(_scale(runs))
