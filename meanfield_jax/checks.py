@@ -189,27 +189,31 @@ def check_data(x: Any, name: str = "x") -> Array:
 
 
 def array(name: str, value: Any) -> Array:
-    """The value as a JAX array of numbers; raises DataError for anything else."""
-    if isinstance(value, Array) and jax_dtype(value.dtype) is not None:
-        return value
-    _check_length(name, value)
-    try:
-        given = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
-        if given is not None and jax_dtype(given.dtype) is not None and value is not None:
-            # a constant stays one under jit, so that its values can be checked
-            with jax.ensure_compile_time_eval():
-                return jnp.asarray(native(given))
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise problem(DataError, name, type(value).__name__, "not an array of numbers", "pass one")
-
-
-def real_array(name: str, value: Any) -> Array:
     """The value as a JAX array of real numbers; raises DataError for anything else."""
-    found = array(name, value)
+    found = value if isinstance(value, Array) else _from_numpy(name, value)
+    if found is None or jax_dtype(found.dtype) is None:
+        remedy = "pass one"
+        raise problem(DataError, name, type(value).__name__, "not an array of numbers", remedy)
     if jnp.issubdtype(found.dtype, jnp.complexfloating):
-        raise problem(DataError, f"{name}.dtype", str(found.dtype), "complex", "pass real numbers")
+        remedy = "pass real numbers"
+        raise problem(DataError, f"{name}.dtype", str(found.dtype), "complex", remedy)
     return found
+
+
+def _from_numpy(name: str, value: Any) -> Array | None:
+    """What NumPy can read as a JAX array; None if there are no numbers."""
+    _check_length(name, value)
+    if value is None or isinstance(value, np.ma.MaskedArray):
+        return None
+    try:
+        given = np.asarray(value)
+        if jax_dtype(given.dtype) is None:
+            return None
+        # a constant stays one under jit, so that its values can be checked
+        with jax.ensure_compile_time_eval():
+            return jnp.asarray(native(given))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def check_tree(argument: str, tree: Any, is_leaf: Callable[[Any], bool]) -> None:

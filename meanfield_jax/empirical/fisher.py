@@ -21,7 +21,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from meanfield_jax import precise
-from meanfield_jax.checks import check_choice, check_tree, real_array, whole
+from meanfield_jax.checks import array, check_choice, check_tree, whole
 from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.inputs import check_batch, check_params
 from meanfield_jax.empirical.likelihood import LIKELIHOODS, likelihood_factor
@@ -342,7 +342,7 @@ class FisherOperator(SymmetricOperator):
             remedy = f"pass an array ({self.num_parameters},) or a pytree like params"
             cause = "its structure differs from that of params"
             raise problem(SpecError, "vector", type(vector).__name__, cause, remedy)
-        vector = jax.tree.map(lambda leaf: real_array("vector", leaf), vector)
+        vector = jax.tree.map(lambda leaf: array("vector", leaf), vector)
         return _parameter_product(self, vector)
 
     def _product(self) -> Callable[[Any], Any]:

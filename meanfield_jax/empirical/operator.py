@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from meanfield_jax.checks import real_array
+from meanfield_jax.checks import array
 from meanfield_jax.empirical.linearized import linearized, multiply_rows
 from meanfield_jax.errors import SpecError, problem
 
@@ -53,7 +53,7 @@ class SymmetricOperator:
         Returns:
             An array of the same shape.
         """
-        vector, size = real_array("vector", vector).astype(self.dtype), self.shape[0]
+        vector, size = array("vector", vector).astype(self.dtype), self.shape[0]
         if vector.ndim not in (1, 2) or vector.shape[0] != size:
             remedy = f"pass an array ({size},) or ({size}, k)"
             raise problem(SpecError, "vector.shape", vector.shape, "does not fit", remedy)
@@ -87,7 +87,7 @@ class SymmetricOperator:
         op = linearized(self)
 
         def multiply(vector: np.ndarray) -> np.ndarray:
-            rows = real_array("vector", vector.reshape(self.shape[0], -1).T).astype(self.dtype)
+            rows = array("vector", vector.reshape(self.shape[0], -1).T).astype(self.dtype)
             return np.asarray(multiply_rows(op, rows)).T.reshape(vector.shape)
 
         products: Any = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), multiply)
