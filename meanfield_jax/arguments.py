@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from meanfield_jax.checks import (
     array,
+    check_tree,
     function,
     mapping,
     names,
@@ -256,7 +257,7 @@ def integers(argument: str, value: Any) -> Any:
     """An integer, or an array of them."""
     if not (isinstance(value, Tracer) or np.ndim(numbers(argument, value))):
         return whole(argument, value)
-    found = value if isinstance(value, Array) else np.asarray(value)
+    found = value if isinstance(value, Array) else plain(np.asarray(value))
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise problem(SpecError, argument, value, "must be integers", "pass integers")
     return found
@@ -266,6 +267,30 @@ def scalars(argument: str, value: Any) -> list[Any]:
     """A sequence of numbers."""
     given = sequence(argument, value)
     return [scalar(f"{argument}[{i}]", item) for i, item in enumerate(given)]
+
+
+def momenta(argument: str, value: Any) -> Any:
+    """Momenta of the heavy ball, an array or one."""
+    found = numbers(argument, value)
+    if not isinstance(found, Tracer):
+        known = np.asarray(found)
+        if not np.all((known >= 0) & (known < 1)):
+            raise problem(SpecError, argument, value, "outside [0, 1)", "pass e.g. 0.9")
+    return found
+
+
+def one_momentum(argument: str, value: Any) -> Any:
+    """One momentum of the heavy ball."""
+    return momenta(argument, scalar(argument, value))
+
+
+def positive(argument: str, value: Any) -> Any:
+    """One positive number."""
+    found = scalar(argument, value)
+    if not isinstance(found, Tracer) and not 0 < found < np.inf:
+        cause, remedy = "must be above 0 and finite", "pass a positive number"
+        raise problem(SpecError, argument, value, cause, remedy)
+    return found
 
 
 def sizes(argument: str, value: Any) -> list[Any]:
@@ -290,6 +315,7 @@ def vector(argument: str, value: Any) -> Array:
 
 def arrays(argument: str, value: Any) -> Any:
     """Arrays in containers of any kind."""
+    check_tree(argument, value, is_layer)
     return jax.tree.map(lambda leaf: array(argument, leaf), value, is_leaf=is_layer)
 
 
@@ -333,10 +359,9 @@ KINDS: dict[Check, str] = {
         batch_size chunk_cells draws epochs k max_steps num_batches num_draws num_eigenvalues
         num_probes num_steps seed seeds
     """,
-    scalar: """
-        fraction momentum min_output_variance output_variance patience residual tail_share tol
-        tolerance value
-    """,
+    scalar: "min_output_variance output_variance tail_share value",
+    positive: "fraction patience residual tol tolerance",
+    one_momentum: "momentum",
     number: "num_samples",
     numbers: "beta bias_var gamma lambda_max learning_rate weight_var",
     scalars: "gammas learning_rates",

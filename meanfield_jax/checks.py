@@ -6,7 +6,7 @@ wanted. Values that are being traced are not known and pass.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,14 +27,19 @@ LARGEST = 2**31 - 1
 BYTES_OF_ITEM = 1000.0
 """Memory of an item of a sequence, with what is made of it."""
 
+MOST_LEVELS = 100
+"""The most containers inside each other in a pytree; Python allows a thousand calls."""
+
 MOST_LABELS = 5
 """Labels outside the outputs that a message shows."""
 
 
 def plain(value: Any) -> Any:
-    """NumPy numbers, and arrays without axes, as numbers of Python; other values as they are."""
-    if not isinstance(value, (np.generic, np.ndarray)) or value.ndim:
+    """NumPy numbers, and arrays without axes, as numbers of Python; others as :func:`native`."""
+    if not isinstance(value, (np.generic, np.ndarray)):
         return value
+    if value.ndim:
+        return native(value)
     if isinstance(value, np.ma.MaskedArray):
         return value.filled(np.nan).item() if value.dtype.kind == "f" else value
     # half precision stays as it is, because the theory refuses it
@@ -76,10 +81,38 @@ def number(argument: str, value: Any) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number or an array of them."""
     if isinstance(value, (np.ndarray, np.generic, Array)):
-        # the dtypes of JAX, such as bfloat16, have no kind of NumPy's
-        kinds = (jnp.integer, jnp.floating)
-        return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        known, kinds = jax_dtype(value.dtype), (jnp.integer, jnp.floating)
+        return known is not None and any(jnp.issubdtype(known, kind) for kind in kinds)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def jax_dtype(dtype: Any) -> Any:
+    """The dtype of JAX for the numbers of an array: other orders of bytes and long doubles change.
+
+    Files in formats such as FITS and IDX give arrays in the other order.
+
+    Returns:
+        None for dtypes that JAX does not have or does not compute with: objects, texts, dates,
+        records, keys, integers of four bits.
+    """
+    if not isinstance(dtype, np.dtype) or dtype.kind == "T":  # keys, texts
+        return None
+    if dtype.kind in "iufc":
+        for longest in (np.dtype(float), np.dtype(complex)):
+            if dtype.kind == longest.kind and dtype.itemsize > longest.itemsize:
+                dtype = longest
+        dtype = dtype.newbyteorder("=")
+    try:
+        jnp.promote_types(dtype, jnp.float32)
+    except (TypeError, ValueError):
+        return None
+    return dtype
+
+
+def native(values: np.ndarray) -> np.ndarray:
+    """The same numbers in a dtype of JAX; what has none stays as it is."""
+    found = jax_dtype(values.dtype)
+    return values if found is None else values.astype(found, copy=False)
 
 
 def scalar(argument: str, value: Any) -> Any:
@@ -156,19 +189,59 @@ def check_data(x: Any, name: str = "x") -> Array:
 
 
 def array(name: str, value: Any) -> Array:
-    """The value as a JAX array of numbers; raises DataError for anything else."""
-    if isinstance(value, Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
-        return value
+    """The value as a JAX array of real numbers; raises DataError for anything else."""
+    found = value if isinstance(value, Array) else _from_numpy(name, value)
+    if found is None or jax_dtype(found.dtype) is None:
+        remedy = "pass one"
+        raise problem(DataError, name, type(value).__name__, "not an array of numbers", remedy)
+    if jnp.issubdtype(found.dtype, jnp.complexfloating):
+        remedy = "pass real numbers"
+        raise problem(DataError, f"{name}.dtype", str(found.dtype), "complex", remedy)
+    return found
+
+
+def _from_numpy(name: str, value: Any) -> Array | None:
+    """What NumPy can read as a JAX array; None if there are no numbers."""
     _check_length(name, value)
+    if value is None or isinstance(value, np.ma.MaskedArray):
+        return None
     try:
-        given = None if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
-        if given is not None and given.dtype.kind not in "OUSMm" and value is not None:
-            # a constant stays one under jit, so that its values can be checked
-            with jax.ensure_compile_time_eval():
-                return jnp.asarray(given)
+        given = np.asarray(value)
+        if jax_dtype(given.dtype) is None:
+            return None
+        # a constant stays one under jit, so that its values can be checked
+        with jax.ensure_compile_time_eval():
+            return jnp.asarray(native(given))
     except (TypeError, ValueError, OverflowError):
-        pass
-    raise problem(DataError, name, type(value).__name__, "not an array of numbers", "pass one")
+        return None
+
+
+def check_tree(argument: str, tree: Any, is_leaf: Callable[[Any], bool]) -> None:
+    """Raises DataError for a pytree that is too deep, too large, or has keys that JAX cannot sort.
+
+    Args:
+        argument: The argument, for messages.
+        tree: Any value.
+        is_leaf: Tells which nodes are not looked into.
+    """
+    level, count, depth, given = [tree], 1, 0, type(tree).__name__
+    remedy = "pass a dictionary of arrays"
+    while level:
+        try:
+            parts = [
+                jax.tree_util.default_registry.flatten_one_level(node)
+                for node in level
+                if not is_leaf(node)
+            ]
+        except (TypeError, ValueError) as error:  # keys that cannot be sorted
+            cause = f"JAX cannot take it apart ({' '.join(str(error).split())[:200]})"
+            raise problem(DataError, argument, given, cause, remedy) from None
+        level = [child for part in parts if part is not None for child in part[0]]
+        count, depth = count + len(level), depth + 1
+        within("MEMORY", argument, given, BYTES_OF_ITEM * count)
+        if depth > MOST_LEVELS:
+            cause = f"containers are nested more than {MOST_LEVELS} deep"
+            raise problem(DataError, argument, given, cause, remedy)
 
 
 def _check_length(name: str, value: Any) -> None:

@@ -50,19 +50,29 @@ def within(
         error: The class of the error.
     """
     default, unit = LIMITS[kind]
-    variable = f"MEANFIELD_JAX_MAX_{kind}"
-    given = os.environ.get(variable) or default
-    if given is None and needed < LITTLE:
+    limit = limit_set(kind)
+    limit = default if limit is None else limit
+    if limit is None and needed < LITTLE:
         return
-    try:
-        limit = float(given or memory_of(jax.local_devices()))
-    except ValueError:
-        given = os.environ[variable]
-        raise problem(SpecError, variable, given, "not a number", "set it, e.g., to 1e9") from None
+    limit = memory_of(jax.local_devices()) if limit is None else limit
     if needed > limit:
         cause = f"takes {_amount(needed)} {unit}, above the limit of {_amount(limit)}"
-        remedy = f"ask for less, or set the environment variable {variable} to raise it"
-        raise problem(error, argument, value, cause, remedy)
+        raise problem(error, argument, value, cause, f"ask for less, or {how_to_raise(kind)}")
+
+
+def limit_set(kind: str) -> float | None:
+    """The limit of this kind that the environment sets; raises SpecError if it is not a number."""
+    variable = f"MEANFIELD_JAX_MAX_{kind}"
+    given = os.environ.get(variable)
+    try:
+        return float(given) if given else None
+    except ValueError:
+        raise problem(SpecError, variable, given, "not a number", "set it, e.g., to 1e9") from None
+
+
+def how_to_raise(kind: str) -> str:
+    """The end of a message about a limit."""
+    return f"set the environment variable MEANFIELD_JAX_MAX_{kind} to raise it"
 
 
 def _amount(number: float) -> str:

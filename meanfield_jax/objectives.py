@@ -17,7 +17,6 @@ from meanfield_jax.arguments import checked
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.theory.analyze import Theory
-from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.variants import has_batch_norm
 
 MARGIN = 1e-3
@@ -70,7 +69,6 @@ def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
         >>> round(float(tuned.after.eta_max()), 4)
         0.1
     """
-    eta_max(1.0, momentum)  # checks the momentum
     return Objective(_target_eta_max, dict(value=_positive("value", value), momentum=momentum))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ import numpy as np
 from meanfield_jax.arguments import as_given, checked, dataset_of
 from meanfield_jax.checks import check_choice
 from meanfield_jax.empirical.density import SpectralDensity
-from meanfield_jax.errors import DataError, problem
 from meanfield_jax.experiments.diagram import averaged
 from meanfield_jax.layers.base import abbreviation
 from meanfield_jax.theory.analyze import Theory
@@ -41,6 +41,7 @@ NORM_COLORS = (
     "#E69F00",
     "#8F7A00",
 )
+MOST_TICKS = 12
 LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
 
 
@@ -153,17 +154,22 @@ def plot_spectrum(
 def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     """A phase diagram of training: a result over learning rate and scale, with the boundaries.
 
+    Without a second axis beside the learning rate, or without learning rates, it is a plot of lines
+    over one axis.
+
     Args:
-        dataset: What :func:`meanfield_jax.sweep` returned, with "learning_rate" and another axis.
+        dataset: What :func:`meanfield_jax.sweep` returned.
         value: The result to show, after the last epoch and averaged over seeds: test_loss, loss or
             test_accuracy; None: test_loss if there is one, else loss.
 
     Returns:
         A figure with one panel for each combination of further axes: white where any seed
-        diverged, with lines at the boundaries that the theory predicts.
+        diverged, with lines at the boundaries that the theory predicts. Lines are means over seeds,
+        with a point for each run and a cross above where any seed diverged; the boundaries are
+        vertical lines, or curves over the axis in a panel of their own, beside the rate in use.
 
     Raises:
-        SpecError, DataError: if the data set does not have these axes, or not this result.
+        SpecError: if the data set does not have this result.
     """
     from matplotlib.figure import Figure
 
@@ -173,20 +179,102 @@ def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     across = [
         str(name) for name in dataset.diverged_at.dims if name not in ("learning_rate", "seed")
     ]
-    if "learning_rate" not in dataset.dims or not across:
-        remedy = "sweep over learning_rate and one more axis"
-        cause = "it needs learning_rate and another axis"
-        raise problem(DataError, "dataset", list(dataset.dims), cause, remedy)
+    if "learning_rate" not in dataset.dims:
+        return _line_plot(dataset, (across or ["seed"])[0], value)
+    if not across:
+        return _line_plot(dataset, "learning_rate", value)
     vertical = "gamma" if "gamma" in across else across[0]
     across.remove(vertical)
-    values = itertools.product(*(dataset[name].values for name in across))
-    panels = [dict(zip(across, at, strict=True)) for at in values]
+    panels = _points_of(dataset, across)
     figure = Figure(figsize=(1.5 + 4.6 * len(panels), 4.4), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for index, (axes, at) in enumerate(zip(row, panels, strict=True)):
-        title = ", ".join(f"{name} = {value:g}" for name, value in at.items())
-        draw_sweep(axes, dataset.sel(at), vertical, value=value, title=title, legend=index == 0)
+        draw_sweep(axes, dataset.sel(at), vertical, value=value, title=_text(at), legend=index == 0)
     return figure
+
+
+def _points_of(dataset: xr.Dataset, names: Sequence[str]) -> list[dict[str, float]]:
+    """Every combination of the values of these axes."""
+    values = itertools.product(*(dataset[name].values for name in names))
+    return [dict(zip(names, at, strict=True)) for at in values]
+
+
+def _text(at: dict[str, float]) -> str:
+    return ", ".join(f"{name} = {value:g}" for name, value in at.items())
+
+
+def _line_plot(dataset: xr.Dataset, along: str, value: str | None) -> Figure:
+    """A result over one axis, with a line for every combination of the others but the seed."""
+    from matplotlib.figure import Figure
+
+    dataset = dataset.sortby(along)
+    others = [str(name) for name in dataset.diverged_at.dims if name not in (along, "seed")]
+    figure = Figure(figsize=(6.6, 4.4 if along == "learning_rate" else 7), layout="constrained")
+    panels = figure.subplots(1 if along == "learning_rate" else 2, sharex=True, squeeze=False)[:, 0]
+    for index, at in enumerate(_points_of(dataset, others)):
+        _draw_line(panels[0], dataset.sel(at), along, value, NORM_COLORS[index % 9], _text(at))
+    if along == "learning_rate":
+        _draw_rates(panels[0], dataset)
+    else:
+        _draw_curves(panels[1], dataset, along, others)
+    values = dataset[along].values
+    if along != "seed" and values.min() > 0 and values.max() > 3 * values.min():
+        panels[-1].set_xscale("log")
+    if along != "learning_rate" and len(values) <= MOST_TICKS:
+        panels[-1].set_xticks(values, [f"{number:g}" for number in values])
+        panels[-1].set_xticks([], minor=True)
+    panels[-1].set_xlabel(str(dataset[along].attrs.get("long_name", along)))
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=7)
+    return figure
+
+
+def _draw_line(
+    axes, dataset: xr.Dataset, along: str, value: str | None, color: str, label: str
+) -> None:
+    """The mean over seeds, the single runs, and where any run diverged."""
+    result = dataset[value or ("test_loss" if "test_loss" in dataset else "loss")]
+    runs = result.isel(epoch=-1).where(dataset.diverged_at == -1)
+    x, gone = dataset[along].values, dataset.diverged_at >= 0
+    if "seed" in runs.dims and along != "seed":
+        axes.plot(x, runs.transpose(along, "seed"), ".", color=color, alpha=0.4, ms=4)
+        gone, runs = gone.any("seed"), runs.mean("seed", skipna=False)
+    axes.plot(
+        x, runs, "-o" if along != "seed" else "o", color=color, mfc="white", ms=5, label=label
+    )
+    style = dict(color=color, transform=axes.get_xaxis_transform(), clip_on=False)
+    if gone.any():
+        known = "diverged" in axes.get_legend_handles_labels()[1]
+        label = None if known else "diverged"
+        axes.plot(x[gone.values], np.full(int(gone.sum()), 0.97), "x", label=label, **style)
+    axes.set_ylabel(f"{result.long_name} after {dataset.sizes['epoch']} epochs")
+    if value != "test_accuracy":
+        axes.set_yscale(_scale(runs))
+
+
+def _draw_rates(axes, dataset: xr.Dataset) -> None:
+    """The predicted boundaries as vertical lines, on an axis of learning rates."""
+    for name in ("batch", "frozen", "wei2019"):
+        rate = float(dataset[f"eta_max_{name}"])
+        style = dict(color=COLOR[name], lw=1.6)
+        if np.isfinite(rate):
+            axes.axvline(rate, ls=LINE[name], label=LABEL[name], **style)
+            if name == "batch":
+                axes.axvline(rate / 2, ls=":", label="half of it", **style)
+
+
+def _draw_curves(axes, dataset: xr.Dataset, along: str, others: list[str]) -> None:
+    """The predicted boundaries over another axis, and the learning rate that was used."""
+    x = dataset[along]
+    for index, at in enumerate(_points_of(dataset, others)):
+        for name in ("batch",) if others else ("batch", "frozen", "wei2019"):
+            rates = dataset[f"eta_max_{name}"].sel(at).broadcast_like(x)
+            color, label = (NORM_COLORS[index % 9], _text(at)) if others else (COLOR[name], "")
+            axes.plot(x, rates, LINE[name], color=color, label=label or LABEL[name])
+    axes.axhline(float(dataset.learning_rate), color="black", ls=":", label="rate in use")
+    axes.set(yscale="log", ylabel="largest stable learning rate")
 
 
 def draw_sweep(

@@ -158,7 +158,6 @@ def tune(
         ('CONVERGED', 50.0)
     """
     max_steps = whole("max_steps", max_steps, 1)
-    eta_max(1.0, momentum)  # checks the momentum
     network.validate()
     if any(np.shape(number) for number in jax.tree.leaves(network)):
         cause, remedy = "some of its numbers are arrays", "tune one network at a time"

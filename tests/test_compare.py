@@ -1,6 +1,7 @@
 """The norms side by side: exchanged in their places, measured, trained, drawn, from the command."""
 
 import io
+import types
 
 import draws
 import jax
@@ -13,8 +14,10 @@ from networks import DIGITS
 from rich.console import Console
 
 import meanfield_jax as mf
+from meanfield_jax import experiments
 from meanfield_jax.cli import main
 from meanfield_jax.cli.tables import comparison_table
+from meanfield_jax.experiments import progress
 from meanfield_jax.experiments.compare import norm_names, norm_of
 from meanfield_jax.variants import with_norm
 
@@ -23,6 +26,7 @@ RESNET = mf.preact_resnet(
 )
 BLOCK = mf.preact_resnet([8], blocks=1, inputs=(2, 2, 3), outputs=3, norm=mf.BatchNorm())
 RATES = [0.03, 0.1]
+LOSSES = ("loss", "test_loss", "test_accuracy")
 SMALL = dict(batch_sizes=[50, 100], learning_rates=RATES, epochs=1)
 """Batches of 100, two rates, two seeds: shapes of the command below and of compare's example."""
 
@@ -120,6 +124,53 @@ def test_a_rate_at_which_a_seed_diverged_is_never_best():
 
 
 @pytest.mark.slow
+def test_the_bar_moves_with_the_work(monkeypatch):
+    """Every estimate is used up, those that compile are the largest, and more steps take longer."""
+    used = []
+
+    class Watched(progress.Stages):
+        def __init__(self, text, seconds, shown):
+            self.estimates = [*seconds]
+            super().__init__(text, self.estimates, shown)
+
+        def finished(self):
+            super().finished()
+            used.append(self.estimates[len(used)])
+
+        def __exit__(self, *problem):
+            super().__exit__(*problem)
+            assert used == self.estimates
+
+    op = types.SimpleNamespace(dual=types.SimpleNamespace(shape=(100,)))
+    found = types.SimpleNamespace(status=0, eigenvalues=np.ones(10))
+    runs = types.SimpleNamespace(to_xarray=lambda dims: trained)
+    trained = xr.Dataset(
+        {name: (("learning_rate", "seed", "epoch"), np.ones((2, 2, 1))) for name in LOSSES}
+        | dict(diverged_at=(("learning_rate", "seed"), np.full((2, 2), -1)))
+    )
+    for module in (experiments.validate, experiments.compare):
+        monkeypatch.setattr(module, "Stages", Watched)
+        monkeypatch.setattr(module, "fisher_operator", lambda *args, **options: op)
+        monkeypatch.setattr(module, "top_eigenvalues", lambda *args, **options: found)
+    monkeypatch.setattr(experiments.validate, "_outlier", lambda *args: 1.0)
+    monkeypatch.setattr(experiments.validate, "calibrate", lambda *args: None)
+    monkeypatch.setattr(experiments.compare, "train", lambda *args, **options: runs)
+    monkeypatch.setattr(experiments.compare, "least_samples", lambda body: 10**6)
+    x, labels = digits(100)
+    mf.validate(DIGITS, x, gammas=[0.5, 1.0], draws=2)
+    theory, measured = used[:3], used[3:]
+    # without norms, and with them in two modes; the second scale uses the programs of the first
+    assert theory[0] == pytest.approx(theory[1], rel=0.1)
+    assert theory[2] < theory[1]
+    assert len(measured) == 2 * (1 + 2 + 2)
+    assert [value > 10 * measured[-1] for value in measured] == [1, 0, 1, 1, 0, 0, 0, 0, 0, 0]
+    used.clear()
+    options = dict(test=(x, labels), norms=["batch"], learning_rates=RATES, draws=2)
+    mf.compare(DIGITS, (x, labels), batch_sizes=[2, 100], **options)
+    assert len(used) == 2 * (1 + 1 + 2)
+    assert used[0] > used[4]
+
+
 def test_statistics_of_too_few_samples_have_no_theory():
     data = digits(2)
     options = dict(learning_rates=[0.01], epochs=1, seeds=1, draws=1)

@@ -160,7 +160,12 @@ def test_pairs_of_positions_are_kept_where_they_count(name, modulus, monkeypatch
     network, x = conv(plain(name), width=6), jnp.asarray(correlated(4, 8, 8, 2))
     known = without_widths(network.body)
     assert memory_plan.modulus_for(*known, x, "batch") == modulus
-    # where memory is short an even sample stands for them
+    # where memory is short an even sample stands for them; half of it is left to all else
+    with monkeypatch.context() as patched:
+        patched.setenv("MEANFIELD_JAX_MAX_MEMORY", str(35 * 8 * 16**2 * 4**2))
+        assert memory_plan.modulus_for(*known, x, "batch") == max(modulus, 4)
+        with memory_plan.room(1.0):
+            assert memory_plan.modulus_for(*known, x, "batch") == modulus
     monkeypatch.setattr(memory_plan, "MAX_ENTRIES", 16**2 * 4**2 // 2)
     assert memory_plan.modulus_for(*known, x, "batch") == max(modulus, 4)
 

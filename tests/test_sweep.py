@@ -407,8 +407,8 @@ def test_every_cell_has_a_status(digits, tmp_path):
         ),
         ("learning_rate/c/0", 1, ["repairable: learning_rate/c/0", "4 whole"]),
         ("eta_max_batch/c/0", 1, ["repairable: eta_max_batch/c/0", "4 whole"]),
-        ("loss/zarr.json", 1, ["repairable: loss/zarr.json"]),
-        ("zarr.json", 1, ["lost: zarr.json"]),
+        ("loss/zarr.json", 1, ["repairable: loss/zarr.json", "4 whole"]),
+        ("zarr.json", 1, ["repairable: zarr.json", "4 whole"]),
     ],
 )
 def test_check_says_what_is_damaged_and_resume_mends_it(
@@ -616,8 +616,38 @@ def test_the_picture_has_what_it_says():
     assert labels[0] == "theory, training mode"
     assert_close(panel.lines[0].get_xdata(), [2.0, 0.5], "rounding")
     assert_close(panel.lines[1].get_xdata(), [1.0, 0.25], "rounding")
-    with pytest.raises(mf.DataError, match="it needs learning_rate and another axis"):
-        mf.plot_sweep(synthetic().isel(gamma=0))
+
+
+@pytest.mark.parametrize(
+    ("along", "at"),
+    [
+        ("learning_rate", dict(gamma=1)),
+        ("gamma", dict(learning_rate=0, seed=0)),
+        ("seed", dict(gamma=1, learning_rate=0)),
+    ],
+)
+def test_a_single_axis_is_drawn_as_a_line(along, at):
+    dataset = synthetic().isel(at)
+    figure = mf.plot_sweep(dataset)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    boundaries = {line.get_label(): line for line in figure.axes[-1].lines}
+    (mean,) = (line for label, line in lines.items() if line.get_marker() == "o")
+    assert mean.get_xdata().tolist() == dataset[along].values.tolist()
+    if along == "learning_rate":
+        assert lines["diverged"].get_xdata().tolist() == [0.1, 1.0, 10.0]
+        assert boundaries["theory, training mode"].get_xdata() == [0.5, 0.5]
+        assert_close(mean.get_ydata()[:1], [8.5], "rounding")
+    else:
+        rates = dataset.eta_max_batch.broadcast_like(dataset[along])
+        assert_close(boundaries["theory, training mode"].get_ydata(), rates, "rounding")
+        assert boundaries["rate in use"].get_ydata() == [0.01, 0.01]
+    assert figure.axes[-1].get_xlabel() == along
+
+
+def test_axes_without_learning_rates_are_lines_of_one_of_them():
+    figure = mf.plot_sweep(synthetic().isel(learning_rate=0).expand_dims(momentum=[0.5, 0.9]))
+    labels = figure.axes[1].get_legend_handles_labels()[1]
+    assert labels == ["gamma = 0.5", "gamma = 1", "rate in use"]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ class Check:
         if self.json:
             print_json("check", self._dataset(found))
         else:
-            print(
-                f"chunks: {found.whole} whole, {found.damaged} damaged, {found.missing} to be run"
-            )
+            unknown = f", {found.unknown} there, but not checked" * (found.unknown > 0)
+            counts = f"{found.whole} whole, {found.damaged} damaged, {found.missing} to be run"
+            print(f"chunks: {counts}{unknown}")
             for fault in found.faults:
                 print(f"{fault.state}: {fault.file}; {fault.remedy}")
         if found.faults:
@@ -43,5 +43,6 @@ class Check:
             name: ("fault", np.array([getattr(fault, name) for fault in found.faults], dtype=str))
             for name in ("file", "state", "remedy")
         }
-        counts = dict(whole=found.whole, damaged=found.damaged, missing=found.missing)
+        names = ("whole", "damaged", "missing", "unknown")
+        counts = {name: getattr(found, name) for name in names}
         return xr.Dataset(columns, attrs=dict(store=self.store, **counts))

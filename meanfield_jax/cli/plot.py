@@ -17,7 +17,7 @@ from meanfield_jax.plots import plot_sweep
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Draw a sweep, finished or not: results over learning rate and scale, with the boundaries."""
+    """Draw a sweep, finished or not: results over learning rate and scale, or over one axis."""
 
     store: Annotated[str, tyro.conf.Positional]
     """Folder that `meanfield-jax sweep` wrote."""
@@ -38,7 +38,7 @@ class Plot:
         written = write_png(picture, plot_sweep(dataset, value=self.value))
         if self.json:
             print_sweep("plot", dataset)
-        else:
+        elif "learning_rate" in dataset.dims:
             Console().print(sweep_table(dataset))
         missing = int((dataset.diverged_at == -2).sum())
         note = f"; {missing} of {dataset.diverged_at.size} runs are not finished" * (missing > 0)

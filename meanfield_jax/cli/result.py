@@ -302,7 +302,7 @@ RESULTS = {
     "sweep": _SWEEP,
     "check": Result(
         None,
-        dict(store=TEXT, whole=WHOLE, damaged=WHOLE, missing=WHOLE),
+        dict(store=TEXT, whole=WHOLE, damaged=WHOLE, missing=WHOLE, unknown=WHOLE),
         dict(
             file=Variable("fault", "file, by its path in the store", TEXT),
             state=Variable("fault", "repairable or lost", TEXT),

@@ -24,7 +24,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from meanfield_jax import precise
-from meanfield_jax.checks import check_choice, whole
+from meanfield_jax.checks import array, check_choice, check_tree, whole
 from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.inputs import check_batch, check_params
 from meanfield_jax.empirical.likelihood import LIKELIHOODS, likelihood_factor
@@ -34,6 +34,7 @@ from meanfield_jax.empirical.model import Functional, path_name
 from meanfield_jax.empirical.operator import SymmetricOperator
 from meanfield_jax.empirical.products import jacobian, outer
 from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.layers.base import is_layer
 from meanfield_jax.pytree import pytree, static
 
 
@@ -362,10 +363,12 @@ class FisherOperator(SymmetricOperator):
             _is_array(self.params) and vector.shape == self.params.shape != self.shape[:1]
         ):
             return super().__matmul__(vector)
+        check_tree("vector", vector, is_layer)
         if jax.tree.structure(vector) != jax.tree.structure(self.params):
             remedy = f"pass an array ({self.num_parameters},) or a pytree like params"
             cause = "its structure differs from that of params"
             raise problem(SpecError, "vector", type(vector).__name__, cause, remedy)
+        vector = jax.tree.map(lambda leaf: array("vector", leaf), vector)
         return _parameter_product(self, vector)
 
     def _product(self) -> Callable[[Any], Any]:

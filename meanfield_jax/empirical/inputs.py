@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.core import Tracer
 
+from meanfield_jax.checks import check_tree, jax_dtype, native
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.layers.base import is_layer
@@ -23,7 +25,7 @@ def check_batch(x: Any) -> Any:
     Returns:
         The same pytree.
     """
-    named = [(_argument("x", path), leaf) for path, leaf in _leaves(x)]
+    named = [(_argument("x", path), leaf) for path, leaf in _leaves("x", x)]
     if not named:
         raise problem(DataError, "x", x, "contains no arrays", "pass inputs (n, ...)")
     for name, leaf in named:
@@ -49,7 +51,7 @@ def check_batch(x: Any) -> Any:
         if count := int((~np.isfinite(values.astype(np.result_type(values, np.float32)))).sum()):
             remedy = "remove or replace these values"
             raise problem(DataError, name, f"{count} values", "NaN or infinite", remedy)
-    return jax.tree.map(jnp.asarray, x)
+    return jax.tree.map(_as_jax, x)
 
 
 def check_params(params: Any) -> Any:
@@ -59,7 +61,7 @@ def check_params(params: Any) -> Any:
         cause = f"it holds more than parameters ({others})"
         remedy = "use FisherOperator.from_linen(module, variables, x)"
         raise problem(SpecError, "params", list(map(str, params)), cause, remedy)
-    named = _leaves(params)
+    named = _leaves("params", params)
     if not named:
         raise problem(SpecError, "params", params, "contains no arrays", "pass a pytree of arrays")
     for path, leaf in named:
@@ -75,10 +77,17 @@ def check_params(params: Any) -> Any:
         if not jnp.issubdtype(dtype, jnp.floating):
             remedy = "hold it in the function, or convert it with .astype('float32')"
             raise problem(SpecError, f"{name}.dtype", str(dtype), "not differentiable", remedy)
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(_as_jax, params)
 
 
-def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+def _as_jax(leaf: Any) -> Array:
+    if isinstance(leaf, (Array, bool, int, float, complex)):
+        return jnp.asarray(leaf)
+    return jnp.asarray(native(np.asarray(leaf)))
+
+
+def _leaves(argument: str, tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    check_tree(argument, tree, is_layer)
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_layer)
 
 
@@ -91,8 +100,8 @@ def _dtype(leaf: Any) -> Any:
     """The dtype in JAX; None for what is not a number."""
     if isinstance(leaf, (bool, int, float, complex)):
         return jnp.result_type(leaf)
-    if isinstance(leaf, (jax.ShapeDtypeStruct, np.ma.MaskedArray)):
+    if isinstance(leaf, Array):
+        return leaf.dtype
+    if isinstance(leaf, (jax.ShapeDtypeStruct, np.ma.MaskedArray)) or not hasattr(leaf, "dtype"):
         return None
-    dtype = getattr(leaf, "dtype", None)
-    # objects, text, dates
-    return None if dtype is None or getattr(dtype, "kind", "") in "OUSMm" else dtype
+    return jax_dtype(np.asarray(leaf).dtype)  # also of pandas, xarray or PyTorch

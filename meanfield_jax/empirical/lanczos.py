@@ -338,8 +338,6 @@ def top_eigenvalues(
     if not 1 <= k <= size:
         cause, remedy = f"the operator has {size} eigenvalues", f"pass 1 <= k <= {size}"
         raise problem(SpecError, "k", k, cause, remedy)
-    if not tol > 0:
-        raise problem(SpecError, "tol", tol, "must be above 0", "pass a value such as 1e-4")
     capacity = _rounded_up(k, _CAPACITY)
     given = 80 + 10 * k if max_steps is None else max_steps
     room = min(size, 80 + 10 * capacity if max_steps is None else _rounded_up(given, 1))

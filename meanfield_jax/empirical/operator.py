@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Inexact
 
+from meanfield_jax.checks import array
 from meanfield_jax.empirical.linearized import Product, linearized, multiply_rows
 from meanfield_jax.errors import SpecError, problem
 
@@ -50,7 +51,7 @@ class SymmetricOperator:
         Returns:
             An array of the same shape.
         """
-        vector, size = jnp.asarray(vector, self.dtype), self.shape[0]
+        vector, size = array("vector", vector).astype(self.dtype), self.shape[0]
         if vector.ndim not in (1, 2) or vector.shape[0] != size:
             remedy = f"pass an array ({size},) or ({size}, k)"
             raise problem(SpecError, "vector.shape", vector.shape, "does not fit", remedy)
@@ -84,7 +85,7 @@ class SymmetricOperator:
         op = linearized(self)
 
         def multiply(vector: np.ndarray) -> np.ndarray:
-            rows = jnp.asarray(vector.reshape(self.shape[0], -1).T, self.dtype)
+            rows = array("vector", vector.reshape(self.shape[0], -1).T).astype(self.dtype)
             return np.asarray(multiply_rows(op, rows)).T.reshape(vector.shape)
 
         products: Any = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), multiply)

@@ -105,9 +105,6 @@ def measured_boundary(
     for name, value in dict(draws=draws, num_steps=num_steps).items():
         if value < 1:
             raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
-    for name, value in dict(tol=tol, residual=residual).items():
-        if not value > 0:
-            raise problem(SpecError, name, value, "must be above 0", "pass a positive number")
     # floats, because the theory would be compiled again for an integer
     variants = variants_of(network, map(float, gammas))
     # a draw and its momenta, gradients and trial parameters

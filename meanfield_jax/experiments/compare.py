@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from rich.console import Console
-from rich.progress import track
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import check_choice, check_data, pair
@@ -19,13 +17,14 @@ from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.progress import PRODUCTS, STEP, Stages, seconds_of
 from meanfield_jax.experiments.train import Samples, train
-from meanfield_jax.experiments.validate import standard_error
+from meanfield_jax.experiments.validate import PROGRAMS, standard_error
 from meanfield_jax.layers.base import Layer, norm_layers
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network, normalizes_over_batch, walk
 from meanfield_jax.theory.analyze import analyze, least_samples
-from meanfield_jax.theory.learning_rate import eta_max, stable_rate
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import has_norm, with_norm
 
 if TYPE_CHECKING:
@@ -133,28 +132,31 @@ def compare(
         cause = f"there are {len(x)} training samples"
         remedy = f"pass sizes from 1 to {len(x)}"
         raise problem(SpecError, "batch_sizes", list(batch_sizes), cause, remedy)
-    eta_max(1.0, momentum)  # checks the momentum
-    jobs = [(name, size) for name in variants for size in batch_sizes]
+    jobs = [(variant, size) for variant in variants.values() for size in batch_sizes]
+    num_runs = len(learning_rates) * seeds
+    seconds = (
+        part
+        for variant, size in jobs
+        for part in _seconds(variant, size, epochs * (len(x) // size), num_runs, draws)
+    )
     cells = []
-    console = Console(stderr=True)
-    for name, size in track(
-        jobs, "Comparing", console=console, disable=not progress, transient=True
-    ):
-        variant = variants[name]
-        runs = train(
-            variant,
-            data,
-            test=test,
-            learning_rate=jnp.asarray(learning_rates)[:, None],
-            momentum=momentum,
-            epochs=epochs,
-            batch_size=size,
-            seed=jnp.arange(seeds),
-            loss=loss,
-        )
-        last = runs.to_xarray(("learning_rate", "seed")).isel(epoch=-1, drop=True)
-        last = last.where(last.diverged_at < 0).drop_vars("diverged_at")
-        cells.append(last.assign(_stability(variant, x[:size], draws)))
+    with Stages("Comparing", seconds, progress) as stages:
+        for variant, size in jobs:
+            runs = train(
+                variant,
+                data,
+                test=test,
+                learning_rate=jnp.asarray(learning_rates)[:, None],
+                momentum=momentum,
+                epochs=epochs,
+                batch_size=size,
+                seed=jnp.arange(seeds),
+                loss=loss,
+            )
+            stages.finished()
+            last = runs.to_xarray(("learning_rate", "seed")).isel(epoch=-1, drop=True)
+            last = last.where(last.diverged_at < 0).drop_vars("diverged_at")
+            cells.append(last.assign(_stability(variant, x[:size], draws, stages.finished)))
     coords = dict(learning_rate=list(learning_rates), seed=np.arange(seeds), draw=np.arange(draws))
     rows = [
         xr.concat(cells[start : start + len(batch_sizes)], "batch_size")
@@ -189,15 +191,29 @@ def _variants(
     return variants
 
 
-def _stability(network: Network, x: Array, draws: int) -> dict[str, Any]:
+def _seconds(
+    network: Network, size: int, num_steps: int, num_runs: int, draws: int
+) -> Iterator[float]:
+    """Yields estimates of the time of training, of the theory, and of each measurement."""
+    # forward, and backward with respect to values and weights
+    yield STEP * num_steps + seconds_of(network, size * num_runs, 3 * num_steps, programs=1)
+    yield seconds_of(network, size, 1, programs=2)
+    for draw in range(draws):
+        yield seconds_of(network, size, PRODUCTS, programs=PROGRAMS * (draw == 0))
+
+
+def _stability(network: Network, x: Array, draws: int, done: Callable[[], None]) -> dict[str, Any]:
     """Lambda_max by the theory of this batch, and measured in training mode for each draw."""
     predicted, inside = np.nan, False
     if len(x) >= least_samples(network.body):
         fisher = analyze(network, data=x, throw=False).fisher
         predicted, inside = float(fisher.lambda_max), bool(fisher.within_domain)
+    done()
     measured = np.full(draws, np.nan)
-    if len(x) > 1 or not normalizes_over_batch(network.body):
-        measured = np.array([_largest(network, x, seed) for seed in range(draws)])
+    for seed in range(draws):
+        if len(x) > 1 or not normalizes_over_batch(network.body):
+            measured[seed] = _largest(network, x, seed)
+        done()
     found = dict(predicted=((), predicted), within_domain=((), inside))
     return dict(**found, measured=(("draw",), measured))
 

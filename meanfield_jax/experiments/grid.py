@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from meanfield_jax.checks import native
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.store import Region
 from meanfield_jax.experiments.train import bytes_of_cell
@@ -47,7 +48,7 @@ def split_grid(grid: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str
     for name, given in grid.items():
         if name not in AXES:
             raise problem(SpecError, "grid", name, "unknown axis", f"use {', '.join(AXES)}")
-        values = np.asarray(list(given) if isinstance(given, range) else given)
+        values = native(np.asarray(list(given) if isinstance(given, range) else given))
         if name in WHOLE and values.dtype.kind not in "iu":
             remedy = "pass integers"
             raise problem(SpecError, f"grid[{name!r}]", values.tolist(), "must be integers", remedy)

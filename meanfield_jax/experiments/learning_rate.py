@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
-from meanfield_jax.arguments import as_given, checked
+from meanfield_jax.arguments import as_given, checked, momenta
 from meanfield_jax.checks import check_choice, check_data, targets
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import couples_samples, layers_after_norms
@@ -208,7 +208,7 @@ class LearningRate(Number):
 Optimizer = optax.GradientTransformation | Callable[[float], optax.GradientTransformation]
 
 
-@checked(model=as_given, optimizer=as_given, x=as_given, y=as_given)
+@checked(model=as_given, optimizer=as_given, x=as_given, y=as_given, momentum=momenta)
 def learning_rate(
     model: Network | nnx.Module | Callable[..., Array],
     x: Any = None,
@@ -279,7 +279,6 @@ def learning_rate(
         Near a minimum: Polyak 1964. Scale invariance: Arora, Li & Lyu 2018 (arXiv:1812.03981). The
         rule from a random start is this package's own.
     """
-    _check_fraction(fraction)
     check_choice("loss", loss, tuple(LOSSES))
     start = time.perf_counter()
     rule = _rule(optimizer, momentum)
@@ -481,9 +480,3 @@ def _preconditioned(
     sizes = {path_name(path): jnp.sqrt(jnp.mean(slope**2)) for path, slope in slopes}
     kept = {path: size for path, size in sizes.items() if any(_inside(path, la) for la in layers)}
     return operator.rescaled({path: 1 / jnp.sqrt(size) for path, size in kept.items()})
-
-
-def _check_fraction(fraction: float) -> None:
-    if not isinstance(fraction, Tracer) and not 0 < fraction < np.inf:
-        remedy = "pass a number such as 0.5"
-        raise problem(SpecError, "fraction", fraction, "must be finite and above 0", remedy)

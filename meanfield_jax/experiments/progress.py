@@ -1,15 +1,80 @@
 """Progress of long work on stderr: a bar on a terminal, occasional lines in a log."""
 
+import itertools
+import math
 import sys
 import time
+from collections.abc import Iterable
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
+
+from meanfield_jax.layers.base import Signal
+from meanfield_jax.network import Network
 
 EVERY = 20.0
 """Seconds between two lines in a log."""
+
+
+COMPILING, SPEED, STEP = 3.0, 2e10, 1e-3
+"""Seconds of compiling a program, multiplications per second, seconds of a step: on any CPU these
+are right within a factor of a few, which is enough for a bar that moves with the work."""
+
+PRODUCTS = 40
+"""Passes through a network in a search for its largest eigenvalues."""
+
+
+def seconds_of(network: Network, num_samples: int, passes: float, programs: float = 0) -> float:
+    """A rough estimate of the time of passes over a batch, with the programs to be compiled."""
+    signals = itertools.pairwise(network.body.signals(Signal(network.input_shape)))
+    multiplications = sum(
+        layer.num_parameters(before.shape) * math.prod(after.shape[:-1])
+        for layer, (before, after) in zip(network.layers, signals, strict=True)
+    )
+    return COMPILING * programs + passes * num_samples * multiplications / SPEED
+
+
+class Stages:
+    """A bar over stages that take different times, each with an estimate of its own.
+
+    Args:
+        text: What is being done.
+        seconds: The estimates, in the order of the stages.
+        shown: Whether to show anything.
+    """
+
+    def __init__(self, text: str, seconds: Iterable[float], shown: bool):
+        given = list(seconds)
+        self._left = iter(given)
+        columns = (SpinnerColumn(), TextColumn(text), BarColumn())
+        self._bar = Bar(
+            *columns,
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=sum(given))
+
+    def __enter__(self) -> "Stages":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self._bar.stop()
+
+    def finished(self) -> None:
+        """Reports that the next stage is done."""
+        self._bar.advance(self._task, next(self._left))
 
 
 class Progress:

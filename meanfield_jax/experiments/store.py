@@ -155,18 +155,27 @@ class SweepStore:
 
     def read(self, number: int) -> dict[str, np.ndarray] | None:
         """The results of a finished chunk; None if it is missing or damaged."""
-        if (digest := self.files.read(f"digest/c/{number}", 8)) is None:
+        contents = self.contents_of(number)
+        if contents is None:
             return None
         variables = sorted(self.layout.variables.items())
-        contents = [self.files.read(self._file(name, number), LIMIT) for name, _ in variables]
-        if None in contents or self._digest(number, contents) != digest:
-            return None
         within = tuple(slice(part.stop - part.start) for part in self.regions[number])
         results = {}
         for (name, variable), content in zip(variables, contents, strict=True):
             shape = (*self.layout.chunk, *variable.shape)
-            results[name] = from_bytes(content or b"", np.dtype(variable.dtype), shape)[within]
+            results[name] = from_bytes(content, np.dtype(variable.dtype), shape)[within]
         return results
+
+    def contents_of(self, number: int) -> list[bytes] | None:
+        """The files of results of a finished chunk; None if one is missing or damaged."""
+        if (digest := self.files.read(f"digest/c/{number}", 8)) is None:
+            return None
+        *names, _ = self.names_of(number)
+        contents = [
+            content for name in names if (content := self.files.read(name, LIMIT)) is not None
+        ]
+        whole = len(contents) == len(names) and self._digest(number, contents) == digest
+        return contents if whole else None
 
     def names_of(self, number: int) -> list[str]:
         """The files of a chunk, that of its digest last."""
@@ -284,12 +293,7 @@ def opened(
 
 def open_header(files: Folder | Memory) -> tuple[Folder | Memory, dict[str, Any]]:
     """The files of a stored sweep, and its header; raises DataError if that is not whole."""
-    name = files.name
-    if not files.top() and isinstance(files, Folder):
-        # there is another where a process was killed as it exchanged the two
-        files = Folder(beside(files, "old"), name)
-    if not files.top():
-        raise problem(DataError, "store", name, "it does not exist", "use a sweep's store")
+    files, name = existing(files), files.name
     content = _read(files, HEADER)
     attributes = content and parsed_header(content)
     if attributes:
@@ -300,6 +304,17 @@ def open_header(files: Folder | Memory) -> tuple[Folder | Memory, dict[str, Any]
     if claimed == FORMAT or files.read("digest/zarr.json", LIMIT):
         raise DamagedFile(name, HEADER)
     raise _not_of_a_sweep(name)
+
+
+def existing(files: Folder | Memory) -> Folder | Memory:
+    """The files of a store; raises DataError if there are none."""
+    name = files.name
+    if not files.top() and isinstance(files, Folder):
+        # there is another where a process was killed as it exchanged the two
+        files = Folder(beside(files, "old"), name)
+    if not files.top():
+        raise problem(DataError, "store", name, "it does not exist", "use a sweep's store")
+    return files
 
 
 def _not_of_a_sweep(name: str) -> ValueError:

@@ -61,6 +61,7 @@ from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze, least_samples
 from meanfield_jax.theory.learning_rate import stable_rate
+from meanfield_jax.theory.memory_plan import room
 from meanfield_jax.variants import with_gamma, with_weight_var
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ if TYPE_CHECKING:
 
 THEORY_SAMPLES = 128
 """The most samples of the batch whose theory is stored beside the results."""
+
+THEORY_ROOM = 0.1
+"""Fraction of the memory for this theory; of maps that need more, positions are sampled."""
 
 
 @checked(data=pair)
@@ -131,7 +135,8 @@ def sweep(
         ``epoch``; NaN from the epoch of divergence on), ``diverged_at`` (a step; -1: converged,
         -2: not computed yet), ``status`` (a :class:`Status` as integer), and, over the axes on
         which they depend, the predicted ``eta_max_batch``, ``eta_max_frozen``, ``eta_max_wei2019``
-        of one training batch (at most its first 128 samples). Its attributes are the specification
+        of one training batch (at most its first 128 samples; of maps for which this would take a
+        tenth of the memory, with a sample of the positions). Its attributes are the specification
         as JSON, versions and machine.
 
     Raises:
@@ -409,7 +414,10 @@ def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momen
     if len(batch) < least_samples(network.body):
         return np.full(np.shape(momentum), np.nan)
     likelihood = "categorical" if recipe.loss == "cross_entropy" else "gaussian"
-    theory = analyze(network, data=batch, statistics=statistics, likelihood=likelihood, throw=False)
+    with room(THEORY_ROOM):
+        theory = analyze(
+            network, data=batch, statistics=statistics, likelihood=likelihood, throw=False
+        )
     return np.asarray(stable_rate(theory.fisher.lambda_max, momentum))
 
 

@@ -19,7 +19,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 
-from meanfield_jax.arguments import checked, integers
+from meanfield_jax.arguments import checked, integers, momenta
 from meanfield_jax.checks import check_choice, check_data, numbers, pair, targets
 from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import DataError, SpecError, problem
@@ -283,7 +283,9 @@ def check_cells(network: Network, numbers: dict[str, Array]) -> None:
     for name, values in known.items():
         if not np.all(np.isfinite(values)):
             raise problem(SpecError, name, values.tolist(), "not finite", "pass finite numbers")
-    for name in ("learning_rate", "momentum", "weight_var"):
+    if "momentum" in known:
+        momenta("momentum", known["momentum"])
+    for name in ("learning_rate", "weight_var"):
         if name in known and np.any(known[name] < 0):
             remedy = "pass numbers of at least 0"
             raise problem(SpecError, name, known[name].tolist(), "must not be negative", remedy)

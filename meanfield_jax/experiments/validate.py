@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from rich.console import Console
-from rich.progress import track
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import check_choice, check_data
@@ -22,11 +20,12 @@ from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.progress import PRODUCTS, Stages, seconds_of
 from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze
-from meanfield_jax.theory.learning_rate import eta_max, stable_rate
+from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.variants import has_batch_norm, variants_of, with_gamma
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ MODES: tuple[Mode, ...] = ("batch", "frozen")
 
 CURVE_POINTS = 60
 PROBES = 30
+PROGRAMS = 4
+"""Programs that are compiled for the first measurement of a structure, in each mode."""
 
 
 @checked()
@@ -97,7 +98,6 @@ def validate(
     if draws < 1:
         raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
     check_choice("theory", theory, ("iid", "data"))
-    eta_max(1.0, momentum)  # checks the momentum
     variants = variants_of(network, gammas)
     num_samples = x.shape[0]
     given = dict(data=x) if theory == "data" else dict(num_samples=num_samples)
@@ -105,46 +105,58 @@ def validate(
         cause = f"the kernel has {num_samples} eigenvalues"
         remedy = f"pass a number from 1 to {num_samples}"
         raise problem(SpecError, "num_eigenvalues", num_eigenvalues, cause, remedy)
-    # the theory of a batch has the dtype of the batch
-    with jax.enable_x64(theory == "iid"):
-        predicted = np.array(
-            [
-                [_outlier(variant, name, given) for name in STATISTICS]
-                for variant in variants.values()
-            ]
-        )
-        curve = None if theory == "data" else _curve(network, gammas, given)
-    if gammas and theory == "data":
-        # each point costs seconds here, so the curve connects those already computed
-        coords = dict(curve_gamma=list(map(float, gammas)), statistics=list(STATISTICS))
-        joined = xr.DataArray(predicted[1:], coords, ("curve_gamma", "statistics"))
-        curve = joined.sortby("curve_gamma")
-
     k = num_eigenvalues or 1
     shape = (len(variants), len(MODES), draws)
     within("MEMORY", "draws", draws, 16 * math.prod(shape) * k * network.num_outputs)
     measured = np.full((*shape, k * network.num_outputs), np.nan)
     traces = np.full(shape, np.nan)
-    jobs = [
-        (row, draw, variant)
-        for row, variant in enumerate(variants.values())
-        for draw in range(draws)
-    ]
-    console = Console(stderr=True)
-    for row, draw, variant in track(
-        jobs, "Measuring", console=console, disable=not progress, transient=True
-    ):
-        measured[row, :, draw] = measure(variant, x, k=k, seed=seed + draw, tol=tol)
-        if num_eigenvalues is not None:
-            traces[row, :, draw] = _in_both_modes(
-                variant, x, seed + draw, lambda op: trace(op).value
-            )
+    seconds = _seconds(variants.values(), num_samples, draws, num_eigenvalues is not None)
+    with Stages("Measuring", seconds, progress) as stages:
+        predicted = np.empty((len(variants), len(STATISTICS)))
+        # the theory of a batch has the dtype of the batch
+        with jax.enable_x64(theory == "iid"):
+            for row, variant in enumerate(variants.values()):
+                predicted[row] = [_outlier(variant, name, given) for name in STATISTICS]
+                stages.finished()
+            curve = None if theory == "data" else _curve(network, gammas, given)
+        for row, variant in enumerate(variants.values()):
+            for draw in range(draws):
+                measured[row, :, draw] = measure(
+                    variant, x, k=k, seed=seed + draw, tol=tol, done=stages.finished
+                )
+                if num_eigenvalues is not None:
+                    traces[row, :, draw] = _in_both_modes(
+                        variant, x, seed + draw, lambda op: trace(op).value, stages.finished
+                    )
+    if gammas and theory == "data":
+        # each point costs seconds here, so the curve connects those already computed
+        coords = dict(curve_gamma=list(map(float, gammas)), statistics=list(STATISTICS))
+        joined = xr.DataArray(predicted[1:], coords, ("curve_gamma", "statistics"))
+        curve = joined.sortby("curve_gamma")
     outliers = measured[..., : network.num_outputs]
     labels = list(variants)
     dataset = _dataset(labels, predicted, outliers, curve, momentum, num_samples, network)
     if num_eigenvalues is None:
         return dataset
     return dataset.assign(_spectra(variants.values(), x, measured, traces, num_eigenvalues))
+
+
+def _seconds(
+    variants: Collection[Network], num_samples: int, draws: int, traces: bool
+) -> Iterator[float]:
+    """Yields an estimate of the time of the theory of each network, and of each measurement.
+
+    Networks of one structure share their programs, which are compiled for the first of them.
+    """
+    structures = [jax.tree.structure(variant) for variant in variants]
+    first = [structure not in structures[:row] for row, structure in enumerate(structures)]
+    for variant, new in zip(variants, first, strict=True):
+        yield seconds_of(variant, num_samples, 1, programs=len(STATISTICS) * new)
+    for variant, new in zip(variants, first, strict=True):
+        for draw in range(draws):
+            for _ in range((1 + has_batch_norm(variant)) * (1 + traces)):
+                programs = PROGRAMS * (new and draw == 0)
+                yield seconds_of(variant, num_samples, PRODUCTS, programs)
 
 
 def _spectra(variants, x: Array, measured, traces, k: int) -> dict[str, xr.DataArray]:
@@ -183,7 +195,13 @@ def standard_error(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def measure(
-    network: Network, x: Array, *, k: int = 1, seed: int = 0, tol: float = 1e-3
+    network: Network,
+    x: Array,
+    *,
+    k: int = 1,
+    seed: int = 0,
+    tol: float = 1e-3,
+    done: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """The k C largest eigenvalues of one random draw's Fisher matrix, in both modes.
 
@@ -193,6 +211,7 @@ def measure(
         k: Number of eigenvalues of the kernel; F has each of them about C times.
         seed: Seed of the draw.
         tol: Relative accuracy.
+        done: Called after each mode that is measured.
 
     Returns:
         (2, k C), descending: in training mode and in evaluation mode (with the statistics of ``x``
@@ -204,17 +223,22 @@ def measure(
         result = top_eigenvalues(op, count, tol=tol, key=jax.random.key(seed))
         return np.where(result.status == 0, result.eigenvalues, np.nan)
 
-    return _in_both_modes(network, x, seed, top)
+    return _in_both_modes(network, x, seed, top, done)
 
 
-def _in_both_modes(network: Network, x: Array, seed: int, statistic: Callable) -> np.ndarray:
+def _in_both_modes(
+    network: Network, x: Array, seed: int, statistic: Callable, done: Callable[[], None]
+) -> np.ndarray:
     """A statistic of the Fisher operator of one draw, in training and in evaluation mode."""
     model = build(network, rngs=nnx.Rngs(seed))
     batch = statistic(fisher_operator(model, x, statistics="batch"))
+    done()
     if not has_batch_norm(network):
         return np.stack([batch, batch])
     calibrate(model, x)
-    return np.stack([batch, statistic(fisher_operator(model, x, statistics="frozen"))])
+    frozen = statistic(fisher_operator(model, x, statistics="frozen"))
+    done()
+    return np.stack([batch, frozen])
 
 
 def _outlier(network: Network, statistics: str, given: dict[str, Any]) -> float:

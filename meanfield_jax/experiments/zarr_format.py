@@ -111,6 +111,19 @@ def parsed_header(content: bytes) -> dict[str, Any] | None:
     return attributes
 
 
+def unproven_header(content: bytes | None) -> dict[str, Any] | None:
+    """The group's attributes as a damaged header has them; None if they cannot be read."""
+    try:
+        attributes = dict(json.loads(content or b"")["attributes"])
+        whole = isinstance(attributes["spec"]["grid"], dict) and isinstance(
+            attributes["chunk"], list
+        )
+        digests = {str(name): str(digest) for name, digest in attributes["files"].items()}
+        return dict(attributes, files=digests, facts={}) if whole else None
+    except MALFORMED:
+        return None
+
+
 def claimed_format(content: bytes | None) -> str | None:
     """The format that a header names which is damaged, or of an older version.
 

@@ -114,7 +114,7 @@ def _direction(record: Record, followed: Any, zeros: Perturbation) -> Perturbati
 
 def _of_iid(
     body: Layer,
-    widths: tuple,
+    widths: tuple[float, ...],
     num_samples: Array | None,
     input_shape: tuple[int, ...],
     statistics: str,
@@ -128,7 +128,9 @@ def _of_iid(
     return AfterNorms(outlier, tangent.same, **fields)
 
 
-def _of_batch(body: Layer, widths: tuple, x: Array, statistics: str, modulus: int) -> AfterNorms:
+def _of_batch(
+    body: Layer, widths: tuple[float, ...], x: Array, statistics: str, modulus: int
+) -> AfterNorms:
     body = with_widths(body, widths)
     tangent, fields = _restricted(body, batch_inputs(x, statistics, modulus), statistics)
     matrix = tangent.entries

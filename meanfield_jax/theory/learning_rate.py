@@ -6,12 +6,11 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float
 
-from meanfield_jax.arguments import checked
-from meanfield_jax.checks import numbers
+from meanfield_jax.arguments import checked, momenta
 from meanfield_jax.errors import SpecError, problem
 
 
-@checked(momentum=numbers)
+@checked(momentum=momenta)
 def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Float[Array, "..."]:
     """The largest stable learning rate, eta_max = 2 (1 + momentum) / lambda_max.
 
@@ -40,10 +39,6 @@ def eta_max(lambda_max: float | Array, momentum: float | Array = 0.9) -> Float[A
     Source:
         Polyak 1964; Wei, Stokes & Schwab 2019 (arXiv:1903.02606), equation 6.
     """
-    if not isinstance(momentum, Tracer):
-        value = np.asarray(momentum)
-        if not np.all((value >= 0) & (value < 1)):
-            raise problem(SpecError, "momentum", momentum, "outside [0, 1)", "pass e.g. 0.9")
     if not isinstance(lambda_max, Tracer) and np.any(np.asarray(lambda_max) <= 0):
         smallest = float(np.nanmin(np.asarray(lambda_max)))
         cause = "no curvature: the outputs do not depend on the parameters, any rate is stable"

@@ -1,7 +1,10 @@
 """Which pairs of positions the theory of a batch keeps, depending on the device's memory."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Generator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ from jaxtyping import Float
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.kernel.kernel import batch_inputs
 from meanfield_jax.layers.base import Layer, map_records
-from meanfield_jax.limits import within
+from meanfield_jax.limits import how_to_raise, limit_set, within
 from meanfield_jax.memory import memory_of
 from meanfield_jax.network import walk
 from meanfield_jax.theory.compiled import with_widths
@@ -24,11 +27,24 @@ MAX_ENTRIES = 2**28
 LIVE = {1: 75, 3: 35}
 """Peak memory in units of the largest matrix (measured), for vectors and for images."""
 
+ROOM: ContextVar[float] = ContextVar("ROOM", default=0.5)
+"""Fraction of the memory above which a sample of the positions is taken instead of all pairs."""
+
+
+@contextlib.contextmanager
+def room(fraction: float) -> Generator[None]:
+    """Sets this fraction for theories that are computed beside something larger."""
+    before = ROOM.set(fraction)
+    try:
+        yield
+    finally:
+        ROOM.reset(before)
+
 
 def modulus_for(
     body: Layer, widths: tuple[float, ...], x: Float[Array, "n ..."], statistics: str
 ) -> int:
-    """The pairs of positions to keep: all that count if memory allows, else an even sample.
+    """The pairs of positions to keep: all that count if there is room for them, else a sample.
 
     Args:
         body: The layers, without widths.
@@ -54,12 +70,14 @@ def modulus_for(
         return max(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept))
 
     bytes_each = LIVE[x.ndim - 1] * x.dtype.itemsize
-    memory = memory_of(jax.local_devices()[:1] if isinstance(x, Tracer) else x.devices())
+    devices = jax.local_devices()[:1] if isinstance(x, Tracer) else x.devices()
+    memory = limit_set("MEMORY") or memory_of(devices)
     most = min(MAX_ENTRIES, memory / bytes_each)
     modulus = strides if couples_positions(body, on_data=True) else largest
     if any(inner.within_sample for inner in layers):
         modulus = 1
-    while (size := entries(modulus)) > most and modulus < largest:
+    comfortable = min(MAX_ENTRIES, ROOM.get() * memory / bytes_each)
+    while (size := entries(modulus)) > comfortable and modulus < largest:
         modulus *= 2
     if size > MAX_ENTRIES:
         cause = (
@@ -71,7 +89,8 @@ def modulus_for(
     if size > most:
         needed = bytes_each * size
         cause = f"needs {needed / 2**30:.1f} GiB, above the {memory / 2**30:.1f} on this device"
-        remedy = f"pass at most {int(x.shape[0] * math.sqrt(memory / needed))} samples"
+        count = int(x.shape[0] * math.sqrt(memory / needed))
+        remedy = f"pass at most {count} samples, or {how_to_raise('MEMORY')}"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
 

@@ -39,8 +39,10 @@ def draws(name: str) -> Iterator[tuple[int, random.Random]]:
     while time.monotonic() < deadline:
         yield seed, random.Random(seed)
         seed += 1
-    print(f"{name}: seeds {FIRST} to {seed - 1}, {(_memory() - before) / 2**20:.0f} MiB more")
-    assert _memory() - before < MOST_MEMORY
+    count, most = seed - FIRST, _memory()
+    print(f"{name}: {count} tried from seed {FIRST}, peak memory {most / 2**20:.0f} MiB", end="")
+    print(f", {(most - before) / 2**20:.0f} of them here")
+    assert most - before < MOST_MEMORY
 
 
 def _memory() -> int:

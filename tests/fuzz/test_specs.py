@@ -9,6 +9,7 @@ import datetime
 import decimal
 import fractions
 import inspect
+import itertools
 import json
 import pathlib
 import random
@@ -100,6 +101,9 @@ ODD: list[Any] = [
     *(tower(2000, one), tower(60, two), tower(9, many), tower(20, one), tower(20, mf.Residual)),
     *(X, Y, Y + 1, Y - 1, Y + 255, Y + 0.5, Y.astype(bool), Y[:5], Y.astype(str), (X, Y), [X, Y]),
     *((X, Y + 1), (X[:4], Y), (X, None), (X,), (X, Y, Y), (Y, X), (None, None), ("x", "y")),
+    *(np.ones((8, 3), dtype) for dtype in ("g", "G", ">f4", ">i8", "O", "S1", "U1", "M8[s]")),
+    *(np.ones((8, 3), dtype) for dtype in ("m8[s]", "V4", [("a", float)], jnp.bfloat16)),
+    *(np.timedelta64(3), np.ones((8, 3), np.dtypes.StringDType())),
     *((X, np.where(Y, np.nan, 0)), (X, np.eye(2)[Y]), (X, np.full((8, 2), np.nan)), (X[:0], Y[:0])),
 ]
 """Values of every kind, most of them nonsense wherever they are put."""
@@ -351,6 +355,145 @@ def test_arguments(cut_off, given):
 
 def _text(value: Any) -> str:
     return f"{type(value).__name__} {shown(value):.200}"
+
+
+KNOWN = ("g", ">f4", ">f8", ">i2", "G", ">c8", jnp.bfloat16, jnp.int4)
+"""Dtypes of numbers that NumPy and JAX do not have in common."""
+
+FOREIGN = ("O", "S1", "U1", "M8[s]", "m8[s]", "V4", [("a", float)], np.dtypes.StringDType())
+"""Dtypes without numbers."""
+
+PLACES: list[Callable[[Any], Any]] = [
+    lambda value: value,
+    lambda value: [value],
+    lambda value: {"a": value},
+    lambda value: (value, value),
+    lambda value: (X, value),
+    lambda value: value[0, 0],
+    lambda value: value[:, 0],
+]
+"""Where an array may stand in an argument."""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_arrays_of_every_dtype(cut_off, given):
+    """In every argument, in places that take turns, they are refused in one line, or accepted."""
+    named, own = given
+    arrays = [np.ones((8, 3), dtype) for dtype in (*KNOWN, *FOREIGN)]
+    places = itertools.cycle(PLACES)
+    for name, function in functions().items():
+        if name == "load_sweep":
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        right = named | own.get(name, {})
+        right = {p.name: right[p.name] for p in parameters if p.default is p.empty}
+        for parameter, values in itertools.product(parameters, arrays):
+            value = next(places)(values)
+            call = right | {parameter.name: value}
+            what = f"{name}({parameter.name}={_text(value)})"
+            answer(lambda function=function, call=call: function(**call), what)
+
+
+@pytest.mark.parametrize("dtype", ["g", ">f4", ">f8"])
+def test_other_orders_of_bytes_and_long_doubles_are_numbers(given, dtype):
+    def apply(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    other = X.astype(dtype)
+    weights = np.linspace(0, 1, 6).reshape(3, 2)
+    operator = mf.FisherOperator(apply, {"w": weights.astype(np.float32)}, X)
+    found = mf.FisherOperator(apply, {"w": weights.astype(dtype)}, other)
+    assert np.array_equal(found.x, operator.x)
+    assert np.array_equal(found.params["w"], operator.params["w"])
+    vector = np.arange(6.0, dtype=dtype)
+    assert np.array_equal(found @ vector, operator @ vector.astype(np.float32))
+    assert np.array_equal(
+        found @ {"w": vector.reshape(3, 2)}, operator @ {"w": vector.reshape(3, 2)}
+    )
+    assert np.array_equal(mf.diagnostics.power(other), mf.diagnostics.power(X))
+    assert mf.eta_max(np.ones(2, dtype), np.zeros(2, dtype)).tolist() == [2, 2]
+    assert mf.Dense(3, weight_var=np.ones(2, dtype)).weight_var.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", FOREIGN)
+def test_arrays_without_numbers_are_refused(given, dtype):
+    values = np.ones((8, 3), dtype)
+    operator = mf.fisher_operator(given[0]["model"], X)
+    attempts = [
+        lambda: mf.FisherOperator(lambda p, x: x @ p, values, X),
+        lambda: mf.FisherOperator(lambda p, x: x @ p, {"w": X[:3]}, {"x": values}),
+        lambda: operator @ np.ones(operator.shape[0], dtype),
+        lambda: operator @ jax.tree.map(lambda leaf: np.ones(leaf.shape, dtype), operator.params),
+        lambda: operator.to_scipy() @ np.ones(operator.shape[0], dtype),
+        lambda: mf.Network(3, [mf.Dense(2, weight_var=values)]).validate(),
+    ]
+    for attempt in attempts:
+        assert answer(attempt, str(dtype)) is None
+
+
+NAN, INF = float("nan"), float("inf")
+COUNTS = (
+    *("batch_size", "chunk_cells", "draws", "epochs", "k", "max_steps", "num_batches", "num_draws"),
+    *("num_eigenvalues", "num_probes", "num_steps", "seeds"),
+)
+NONSENSE: dict[str, tuple[float, ...]] = dict(
+    **dict.fromkeys(COUNTS, (0, -1)),
+    **dict.fromkeys(("fraction", "patience", "residual", "tol", "tolerance"), (0, -1.0, NAN, INF)),
+    momentum=(-0.1, 1, 1.5, NAN),
+    learning_rate=(-1.0, NAN),
+    lambda_max=(0.0, -1.0),
+)
+"""Numbers that no function can use, by the name of the argument."""
+
+
+def test_nonsense_numbers_are_refused_by_every_function(cut_off, given):
+    """Also by a sweep, where they are on an axis; and before any long computation."""
+    named, own = given
+    seen = set()
+    for name, function in functions().items():
+        parameters = inspect.signature(function).parameters.values()
+        right = named | own.get(name, {})
+        right = {
+            p.name: right[p.name] for p in parameters if p.default is p.empty and p.name in right
+        }
+        for argument in {p.name for p in parameters} & NONSENSE.keys():
+            seen.add(argument)
+            for value in NONSENSE[argument]:
+                call = right | {argument: value}
+                what = f"{name}({argument}={value})"
+                assert (
+                    answer(lambda function=function, call=call: function(**call), what) is None
+                ), what
+    assert seen == NONSENSE.keys()
+    for argument in ("momentum", "learning_rate"):
+        for value in NONSENSE[argument]:
+            grid = {"seed": [0, 1], argument: [0.5, value]}
+            what = f"sweep: {argument}={value}"
+            assert answer(lambda grid=grid: mf.sweep(SMALL, (X, Y), grid), what) is None, what
+
+
+TREES: dict[str, Any] = {
+    "deep": nested(500),
+    "deeper": nested(50_000),
+    "wide": tower(60, lambda inner: (inner, inner)),
+    "unsorted": {"a": X, 1: X},
+}
+TREES["itself"] = []
+TREES["itself"].append(TREES["itself"])
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_pytrees_that_cannot_be_taken_apart_are_refused(given, monkeypatch, case):
+    monkeypatch.setenv("MEANFIELD_JAX_MAX_MEMORY", "1e8")
+    tree = TREES[case]
+    operator = mf.fisher_operator(given[0]["model"], X)
+    for attempt in (
+        lambda: mf.learning_rate_for(lambda p, x: x, X, params=tree),
+        lambda: mf.fisher_operator(given[0]["model"], tree),
+        lambda: mf.diagnostics.gradient_tails(tree),
+        lambda: operator @ tree,
+    ):
+        assert answer(attempt, case) is None
 
 
 def test_every_argument_is_checked():

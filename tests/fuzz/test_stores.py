@@ -108,6 +108,34 @@ def test_a_damaged_store_is_right_or_refused_and_resumes(whole, memory):
     assert counts["refused_by_resume"] <= 0.1 * counts["stores"]
 
 
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_check_knows_every_chunk_whatever_file_is_damaged(whole, memory, how):
+    """Chunks whose files are whole are said to be whole, unless the header is lost."""
+    total = len(stores.finish(whole).regions)
+    for file in stores.content(whole):
+        store = memory / "run.zarr"
+        shutil.copytree(whole, store)
+        data = bytearray((store / file).read_bytes())
+        if how == "flipped":
+            data[len(data) // 2] ^= 1
+        (store / file).write_bytes(data[: len(data) // (2 if how == "cut" else 1)])
+        if how == "gone":
+            (store / file).unlink()
+        found = check_store(store)
+        is_result = file.startswith(("loss/c", "diverged_at/c", "digest/c"))
+        lost = file == "zarr.json" and how != "flipped"
+        assert found.whole == (0 if lost else total - is_result), file
+        assert found.whole + found.damaged + found.missing + found.unknown == total, file
+        assert found.unknown == (total if lost else 0), file
+        # without its digest a chunk has not been computed yet
+        undone = how == "gone" and file.startswith("digest/c")
+        assert found.missing == undone, file
+        assert undone or file in str([fault.file for fault in found.faults]), file
+        stores.finish(store)
+        assert check_store(store) == check_store(whole), file
+        shutil.rmtree(store)
+
+
 class Crash(BaseException):
     """The process ends here."""
 
