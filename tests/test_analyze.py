@@ -4,6 +4,7 @@ import functools
 import math
 import time
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from tolerance import assert_close
 import meanfield_jax as mf
 from meanfield_jax.kernel.kernel import STATISTICS, iid_inputs
 from meanfield_jax.theory.compiled import known_numbers, without_widths
+from meanfield_jax.theory.likelihood import Outputs
 from meanfield_jax.theory.passes import _iid
 from meanfield_jax.variants import with_gamma
 
@@ -204,7 +206,8 @@ def of_gamma(gamma):
 
 
 def test_analyze_under_jit_gives_the_same():
-    theory, jitted = mf.analyze(of_gamma(0.7)), jax.jit(mf.analyze)(of_gamma(0.7))
+    analyze = jax.jit(mf.analyze, compiler_options=draws.UNFUSED)
+    theory, jitted = mf.analyze(of_gamma(0.7)), analyze(of_gamma(0.7))
     assert jitted.network.num_parameters == theory.network.num_parameters
     for one, other in zip(jax.tree.leaves(jitted), jax.tree.leaves(theory), strict=True):
         assert_close(one, other, "rounding", np.abs(np.asarray(other)).max() + 1)
@@ -218,7 +221,8 @@ def rates_over_gamma():
         return mf.analyze(of_gamma(gamma)).eta_max(momentum=0.9)
 
     gammas = np.array([0.0, 1e-3, *np.linspace(0.1, 3.0, 30)])
-    return gammas, *jax.device_get(jax.jit(jax.vmap(jax.value_and_grad(eta)))(gammas))
+    grid = jax.jit(jax.vmap(jax.value_and_grad(eta)), compiler_options=draws.UNFUSED)
+    return gammas, *jax.device_get(grid(gammas))
 
 
 def test_a_grid_of_learning_rates_with_derivatives():
@@ -236,11 +240,10 @@ def test_a_vanishing_scale_has_finite_theory_and_derivatives():
 
 
 def test_a_grid_over_samples():
-    @jax.jit
-    @jax.vmap
-    def outliers(num_samples):
+    def outlier(num_samples):
         return mf.analyze(of_gamma(1.0), num_samples=num_samples).fisher.outlier
 
+    outliers = jax.jit(jax.vmap(outlier), compiler_options=draws.UNFUSED)
     sizes = [10, 100, 1000]
     for size, outlier in zip(sizes, outliers(np.array(sizes)), strict=True):
         expected = mf.analyze(of_gamma(1.0), num_samples=size).fisher.outlier
@@ -322,9 +325,9 @@ def test_a_thousand_layers_compile_fast_and_differentiate(norm, record_property,
 
     start = time.perf_counter()
     body, widths = without_widths(deep(2.0).body)
-    options = dict(input_shape=(50,), num_outputs=10, statistics="batch")
+    options = dict(positions=(), statistics="batch")
     compiled = jax.jit(_iid, static_argnames=tuple(options))
-    compiled.lower(body, widths, None, None, **options).compile()
+    compiled.lower(body, widths, np.inf, 50.0, Outputs(1.0, 1.0, 10.0), **options).compile()
     seconds = time.perf_counter() - start
     record_property("compile_seconds", seconds)
     print(f"1000 layers compiled in {seconds:.1f} s")

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import CNN_NORM
 from tolerance import assert_close
 
 import meanfield_jax as mf
@@ -249,8 +248,8 @@ def test_it_stands_behind_any_weights_of_a_users_own_model():
 
 @pytest.mark.slow
 def test_theory_is_that_of_weights_and_batch_norm(x64):
-    first = mf.cnn([4, 6], inputs=(8, 8, 3), norm=mf.CrossIterationBatchNorm())
-    second = CNN_NORM
+    norms = mf.CrossIterationBatchNorm(), mf.BatchNorm()
+    first, second = (mf.cnn([4], inputs=(6, 6, 3), norm=norm) for norm in norms)
     for statistics in ("batch", "frozen"):
         a, b = (
             mf.analyze(network, statistics=statistics, num_samples=16).fisher

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.optimize
+from draws import UNFUSED
 from json_results import parsed
 from oracles import SMOOTH
 from tolerance import assert_close, assert_printed, standard_error, tolerance
@@ -60,8 +61,6 @@ def padded_points(weight_var, bias_var, activation) -> mf.FixedPoint:
 
 MANY, PUBLISHED = (10**4, 10**5), (4, 6, 8, 16, 32, 64, 128, 256)
 SIZES = dict(relu=(*PUBLISHED, *MANY), identity=PUBLISHED, tanh=(6, 8, *MANY), erf=MANY)
-# XLA takes half the time for these sums without fusion
-UNFUSED = {"xla_disable_hlo_passes": "fusion"} if jax.default_backend() == "cpu" else {}
 
 
 def batch_growths(activation, gamma=1.0, beta=0.0) -> dict[int, float]:
@@ -70,6 +69,7 @@ def batch_growths(activation, gamma=1.0, beta=0.0) -> dict[int, float]:
     return dict(zip(SIZES[activation], growths, strict=True))
 
 
+# XLA takes half the time for these sums without fusion
 @functools.partial(jax.jit, static_argnums=0, compiler_options=UNFUSED)
 def stacked_growths(activation, gamma, beta):
     growths = [mf.batch_growth(activation, n, gamma=gamma, beta=beta) for n in SIZES[activation]]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ from meanfield_jax.kernel.nonlinearities import NONLINEARITIES
 from meanfield_jax.kernel.positions import Positions
 from meanfield_jax.kernel.sphere import on_sphere
 from meanfield_jax.theory import likelihood, memory_plan
-from meanfield_jax.theory.compiled import known_numbers, without_widths
 from meanfield_jax.theory.passes import on_data
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -64,7 +64,7 @@ def test_kernels_are_those_of_neural_tangents(name):
         x = np.roll(REFERENCE["images"].astype(float), -7, (1, 2))
     else:
         x = (REFERENCE["mnist"] / 255.0 - 0.1307) / 0.3081
-    kernel = mf.analyze(PUBLISHED[name], data=x).kernel
+    kernel = draws.kernel(PUBLISHED[name], x)
     # the reference's inputs were single precision
     for matrix, field in ((kernel.covariance, "nngp"), (kernel.tangent, "ntk")):
         assert_close(matrix.entries, REFERENCE[f"{name}_{field}"], "rounding", dtype=np.float32)
@@ -113,10 +113,9 @@ def test_shares_sum_up_to_the_outlier_and_the_spectrum_to_the_trace():
 @pytest.mark.parametrize("norm", [None, mf.BatchNorm(axes="position")])
 def test_pairs_of_positions_that_do_not_count_change_nothing(norm):
     network = mf.cnn([5, 6], inputs=(8, 8, 2), outputs=3, norm=norm)
-    x = jnp.asarray(correlated(6, 8, 8, 2))
-    known = without_widths(known_numbers(network.body))
-    few, all_pairs = (on_data(*known, x, None, 3, "batch", modulus) for modulus in (64, 4))
-    assert_close(few.kernel.tangent.entries, all_pairs.kernel.tangent.entries, "rounding")
+    x = correlated(6, 8, 8, 2)
+    few, all_pairs = (draws.kernel(network, x, modulus=modulus) for modulus in (64, 4))
+    assert_close(few.tangent.entries, all_pairs.tangent.entries, "rounding")
 
 
 def test_positions_are_kept_in_classes_that_convolutions_keep():
@@ -138,7 +137,7 @@ def test_positions_are_kept_in_classes_that_convolutions_keep():
 RATES = {4: 3.0841, 6: 2.0038, 8: 1.7882, 16: 1.5900, 64: 1.4931}
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1, compiler_options=draws.UNFUSED)
 def growth(kernel, activation: str):
     """By how much one [BatchNorm, activation, Dense] multiplies the tangent, in the long run."""
     kernel = kernel.replace(tangent=kernel.covariance)
@@ -263,13 +262,19 @@ def test_more_than_the_machine_has_is_refused(monkeypatch):
 def test_where_memory_is_short_positions_are_sampled(monkeypatch):
     network = mf.cnn([5], inputs=(16, 16, 2), outputs=3, norm=mf.BatchNorm())
     x = correlated(10, 16, 16, 2)
-    known = without_widths(known_numbers(network.body))
+    # n times the outliers
     exact, *sampled = (
-        float(on_data(*known, jnp.asarray(x), None, 3, "batch", modulus).fisher.outlier)
+        np.linalg.eigvalsh(draws.kernel(network, x, modulus=modulus).tangent.entries)[-1]
         for modulus in (4, 8, 16)
     )
+    kept = []
     monkeypatch.setattr(memory_plan, "MAX_ENTRIES", 2**16)
-    assert_close(mf.analyze(network, data=x).fisher.outlier, sampled[0], "rounding")
+    monkeypatch.setattr(
+        "meanfield_jax.theory.analyze.on_data",
+        lambda *arguments: kept.append(arguments[-1]) or on_data(*arguments),
+    )
+    jax.eval_shape(lambda x: mf.analyze(network, data=x).fisher, x)
+    assert kept == [8]
     errors = [abs(value / exact - 1) for value in sampled]
     # noise is the worst case: its windows are alike only where they overlap
     assert 0 < errors[0] < 0.06 < errors[1]
@@ -304,7 +309,10 @@ def test_two_strong_directions_spread_alike_in_a_draw_of_a_narrow_network():
 def test_a_batch_from_outside_is_checked_inside_jit():
     x = correlated(12, 5)
     outside = mf.analyze(SMALL_NORM, data=x).fisher.outlier
-    inside = jax.jit(lambda: mf.analyze(SMALL_NORM, data=x).fisher.outlier)()
+    analyzed = jax.jit(
+        lambda: mf.analyze(SMALL_NORM, data=x).fisher.outlier, compiler_options=draws.UNFUSED
+    )
+    inside = analyzed()
     assert_close(inside, outside, "edge")
     with pytest.raises(mf.DataError, match="NaN"):
         jax.jit(lambda: mf.analyze(SMALL_NORM, data=np.full((6, 5), np.nan)).fisher.outlier)()
@@ -380,11 +388,12 @@ def test_classes_of_a_draw(monkeypatch):
     exact = exact_categorical(theory, p)
     assert_close(theory.fisher.eigenvalues, exact, "rounding", exact[0])
 
-    # what is left out of a large matrix lowers the top and keeps the trace
+    # what is left out of a large matrix lowers the top and keeps the trace; the program is traced
+    # with this limit, as no other test has as many samples
     monkeypatch.setattr(likelihood, "COUPLED", 12)
-    jax.clear_caches()
-    few = mf.analyze(network, data=x, likelihood="categorical", probabilities=p).fisher
-    jax.clear_caches()
+    x, p = x[:11], p[:11]
+    theory = mf.analyze(network, data=x, likelihood="categorical", probabilities=p)
+    few, exact = theory.fisher, exact_categorical(theory, p)
     assert_close(few.eigenvalues.sum(), exact.sum(), "rounding")
     assert 0.9 * exact[0] < few.eigenvalues[0] < exact[0]
 

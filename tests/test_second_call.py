@@ -32,7 +32,7 @@ def compilations():
 
 def network(turn: int) -> mf.Network:
     norm = mf.BatchNorm(1.0 + 0.1 * turn)
-    return mf.mlp([16] * 2, inputs=6, outputs=3, norm=norm, weight_var=2.0 + 0.2 * turn)
+    return mf.mlp([16], inputs=6, outputs=3, norm=norm, weight_var=2.0 + 0.2 * turn)
 
 
 def inputs(turn: int):
@@ -80,6 +80,10 @@ ENTRIES = {
     "build": model,
     "analyze": lambda turn: mf.analyze(network(turn)).eta_max(0.9 - turn / 10),
     "analyze(num_samples=)": lambda turn: mf.analyze(network(turn), num_samples=30 + turn),
+    "analyze, other sizes": lambda turn: mf.analyze(
+        mf.mlp([16 + turn], inputs=6 + turn, outputs=3 + turn),
+        num_samples=(None, 30)[turn],
+    ),
     "analyze(data=)": lambda turn: mf.analyze(network(turn), data=inputs(turn)),
     "analyze(likelihood=)": lambda turn: mf.analyze(
         network(turn), data=inputs(turn), likelihood="categorical"

@@ -1,5 +1,6 @@
 """Theory of batches nearly constant, of few directions, or too large: right, or refused."""
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +124,8 @@ def test_equal_samples_are_refused(x):
 
 
 def test_under_jit_only_the_status_says_so():
-    theory = jax.jit(lambda x: mf.analyze(mlp(2), data=x))(jnp.asarray(X[:, :2], jnp.float32))
+    analyzed = jax.jit(lambda x: mf.analyze(mlp(), data=x), compiler_options=draws.UNFUSED)
+    theory = analyzed(jnp.asarray(FEW["two features"], jnp.float32))
     assert int(theory.status) == mf.Status.FEW_DIRECTIONS
     assert np.isnan(theory.fisher.eigenvalues).all()
 

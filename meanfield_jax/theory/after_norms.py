@@ -12,7 +12,13 @@ from meanfield_jax.kernel.kernel import Kernel, M, batch_inputs, iid_inputs
 from meanfield_jax.layers.base import Layer, Perturbation, Record, Rows, map_records, total
 from meanfield_jax.network import Network
 from meanfield_jax.pytree import pytree, static
-from meanfield_jax.theory.compiled import compiled, known_numbers, with_widths, without_widths
+from meanfield_jax.theory.compiled import (
+    compiled,
+    known_numbers,
+    number_of_samples,
+    with_widths,
+    without_widths,
+)
 from meanfield_jax.theory.memory_plan import couples_positions, modulus_for
 from meanfield_jax.theory.passes import top_vector, zeros
 
@@ -60,7 +66,9 @@ def after_norms(
     """
     body, widths = without_widths(known_numbers(network.body))
     if x is None:
-        return _iid(body, widths, num_samples, network.input_shape, statistics)
+        *positions, channels = network.input_shape
+        samples = number_of_samples(num_samples)
+        return _iid(body, widths, samples, float(channels), tuple(positions), statistics)
     modulus = modulus_for(body, widths, x, statistics)
     return _on_data(body, widths, x, statistics, modulus)
 
@@ -115,13 +123,14 @@ def _direction(record: Record, followed: Any, zeros: Perturbation) -> Perturbati
 def _of_iid(
     body: Layer,
     widths: tuple[float, ...],
-    num_samples: Array | None,
-    input_shape: tuple[int, ...],
+    num_samples: Array | float,
+    channels: Array | float,
+    positions: tuple[int, ...],
     statistics: str,
 ) -> AfterNorms:
     dtype = jnp.result_type(float, *jax.tree.leaves(body))
     body, coupled = with_widths(body, widths), couples_positions(body)
-    start = iid_inputs(input_shape[:-1], input_shape[-1], num_samples, statistics, coupled, dtype)
+    start = iid_inputs(positions, channels, num_samples, statistics, coupled, dtype)
     tangent, fields = _restricted(body, start, statistics)
     fraction = start.covariance.inverse_samples
     outlier = fraction * tangent.same + (1 - fraction) * tangent.other
@@ -139,5 +148,5 @@ def _of_batch(
     return AfterNorms(top @ (matrix @ top) / len(x), same, **fields)
 
 
-_iid = compiled(_of_iid, ("input_shape", "statistics"))
+_iid = compiled(_of_iid, ("positions", "statistics"))
 _on_data = compiled(_of_batch, ("statistics", "modulus"), small=2**13)

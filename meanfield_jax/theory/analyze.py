@@ -21,10 +21,10 @@ from meanfield_jax.layers.base import Layer
 from meanfield_jax.network import Network, normalizes_over_batch
 from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
-from meanfield_jax.theory.compiled import known_numbers, without_widths
+from meanfield_jax.theory.compiled import known_numbers, number_of_samples, without_widths
 from meanfield_jax.theory.fisher import Fisher
 from meanfield_jax.theory.learning_rate import eta_max
-from meanfield_jax.theory.likelihood import class_information
+from meanfield_jax.theory.likelihood import class_information, mean_information
 from meanfield_jax.theory.memory_plan import check_iid, modulus_for
 from meanfield_jax.theory.order_parameters import OrderParameters
 from meanfield_jax.theory.passes import iid, on_data
@@ -201,20 +201,25 @@ def analyze(
         raise problem(SpecError, "network", network.layers, cause, remedy)
     network.body.check_theory(network.input_shape)
     body, widths = without_widths(known_numbers(network.body))
+    dtype = result_type(float, *jax.tree.leaves(network))
     if data is not None:
-        x = _checked_data(network, data, num_samples)
+        x = _checked_data(network, data, num_samples).astype(dtype)
         classes = class_information(network, likelihood, probabilities, len(x))
+        outputs, information = mean_information(num_outputs, classes, dtype)
         modulus = modulus_for(body, widths, x, statistics)
-        found = on_data(body, widths, x, classes, num_outputs, statistics, modulus)
+        found = on_data(body, widths, x, outputs, classes, statistics, modulus)
     else:
         check_num_samples(network.body, num_samples)
         check_iid(network.body, network.input_shape, num_outputs)
         classes = class_information(network, likelihood, probabilities, None)
-        shape = network.input_shape
-        found = iid(body, widths, num_samples, classes, shape, num_outputs, statistics)
+        outputs, information = mean_information(num_outputs, classes, dtype)
+        *positions, channels = network.input_shape
+        samples, inputs = number_of_samples(num_samples), float(channels)
+        found = iid(body, widths, samples, inputs, outputs, tuple(positions), statistics)
     if throw:
         _check_status(network, found.status, data)
-    fisher = dataclasses.replace(found.fisher, num_parameters=network.num_parameters)
+    sizes = dict(num_parameters=network.num_parameters, **information)
+    fisher = dataclasses.replace(found.fisher, **sizes)
     return Theory(fisher, found.order_parameters, found.kernel, network, found.status)
 
 
@@ -249,7 +254,7 @@ def _checked_data(network: Network, data: Any, num_samples: Any) -> Float[Array,
     if len(x) < least:
         cause = f"the theory of this network needs {least} samples or more"
         raise problem(DataError, "data.shape", x.shape, cause, "pass more samples")
-    return x.astype(result_type(float, *jax.tree.leaves(network)))
+    return x
 
 
 def least_samples(layer: Layer) -> int:

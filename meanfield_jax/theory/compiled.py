@@ -37,6 +37,13 @@ def known_numbers(network: Spec) -> Spec:
     return jax.tree_util.tree_map_with_path(known, network)
 
 
+def number_of_samples(num_samples: Any) -> Any:
+    """The number as a float, so that 12, 12.0 and the limit, infinity, use the same program."""
+    if num_samples is None:
+        return np.inf
+    return float(num_samples) if isinstance(num_samples, (int, float, np.number)) else num_samples
+
+
 def without_widths(layer: L) -> tuple[L, tuple[float, ...]]:
     """The layer with every width set to 1, and its widths, so that only depth needs compiling."""
     widths: list[float] = []

@@ -1,6 +1,6 @@
 """Likelihoods of the Fisher matrix: squared loss, or softmax outputs with cross-entropy."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,37 @@ def class_information(
     return _covariance(p)
 
 
+class Outputs(NamedTuple):
+    """The outputs in three numbers, so that theory is not compiled for how many there are.
+
+    Attributes:
+        largest: The largest eigenvalue of their mean information.
+        mean: Its mean eigenvalue.
+        number: How many there are in effect.
+    """
+
+    largest: Array | float
+    mean: Array | float
+    number: Array | float
+
+
 def mean_information(
     num_outputs: int, classes: Float[Array, "n_or_1 outputs outputs"] | None, dtype: Any
-) -> dict[str, Any]:
-    """Eigenvalues of the mean information of the outputs, and the multiplicity in F."""
+) -> tuple[Outputs, dict[str, Any]]:
+    """Eigenvalues of the mean information of the outputs, and the multiplicity in F.
+
+    Returns:
+        What a pass needs to know of the outputs, and two attributes of :class:`Fisher`.
+    """
     if classes is None:
-        return dict(information=jnp.ones(num_outputs, dtype), multiplicity=num_outputs)
-    return dict(information=jnp.linalg.eigvalsh(classes.mean(0)), multiplicity=1)
+        # of NumPy, as a program of JAX would be compiled for each number of outputs
+        ones = jnp.asarray(np.ones(num_outputs, dtype))
+        return Outputs(1.0, 1.0, float(num_outputs)), dict(
+            information=ones, multiplicity=num_outputs
+        )
+    found = jnp.linalg.eigvalsh(classes.mean(0))
+    outputs = Outputs(found[-1], found.mean(), found.sum() ** 2 / jnp.sum(found**2))
+    return outputs, dict(information=found, multiplicity=1)
 
 
 def of_outputs(

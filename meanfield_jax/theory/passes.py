@@ -24,13 +24,13 @@ from meanfield_jax.precise import matmul
 from meanfield_jax.status import Status
 from meanfield_jax.theory.compiled import compiled, with_widths
 from meanfield_jax.theory.fisher import Contributions, Fisher
-from meanfield_jax.theory.likelihood import mean_information, of_outputs
+from meanfield_jax.theory.likelihood import Outputs, of_outputs
 from meanfield_jax.theory.memory_plan import couples_positions, records_on_data
 from meanfield_jax.theory.order_parameters import OrderParameters
 
 
 class Found(NamedTuple):
-    """The results of a pass; ``fisher`` does not have the number of parameters yet."""
+    """The results of a pass; ``fisher`` does not yet have what depends on sizes alone."""
 
     fisher: Fisher
     order_parameters: OrderParameters
@@ -57,15 +57,15 @@ class Pass(NamedTuple, Generic[M]):
 def _iid(
     body: Layer,
     widths: tuple[Array | float, ...],
-    num_samples: Array | int | None,
-    classes: Float[Array, "n_or_1 outputs outputs"] | None,
-    input_shape: tuple[int, ...],
-    num_outputs: int,
+    num_samples: Array | float,
+    channels: Array | float,
+    outputs: Outputs,
+    positions: tuple[int, ...],
     statistics: str,
 ) -> Found:
     dtype = jnp.result_type(float, *jax.tree.leaves(body))
     body, coupled = with_widths(body, widths), couples_positions(body)
-    start = iid_inputs(input_shape[:-1], input_shape[-1], num_samples, statistics, coupled, dtype)
+    start = iid_inputs(positions, channels, num_samples, statistics, coupled, dtype)
     kernel, tangent, records, backward = forward(
         body, start, jax.eval_shape(lambda: body.propagate(start)[1])
     )
@@ -80,18 +80,17 @@ def _iid(
         tangent_same=tangent.same,
         tangent_other=tangent.other,
         inverse_samples=fraction,
-        **mean_information(num_outputs, classes, dtype),
     )
     outlier = fraction * tangent.same + (1 - fraction) * tangent.other
-    return _found(body, kernel, records, backs, fisher, outlier)
+    return _found(body, kernel, records, backs, fisher, outlier, outputs)
 
 
 def _on_data(
     body: Layer,
     widths: tuple[Array | float, ...],
     x: Float[Array, "n ..."],
+    outputs: Outputs,
     classes: Float[Array, "n_or_1 outputs outputs"] | None,
-    num_outputs: int,
     statistics: str,
     modulus: int,
 ) -> Found:
@@ -113,13 +112,12 @@ def _on_data(
         tangent_other=jnp.sum(other * matrix),
         inverse_samples=jnp.asarray(1 / num_samples, x.dtype),
         eigenvalues=of_outputs(eigenvalues, vectors, classes)[::-1],
-        **mean_information(num_outputs, classes, kernel.dtype),
     )
-    return _found(body, kernel, records, backs, fisher, eigenvalues[-1])
+    return _found(body, kernel, records, backs, fisher, eigenvalues[-1], outputs)
 
 
-iid = compiled(_iid, ("input_shape", "num_outputs", "statistics"))
-on_data = compiled(_on_data, ("num_outputs", "statistics", "modulus"), small=2**13)
+iid = compiled(_iid, ("positions", "statistics"))
+on_data = compiled(_on_data, ("statistics", "modulus"), small=2**13)
 
 
 def top_vector(
@@ -186,6 +184,7 @@ def _found(
     backs: Rows,
     fisher: dict[str, Any],
     outlier: Float[Array, ""],
+    outputs: Outputs,
 ) -> Found:
     """The results of the passes; ``backs`` are the derivatives of T_same, T_other, outlier."""
     rows = body.rows(records, _read)
@@ -195,12 +194,10 @@ def _found(
     linear = np.array([inner.is_weights for _, inner in labels])
     paths = np.array([path for path, _ in labels])
     after = jnp.cumsum(rows["inverse_width"][::-1])[::-1] - rows["inverse_width"]
-    information = fisher["information"]
-    effective_outputs = information.sum() ** 2 / jnp.sum(information**2)
-    kinds = {name: information[-1] * backs[name][2] for name in ("weights", "biases", "norm")}
+    kinds = {name: outputs.largest * backs[name][2] for name in ("weights", "biases", "norm")}
     # the factor of the derivatives of (T_same - outlier) / (n - 1)
     fraction = fisher["inverse_samples"]
-    small = information.mean() * fraction / jnp.where(fraction < 1, 1 - fraction, 1)
+    small = outputs.mean * fraction / jnp.where(fraction < 1, 1 - fraction, 1)
     total = backs["weights"] + backs["biases"] + backs["norm"]
     order = OrderParameters(
         **{name: rows[name][linear] for name in rows if name.startswith("q")},
@@ -218,8 +215,10 @@ def _found(
         variance_fluctuation=1.0 if kernel.fluctuation is None else kernel.fluctuation,
         contributions=Contributions(**kinds, layers=tuple(paths.tolist())),
         bulk_contributions=small * (total[0] - total[2]),
-        draw_width=jnp.sqrt(effective_outputs * jnp.maximum(after, 0)),
+        draw_width=jnp.sqrt(outputs.number * jnp.maximum(after, 0)),
+        information=jnp.zeros(1),
         num_parameters=0,
+        multiplicity=0,
     )
     return Found(statistics, order, kernel, status)
 
