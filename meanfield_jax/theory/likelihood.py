@@ -71,11 +71,10 @@ def mean_information(
         What a pass needs to know of the outputs, and two attributes of :class:`Fisher`.
     """
     if classes is None:
-        # of NumPy, as a program of JAX would be compiled for each number of outputs
-        ones = jnp.asarray(np.ones(num_outputs, dtype))
-        return Outputs(1.0, 1.0, float(num_outputs)), dict(
-            information=ones, multiplicity=num_outputs
-        )
+        # jnp.ones would be compiled for each number of outputs
+        ones = jax.device_put(np.ones(num_outputs, dtype))
+        outputs = Outputs(1.0, 1.0, float(num_outputs))
+        return outputs, dict(information=ones, multiplicity=num_outputs)
     found = jnp.linalg.eigvalsh(classes.mean(0))
     outputs = Outputs(found[-1], found.mean(), found.sum() ** 2 / jnp.sum(found**2))
     return outputs, dict(information=found, multiplicity=1)
