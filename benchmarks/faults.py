@@ -18,7 +18,7 @@ Really done, to the command ``meanfield-jax sweep`` on scikit-learn's digits:
   one line or means what it says, in under 2 GB.
 
 Run as root, who may mount a tmpfs: ``python faults.py``, or ``python faults.py --only kills many``.
-The exit status is 1 when one of these is false. About half an hour.
+The exit status is 1 when one of these is false.
 """
 
 import argparse

@@ -25,8 +25,8 @@ EVERY = 20.0
 
 
 COMPILING, SPEED, STEP = 3.0, 2e10, 1e-3
-"""Seconds of compiling a program, multiplications per second, seconds of a step: on any CPU these
-are right within a factor of a few, which is enough for a bar that moves with the work."""
+"""Seconds of compiling a program, multiplications per second, seconds of a step: rough numbers of
+a CPU, from which only the shares of a bar follow."""
 
 PRODUCTS = 40
 """Passes through a network in a search for its largest eigenvalues."""

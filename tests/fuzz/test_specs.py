@@ -407,12 +407,12 @@ def test_other_orders_of_bytes_and_long_doubles_are_numbers(given, dtype):
     assert np.array_equal(found.params["w"], operator.params["w"])
     vector = np.arange(6.0, dtype=dtype)
     assert np.array_equal(found @ vector, operator @ vector.astype(np.float32))
-    assert np.array_equal(
-        found @ {"w": vector.reshape(3, 2)}, operator @ {"w": vector.reshape(3, 2)}
-    )
-    assert np.array_equal(mf.diagnostics.power(other), mf.diagnostics.power(X))
+    one, other_one = (op @ {"w": vector.reshape(3, 2)} for op in (found, operator))
+    assert np.array_equal(one["w"], other_one["w"])
+    assert mf.diagnostics.power(other).P1 == mf.diagnostics.power(X).P1
     assert mf.eta_max(np.ones(2, dtype), np.zeros(2, dtype)).tolist() == [2, 2]
-    assert mf.Dense(3, weight_var=np.ones(2, dtype)).weight_var.dtype == np.float64
+    kept = mf.Dense(3, weight_var=np.ones(2, dtype)).weight_var.dtype
+    assert kept == (np.float32 if dtype == ">f4" else np.float64)
 
 
 @pytest.mark.parametrize("dtype", FOREIGN)
