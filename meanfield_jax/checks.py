@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
     if not isinstance(value, (np.generic, np.ndarray)):
         return value
     if value.ndim:
-        return native(value)
+        return native(np.asanyarray(value))
     if isinstance(value, np.ma.MaskedArray):
         return value.filled(np.nan).item() if value.dtype.kind == "f" else value
     # half precision stays as it is, because the theory refuses it

@@ -13,7 +13,7 @@ import pickle
 import pickletools
 import tarfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def short(error: Exception) -> str:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Generator[None]:
     """Turns any error that a damaged file causes into a single line that names the file."""
     try:
         yield
@@ -109,7 +109,7 @@ def read_idx(path: Path, wanted: str, item: tuple[int, ...]) -> np.ndarray:
 
 
 @contextmanager
-def _unzipped(path: Path) -> Iterator[Any]:
+def _unzipped(path: Path) -> Generator[Any]:
     """The file as a stream of bytes, unpacked if it is packed."""
     with open(path, "rb") as stream:
         # not by name: browsers unpack files but keep the .gz

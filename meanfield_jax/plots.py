@@ -247,8 +247,8 @@ def _draw_line(
     style = dict(color=color, transform=axes.get_xaxis_transform(), clip_on=False)
     if gone.any():
         known = "diverged" in axes.get_legend_handles_labels()[1]
-        label = None if known else "diverged"
-        axes.plot(x[gone.values], np.full(int(gone.sum()), 0.97), "x", label=label, **style)
+        mark = None if known else "diverged"
+        axes.plot(x[gone.values], np.full(int(gone.sum()), 0.97), "x", label=mark, **style)
     axes.set_ylabel(f"{result.long_name} after {dataset.sizes['epoch']} epochs")
     if value != "test_accuracy":
         axes.set_yscale(_scale(runs))

@@ -5,7 +5,7 @@ import functools
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def write_png(path: Path, figure: Figure) -> str:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def _temporary(path: Path) -> Generator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".meanfield-jax-")
     os.close(handle)
     os.chmod(name, 0o666 & ~_umask())

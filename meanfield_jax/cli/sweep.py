@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Annotated, Literal
 
 import jax
@@ -134,7 +134,7 @@ class Sweep:
 
 
 @contextlib.contextmanager
-def _at_most(seconds: float) -> Iterator[float]:
+def _at_most(seconds: float) -> Generator[float]:
     """Ends the process, with a line on stderr, if the other processes take longer to appear."""
 
     def give_up() -> None:
@@ -151,7 +151,7 @@ def _at_most(seconds: float) -> Iterator[float]:
 
 
 @contextlib.contextmanager
-def _stdout_for_results() -> Iterator[None]:
+def _stdout_for_results() -> Generator[None]:
     """Redirects to stderr what native libraries print, such as Gloo about its connections."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 
 from meanfield_jax.errors import SpecError, problem
@@ -173,7 +173,7 @@ def synchronize(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(files: Folder | Memory) -> Iterator[None]:
+def locked(files: Folder | Memory) -> Generator[None]:
     """Keeps a second sweep out of a store, also before it exists; a killed process lets go."""
     if fcntl is None or isinstance(files, Memory):
         yield

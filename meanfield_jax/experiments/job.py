@@ -12,7 +12,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ class Job:
                 raise self._silent("another process", "it wrote no chunk", said())
 
     @contextlib.contextmanager
-    def _signs_of_life(self) -> Iterator[None]:
+    def _signs_of_life(self) -> Generator[None]:
         """Lets the others know that this process is at work, unless it is stopped or dead."""
         over = threading.Event()
 

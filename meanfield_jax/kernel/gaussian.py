@@ -32,7 +32,7 @@ CUTOFF = 8.5
 """Where the standard Gaussian is cut off: the mass beyond is 2e-17."""
 
 
-V = TypeVar("V")
+V = TypeVar("V", covariant=True)
 
 
 class Moments(NamedTuple, Generic[V]):

@@ -28,7 +28,7 @@ LEAST_VALUES = 4
 """Fewest values in a variance: the inverse variance of fewer values has no expectation."""
 
 
-V = TypeVar("V")
+V = TypeVar("V", covariant=True)
 
 
 class SphereAverages(NamedTuple, Generic[V]):

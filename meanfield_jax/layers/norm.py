@@ -76,11 +76,11 @@ class Norm(Layer):
         Returns:
             As :meth:`Layer.rule`; the injection is None if scale and offset are not trained.
         """
+        beta: Any = self.beta  # None if it is known to be 0
         after = kernel.after(
             covariance=correlation * self.gamma**2,
             tangent=tangent * self.gamma**2,
-            # None for an offset that is known to be 0
-            mean=None if self.beta is None else jnp.asarray(self.beta, kernel.dtype),
+            mean=None if beta is None else jnp.asarray(beta, kernel.dtype),
         )
         if not self.trainable:
             return after, None
