@@ -382,7 +382,7 @@ KINDS: dict[Check, str] = {
     """,
     instance_of("meanfield_jax.tuning", "Tuning", "pass what mf.tune returns"): "tuning",
     as_given: """
-        blocks channels dataset event head inputs
+        blocks channels dataset event head init inputs
         kernel_size likelihood loss name norm outputs padding
         params split statistics stride theory widths x output
     """,

@@ -22,6 +22,9 @@ from meanfield_jax.layers.base import as_layer, norm_layers
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 
+INITS = dict(paper=(2.0, 0.5), he=(2.0, 0.0), flax=(1.0, 0.0))
+"""Variances of weights (times the fan-in) and biases, by whose initialization they are."""
+
 
 @checked(weight_var=number, bias_var=number)
 def mlp(
@@ -31,8 +34,9 @@ def mlp(
     outputs: int,
     activation: str | Callable[[Array], Array] | Activation = "relu",
     norm: Layer | type[Layer] | str | None = None,
-    weight_var: float | Array = 2.0,
-    bias_var: float | Array = 0.5,
+    init: str = "paper",
+    weight_var: float | Array | None = None,
+    bias_var: float | Array | None = None,
 ) -> Network:
     """A fully connected network: [Dense, norm, activation] for each width, then Dense(outputs).
 
@@ -43,8 +47,10 @@ def mlp(
         activation: A name, a function, or an :class:`Activation`.
         norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``; also its
             class, or its name, such as ``"batch"``.
-        weight_var: sigma_w^2 of every layer.
-        bias_var: sigma_b^2 of every layer.
+        init: Whose initialization the variances are: ``"paper"`` (Wei et al. 2019: 2 and 0.5),
+            ``"he"`` (He et al. 2015: 2 and 0) or ``"flax"`` (Flax's default layers: 1 and 0).
+        weight_var: sigma_w^2 of every layer; None: that of ``init``.
+        bias_var: sigma_b^2 of every layer; None: that of ``init``.
 
     Returns:
         The specification.
@@ -55,6 +61,7 @@ def mlp(
         2797010
     """
     widths, norm = _blocks("widths", widths), _norm("norm", norm, widths)
+    weight_var, bias_var = _variances(init, weight_var, bias_var)
     layers: list[Layer] = []
     for width in widths:
         layers += _around(norm, Dense(width, weight_var, bias_var), activation)
@@ -73,8 +80,9 @@ def cnn(
     head: str = "flatten",
     activation: str | Callable[[Array], Array] | Activation = "relu",
     norm: Layer | type[Layer] | str | None = None,
-    weight_var: float | Array = 2.0,
-    bias_var: float | Array = 0.5,
+    init: str = "paper",
+    weight_var: float | Array | None = None,
+    bias_var: float | Array | None = None,
 ) -> Network:
     """A convolutional network: [Conv, norm, activation] per entry, a head, then Dense(outputs).
 
@@ -89,8 +97,10 @@ def cnn(
         activation: A name, a function, or an :class:`Activation`.
         norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``; also its
             class, or its name, such as ``"batch"``.
-        weight_var: sigma_w^2 of every layer.
-        bias_var: sigma_b^2 of every layer.
+        init: Whose initialization the variances are: ``"paper"`` (Wei et al. 2019: 2 and 0.5),
+            ``"he"`` (He et al. 2015: 2 and 0) or ``"flax"`` (Flax's default layers: 1 and 0).
+        weight_var: sigma_w^2 of every layer; None: that of ``init``.
+        bias_var: sigma_b^2 of every layer; None: that of ``init``.
 
     Returns:
         The specification.
@@ -104,6 +114,7 @@ def cnn(
     if not isinstance(head, str) or head not in heads:
         raise problem(SpecError, "head", head, "unknown", "use 'flatten' or 'mean'")
     channels, norm = _blocks("channels", channels), _norm("norm", norm, channels)
+    weight_var, bias_var = _variances(init, weight_var, bias_var)
     layers: list[Layer] = []
     for width in channels:
         conv = Conv(width, kernel_size, stride, padding, weight_var, bias_var)
@@ -120,8 +131,9 @@ def preact_resnet(
     outputs: int = 10,
     activation: str | Callable[[Array], Array] | Activation = "relu",
     norm: Layer | type[Layer] | str | None = None,
-    weight_var: float | Array = 2.0,
-    bias_var: float | Array = 0.0,
+    init: str = "he",
+    weight_var: float | Array | None = None,
+    bias_var: float | Array | None = None,
 ) -> Network:
     """A residual network that normalizes before weights, as He et al. 2016 (arXiv:1603.05027).
 
@@ -141,8 +153,10 @@ def preact_resnet(
         activation: A name, a function, or an :class:`Activation`.
         norm: A layer inserted before each activation, such as ``BatchNorm(gamma=1.0)``; also its
             class, or its name, such as ``"batch"``.
-        weight_var: sigma_w^2 of every layer.
-        bias_var: sigma_b^2 of every layer.
+        init: Whose initialization the variances are: ``"paper"`` (Wei et al. 2019: 2 and 0.5),
+            ``"he"`` (He et al. 2015: 2 and 0) or ``"flax"`` (Flax's default layers: 1 and 0).
+        weight_var: sigma_w^2 of every layer; None: that of ``init``.
+        bias_var: sigma_b^2 of every layer; None: that of ``init``.
 
     Returns:
         The specification.
@@ -154,6 +168,7 @@ def preact_resnet(
     """
     blocks = whole("blocks", blocks, 1)
     channels, norm = _blocks("channels", channels), _norm("norm", norm, channels)
+    weight_var, bias_var = _variances(init, weight_var, bias_var)
     if len(channels) == 0:
         raise problem(SpecError, "channels", channels, "empty", "pass at least one number")
     within("OPERATIONS", "blocks", blocks, 2 * blocks * len(channels))
@@ -174,6 +189,18 @@ def preact_resnet(
         layers += [*before(conv(width, stride=2)), *[residual(width)] * blocks]
     layers += [*_around(norm, None, activation), GlobalMeanPool()]
     return Network(inputs, (*layers, Dense(outputs, weight_var, bias_var)))
+
+
+def _variances(
+    init: str, weight_var: float | Array | None, bias_var: float | Array | None
+) -> tuple[float | Array, float | Array]:
+    """The variances that were given, else those of an initialization."""
+    check_choice("init", init, tuple(INITS))
+    weights, biases = INITS[init]
+    return (
+        weights if weight_var is None else weight_var,
+        biases if bias_var is None else bias_var,
+    )
 
 
 def _blocks(argument: str, widths: Any) -> tuple[int, ...]:
