@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from meanfield_jax.arguments import as_given, checked, dataset_of
-from meanfield_jax.checks import check_choice
+from meanfield_jax.checks import check_choice, whole
 from meanfield_jax.empirical.density import SpectralDensity
 from meanfield_jax.experiments.diagram import averaged
 from meanfield_jax.layers.base import abbreviation
@@ -126,6 +126,7 @@ def plot_spectrum(
     Returns:
         The figure.
     """
+    num_eigenvalues = whole("num_eigenvalues", num_eigenvalues, 1)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.4), layout="constrained")

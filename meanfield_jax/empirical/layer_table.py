@@ -13,7 +13,7 @@ from rich.progress import track
 from meanfield_jax.arguments import as_given, checked
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
-from meanfield_jax.empirical.trace import trace
+from meanfield_jax.empirical.trace import check_probes, trace
 from meanfield_jax.errors import SpecError, problem
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def layer_table(
     if not isinstance(op, FisherOperator):
         remedy = "pass mf.fisher_operator(model, x) or mf.FisherOperator(apply, params, x)"
         raise problem(SpecError, "op", type(op).__name__, "must be a FisherOperator", remedy)
+    check_probes(num_probes)
     sizes: dict[str, int] = {}
     for path, leaf in zip(op.paths, jax.tree.leaves(op.params), strict=True):
         if op.mask is not None and not op.mask[path]:

@@ -81,6 +81,13 @@ def _estimate(
     return own.sum() + rest.mean(), rest.std(ddof=1) / len(rest) ** 0.5
 
 
+def check_probes(num_probes: int) -> None:
+    """Raises SpecError for fewer than two probes."""
+    if num_probes < 2:
+        remedy = "pass 2 or more, which the standard error needs"
+        raise problem(SpecError, "num_probes", num_probes, "must be at least 2", remedy)
+
+
 def _hutch(op: Operator, key: Array, num_probes: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
     sketch, probes = _signs(key, num_probes=num_probes, size=op.shape[0], dtype=op.dtype)
     if loops_on_host(op):
@@ -130,9 +137,7 @@ def trace(op: Operator, *, num_probes: int = 20, key: Array | None = None) -> Tr
     """
     op = dual_of(op)
     check_dtype(op)
-    if num_probes < 2:
-        remedy = "pass 2 or more, which the standard error needs"
-        raise problem(SpecError, "num_probes", num_probes, "must be at least 2", remedy)
+    check_probes(num_probes)
     within("MEMORY", "num_probes", num_probes, 24.0 * num_probes * op.shape[0])
     key, size = jax.random.key(0) if key is None else key, op.shape[0]
     if size <= 3 * num_probes:

@@ -488,7 +488,7 @@ def test_pytrees_that_cannot_be_taken_apart_are_refused(given, monkeypatch, case
     tree = TREES[case]
     operator = mf.fisher_operator(given[0]["model"], X)
     for attempt in (
-        lambda: mf.learning_rate_for(lambda p, x: x, X, params=tree),
+        lambda: mf.learning_rate(lambda p, x: x, X, params=tree),
         lambda: mf.fisher_operator(given[0]["model"], tree),
         lambda: mf.diagnostics.gradient_tails(tree),
         lambda: operator @ tree,
