@@ -128,6 +128,20 @@ def rate_tables(record: dict[str, Any]) -> list[Rows]:
     return [Rows("Measured boundary over the predicted rate", columns, rows)]
 
 
+def resnet_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of resnet18.py; a first call, compiled programs included."""
+    rows = [
+        [
+            peer["name"],
+            number(peer["cold_ratio"], ".2f"),
+            number(peer.get("value"), ".3f"),
+            number(peer["megabytes"], ".0f"),
+        ]
+        for peer in record["peers"]
+    ]
+    return [Rows("Training mode", ("", "time over ours", "lambda_max", "peak MB"), rows)]
+
+
 def adam_tables(record: dict[str, Any]) -> list[Rows]:
     """The one table of adam_rates.py."""
     rows = [
@@ -143,6 +157,7 @@ TABLES = dict(
     spectral_density=("Spectral density", density_tables),
     theory_grid=("Theory on a grid of 100,000 networks", grid_tables),
     theory_on_data=("Theory of a batch", batch_tables),
+    resnet18=("lambda_max of a ResNet-18 on 512 images", resnet_tables),
     rates=("Learning rates from a random start", rate_tables),
     adam_rates=("Adam from a random start", adam_tables),
 )

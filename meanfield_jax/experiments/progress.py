@@ -66,7 +66,11 @@ class Stages:
         self._task = self._bar.add_task("", total=sum(given))
 
     def __enter__(self) -> "Stages":
-        self._bar.start()
+        try:
+            self._bar.start()
+        except BaseException:  # Ctrl-C while the bar appears
+            self._bar.stop()
+            raise
         return self
 
     def __exit__(self, *problem) -> None:
