@@ -35,6 +35,7 @@ from meanfield_jax.theory.rates import (
     CROSS_ENTROPY,
     LITTLE_IN_COMMON,
     NO_NORM,
+    SIGNS_WITHIN_SAMPLES,
     Rule,
     decisive_eigenvalue,
     heavy_ball,
@@ -403,7 +404,8 @@ def _rates(
     """The three rates; NaN where there is no rule."""
     unknown = jnp.full_like(lambda_after, jnp.nan)
     if rule is None:
-        return dict(quadratic=unknown, no_spike=by_signs(), bounded=unknown)
+        factor = 1.0 if over_batch else SIGNS_WITHIN_SAMPLES
+        return dict(quadratic=unknown, no_spike=factor * by_signs(), bounded=unknown)
     found = rates(rule, lambda_max, lambda_after, over_batch)
     if loss == "squared":
         return found
@@ -415,7 +417,7 @@ def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
     """What is known of rules that are less certain."""
     found = []
     if rule is None:
-        found.append("Adam: only no_spike has a rule, good to about 35 %")
+        found.append("Adam: only no_spike has a rule, good to 40 % with BatchNorm, else to 2 times")
         if loss != "squared":
             found.append("Adam's rule was tested on the squared loss only")
     elif loss != "squared":
