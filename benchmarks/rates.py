@@ -138,7 +138,10 @@ def main() -> int:
     rows = []
     for number, case in enumerate(cases()):
         if case.name in known:
-            rows += judged(case, number, known[case.name], not options.no_verify)
+            try:
+                rows += judged(case, number, known[case.name], not options.no_verify)
+            except (mf.DataError, RuntimeError) as error:
+                console.print(f"{case.name}: no prediction: {error}")
             console.print(case.name, end="\r")
     return finish("rates", dict(rows=rows), claims_of(rows))
 
