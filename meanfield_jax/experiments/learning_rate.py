@@ -1,4 +1,7 @@
-"""The learning rate of a network or a model: one function, and its result."""
+"""The learning rate of a network or a model: one function, and its result.
+
+One file, because prediction, measurement and what is printed share the result's fields.
+"""
 
 from __future__ import annotations
 
@@ -417,7 +420,9 @@ def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
     """What is known of rules that are less certain."""
     found = []
     if rule is None:
-        found.append("Adam: only no_spike has a rule, good to 40 % with BatchNorm, else to 2 times")
+        found.append(
+            "Adam: only no_spike has a rule, mostly good to 35 % with BatchNorm, else to 2 times"
+        )
         if loss != "squared":
             found.append("Adam's rule was tested on the squared loss only")
     elif loss != "squared":
