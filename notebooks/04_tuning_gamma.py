@@ -125,6 +125,11 @@ axes.set(yscale="log", xlabel="epoch", ylabel="training loss", xticks=range(1, 6
 _ = axes.legend(frameon=False)
 
 # %% [markdown]
+# At its recommended rate each untuned network learns. Tuning does not pay there: the tuned tanh
+# network diverges (it has no line), and the tuned ReLU network starts with a spike. Tuning makes
+# gamma small, and for a gamma below 0.5 `learning_rate` warns that it grows from its start.
+
+# %% [markdown]
 # ## A learning rate on demand
 #
 # Other questions are one call as well: the gamma with which this very network, on these very
