@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from meanfield_jax.checks import MOST_UNITS, is_number, plain, sequence, whole
+from meanfield_jax.checks import MOST_UNITS, check_choice, is_number, plain, sequence, whole
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import (
     LAYERS,
@@ -34,6 +34,8 @@ class Network:
     Args:
         input_shape: Shape of one sample, (features,) or (height, width, channels).
         layers: The layers, first to last.
+        origin: Where each layer comes from, if from a Flax model: its path here, its path in the
+            model, and the variances of weights and biases that it had there; see :meth:`from_flax`.
 
     Raises:
         SpecError: if a layer does not fit the one before it; the message gives the layer's path.
@@ -49,6 +51,7 @@ class Network:
 
     input_shape: tuple[int, ...] = static()
     layers: tuple[Layer, ...]
+    origin: tuple[tuple[str, str, float, float], ...] = static(default=())
 
     def __post_init__(self):
         shape = plain(self.input_shape)
@@ -62,8 +65,94 @@ class Network:
             raise problem(SpecError, "input_shape", self.input_shape, cause, remedy)
         if not self.layers:
             raise problem(SpecError, "layers", self.layers, "empty", "pass at least one layer")
+        object.__setattr__(self, "origin", _checked_origin(self.origin))
         check_structure(self.layers)
         self.body.output(Signal(self.input_shape))
+
+    @classmethod
+    def from_flax(
+        cls, model: Any, x: Any, *, variances: str = "initial", call: Any = None
+    ) -> "Network":
+        """The specification of a Flax model, read from one run on traced inputs.
+
+        Layers of Flax, sums of branches, means, pooling and elementwise functions are recognized;
+        dropout is kept, and BatchNorm in training mode. What has no theory is refused in one line
+        that names its path.
+
+        Args:
+            model: An NNX module, a Linen module, or a pair of a Linen module and its variables.
+            x: Inputs, (n, *input_shape); only their shape counts.
+            variances: Where the variances of weights and biases come from. ``"initial"``: the
+                distribution (LeCun, He, Glorot, PyTorch's) that the weights can have been drawn
+                from, else their mean square. ``"measured"``: their mean square, as for a trained
+                model, whose theory is then that of a network drawn with these variances.
+            call: As in :func:`fisher_operator` for NNX, ``FisherOperator.from_linen`` for Linen.
+
+        Returns:
+            The network, whose ``paths`` lead back to the model.
+
+        Raises:
+            SpecError: if a part of the model has no theory.
+
+        Accuracy:
+            That of the specification; a measured variance has the relative error sqrt(2 / weights).
+
+        Example:
+            >>> import jax.numpy as jnp, meanfield_jax as mf
+            >>> from flax import nnx
+            >>> layers = [nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.relu]
+            >>> model = nnx.Sequential(*layers, nnx.Linear(64, 3, rngs=nnx.Rngs(1)))
+            >>> mf.Network.from_flax(model, jnp.ones((1, 8)))
+            Network: (8,) -> (3,), 771 parameters
+              layers/0  Dense(width=64, weight_var=1.0, bias_var=0.0)  (64,)  576
+              layers/1  Activation(function='relu')                    (64,)    0
+              layers/2  Dense(width=3, weight_var=1.0, bias_var=0.0)    (3,)  195
+        """
+        from meanfield_jax.conversion.from_flax import VARIANCES, layers_of
+
+        check_choice("variances", variances, VARIANCES)
+        shape, layers, named = layers_of(model, x, variances, call)
+
+        def variance(layer: Layer, kind: str) -> float:
+            return float(getattr(layer, f"{kind}_var", 0.0))
+
+        origin = tuple(
+            (path, named[id(la)], variance(la, "weight"), variance(la, "bias"))
+            for path, la in walk(Sequential(layers))
+            if id(la) in named
+        )
+        return cls(shape, layers, origin)
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """By path of a layer, its path in the Flax model that was read; empty without one."""
+        return {place: path for place, path, *_ in self.origin}
+
+    def apply_to(self, model: Any) -> Any:
+        """A copy of the Flax model that this network is of, with the network's numbers.
+
+        Scales and offsets of norms and factors are set. Weights and biases are multiplied by the
+        root of the factor by which their variance has changed since :meth:`from_flax`.
+
+        Args:
+            model: The model given to :meth:`from_flax`; a pair (module, variables) for Linen.
+
+        Returns:
+            An NNX model, or for Linen the variables; the model itself is not changed.
+
+        Raises:
+            SpecError: if the network was not made by :meth:`from_flax`, or of another model.
+        """
+        from meanfield_jax.conversion.from_flax import applied
+
+        if not self.origin:
+            cause = "it does not know the paths of a model"
+            raise problem(SpecError, "network", "a specification", cause, "use Network.from_flax")
+        return applied(self, model)
+
+    def replace(self, layers: tuple[Layer, ...]) -> "Network":
+        """The network with other numbers or widths in layers of the same kinds and places."""
+        return dataclasses.replace(self, layers=layers)
 
     @property
     def body(self) -> Sequential:
@@ -100,7 +189,11 @@ class Network:
     def to_json(self, indent: int | None = 2) -> str:
         """The specification as JSON text; :meth:`from_json` reads it back."""
         self.validate()
-        spec = dict(format=FORMAT, input_shape=self.input_shape, layers=_encode(self.layers))
+        spec: dict[str, Any] = dict(
+            format=FORMAT, input_shape=self.input_shape, layers=_encode(self.layers)
+        )
+        if self.origin:
+            spec["origin"] = self.origin
         return json.dumps(spec, indent=indent)
 
     @classmethod
@@ -117,9 +210,10 @@ class Network:
             for name in ("input_shape", "layers"):
                 if not isinstance(spec.get(name), list):
                     raise problem(SpecError, name, spec.get(name), "must be a list", remedy)
-            if unknown := sorted(set(spec) - {"format", "input_shape", "layers"}):
+            if unknown := sorted(set(spec) - {"format", "input_shape", "layers", "origin"}):
                 raise problem(SpecError, "specification", unknown, "unknown keys", remedy)
-            network = cls(spec["input_shape"], tuple(map(_decode, spec["layers"])))
+            layers = tuple(map(_decode, spec["layers"]))
+            network = cls(spec["input_shape"], layers, spec.get("origin", ()))
         except SpecError:
             raise
         except RecursionError:
@@ -149,6 +243,18 @@ class Network:
         ]
         head = f"Network: {self.input_shape} -> {signal.shape}, {self.num_parameters:,} parameters"
         return "\n  ".join([head, *map(str.rstrip, lines)])
+
+
+def _checked_origin(origin: Any) -> tuple[tuple[str, str, float, float], ...]:
+    """The rows as tuples; raises SpecError if they are not what from_flax writes."""
+    try:
+        rows = tuple((place, path, float(w), float(b)) for place, path, w, b in origin)
+    except (TypeError, ValueError):
+        rows = None
+    if rows is None or not all(isinstance(text, str) for row in rows for text in row[:2]):
+        cause = "not rows of two paths and two variances"
+        raise problem(SpecError, "origin", origin, cause, "use Network.from_flax")
+    return rows
 
 
 def _without_children(layer: Layer) -> str:
@@ -187,7 +293,7 @@ def _number_problems(inner: Layer) -> Iterator[tuple[str, Any, str, str]]:
     """The problems with the layer's values, once they are known to be numbers."""
     known = True
     # the layers inside have numbers of their own
-    held = {path.partition("/")[0] for path in inner.children()} | {"layers"}
+    held = {path.partition("/")[0] for path in inner.children()} | {"layers", "shortcut"}
     for field in dataclasses.fields(inner):  # pyright: ignore[reportArgumentType]
         value = getattr(inner, field.name)
         if field.metadata.get("static") or field.name in held:

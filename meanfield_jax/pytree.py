@@ -16,6 +16,7 @@ def static(
     default: Any = dataclasses.MISSING,
     least: int | None = None,
     choices: Sequence[str] | None = None,
+    keyword: bool = False,
 ) -> Any:
     """A field that describes structure: part of the pytree's definition, not one of its leaves.
 
@@ -23,12 +24,14 @@ def static(
         default: Its default value.
         least: The smallest value of an integer.
         choices: The values of a text.
+        keyword: Whether it is given by keyword only.
 
     Returns:
         The field.
     """
     allowed = dict(least=least) if choices is None else dict(choices=choices)
-    return dataclasses.field(default=default, metadata=dict(static=True) | allowed)
+    metadata = dict(static=True) | allowed
+    return dataclasses.field(default=default, metadata=metadata, kw_only=keyword)
 
 
 @overload

@@ -73,7 +73,7 @@ def with_width(network: Network, width: int) -> Network:
     def change(inner: Layer) -> Layer:
         return inner.replace(width=width) if inner.is_weights else inner
 
-    return Network(network.input_shape, (*Sequential(tuple(hidden)).changed(change).layers, last))
+    return network.replace(layers=(*Sequential(tuple(hidden)).changed(change).layers, last))
 
 
 def with_depth(network: Network, depth: int) -> Network:
@@ -98,7 +98,7 @@ def with_depth(network: Network, depth: int) -> Network:
 
 
 def _changed(network: Network, change: Callable[[Layer], Layer]) -> Network:
-    return Network(network.input_shape, network.body.changed(change).layers)
+    return network.replace(layers=network.body.changed(change).layers)
 
 
 def variants_of(network: Network, gammas: Iterable[float]) -> dict[str, Network]:

@@ -199,6 +199,15 @@ def hermite_coefficients(
     return jax.lax.scan(term, start, jnp.arange(NUM_TERMS, dtype=u.dtype))[1]
 
 
+def mean_value(
+    phi: Nonlinearity, variance: Float[Array, "*shape"], mean: Array | None
+) -> Float[Array, "*shape"]:
+    """E[phi(u)] for u of this variance and mean; the mean is 0 if None."""
+    std, centre = safe.sqrt(variance), 0.0 if mean is None else mean
+    x, weight = _nodes(_kinks(phi, centre, std), NUM_NODES)
+    return jnp.sum(weight * phi.function(centre + std[..., None] * x), -1)
+
+
 def mehler(
     first: Sequence[Array], second: Sequence[Array], correlation: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:

@@ -263,11 +263,12 @@ class GramMatrix(Matrix):
             SpecError: if pairs of positions are needed that were left out.
         """
         assert self.pairs is not None
-        side, stride, padding, positions = window
+        side, stride, padding, positions, dilation = window
         pairs = self.pairs.after(positions, stride)
         if self.images is not None:
-            rows = windows(self.images, (1,), side, stride, padding)
-            patches = [part for row in rows for part in windows(row, (2,), side, stride, padding)]
+            options = side, stride, padding, dilation
+            rows = windows(self.images, (1,), *options)
+            patches = [part for row in rows for part in windows(row, (2,), *options)]
             entries = _products(jnp.concatenate(patches, -1), pairs)
             return self.replaced(entries, pairs=pairs)
         places = [
@@ -287,6 +288,14 @@ class GramMatrix(Matrix):
             raise problem(SpecError, "Conv.padding", padding, cause, remedy)
         parts = [jnp.take(self.entries, at, 0, mode="fill", fill_value=0) for at in places]
         return self.replaced(functools.reduce(jnp.add, parts) / side**2, pairs=pairs)
+
+    def over_positions(self, function: Callable[[Array], Array]) -> Self:
+        assert self.pairs is not None
+        assert self.pairs.modulus == 1
+        num_samples = self.entries.shape[-1]
+        found = function(self.entries.reshape(*self.positions * 2, num_samples, num_samples))
+        pairs = Positions(found.shape[:2], 1)
+        return self.replaced(found.reshape(-1, num_samples, num_samples), pairs=pairs)
 
     def flattened(self) -> Self:
         assert self.pairs is not None
@@ -315,13 +324,17 @@ def _under_window(
     numbers: Int[np.ndarray, " pairs"], shape: Shape, window: Window
 ) -> list[Int[np.ndarray, "2 pairs"]]:
     """For each place in the window at these positions, the position (y, x) under it."""
-    side, stride, padding, positions = window
+    side, stride, padding, positions, dilation = window
+    length = (side - 1) * dilation + 1
     corners = [
-        stride * index - pad_width(size, side, stride, padding)[0]
+        stride * index - pad_width(size, length, stride, padding)[0]
         for index, size in zip(np.unravel_index(numbers, positions), shape, strict=True)
     ]
     offsets = np.ndindex(side, side)
-    places = (np.stack([corners[0] + row, corners[1] + column]) for row, column in offsets)
+    places = (
+        np.stack([corners[0] + dilation * row, corners[1] + dilation * column])
+        for row, column in offsets
+    )
     if padding == "CIRCULAR":
         return [place % np.array(shape)[:, None] for place in places]
     return list(places)

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from meanfield_jax.kernel import safe
-from meanfield_jax.kernel.gaussian import Moments, Nonlinearity
+from meanfield_jax.kernel.gaussian import Moments, Nonlinearity, mean_value
 from meanfield_jax.kernel.gram_matrix import GramMatrix, gram
 from meanfield_jax.kernel.matrix import Matrix, Number, Window
 from meanfield_jax.kernel.pair_matrix import PairMatrix
@@ -104,6 +104,8 @@ class Kernel(Generic[M]):
         projection: How the norm just passed changes the tangent because its variance depends on the
             parameters, or None.
         mean: E[z], equal for all samples and positions, (); None where it is exactly 0.
+        unit_mean: After an activation, whose outputs do not have mean 0: the average of E[z], which
+            ``covariance`` still contains, (); None where it is 0.
         deviation: The covariance without a constant that subtracting a mean removes (from a bias,
             or from the mean of the inputs), so that there is no cancellation; None where it equals
             ``covariance``.
@@ -120,6 +122,7 @@ class Kernel(Generic[M]):
     scale: M | None
     projection: Projection | None
     mean: Float[Array, ""] | None
+    unit_mean: Float[Array, ""] | None
     deviation: M | None
     tangent_deviation: M | None
     status: Int[Array, ""]
@@ -143,7 +146,8 @@ class Kernel(Generic[M]):
 
     def after(self, covariance: Matrix, tangent: Matrix, **changes: Any) -> Self:
         """The kernel after a layer: mean 0 and no bookkeeping of the last norm, unless given."""
-        rest = dict.fromkeys(("scale", "projection", "mean", "deviation", "tangent_deviation"))
+        reset = "scale", "projection", "mean", "unit_mean", "deviation", "tangent_deviation"
+        rest = dict.fromkeys(reset)
         return self.replace(covariance=covariance, tangent=tangent, **(rest | changes))
 
     def with_numbers(self) -> Self:
@@ -158,10 +162,21 @@ class Kernel(Generic[M]):
         return self.replace(
             covariance=covariance,
             scale=self.scale or zero,
-            mean=jnp.zeros((), self.dtype) if self.mean is None else self.mean,
+            mean=zero_if_none(self.mean, self.dtype),
+            unit_mean=zero_if_none(self.unit_mean, self.dtype),
             projection=parts,
             deviation=self.deviations[0],
             tangent_deviation=self.deviations[1],
+        )
+
+    def around_means(self) -> Self:
+        """The kernel with ``unit_mean`` in the mean and no longer in the covariance."""
+        if self.unit_mean is None:
+            return self
+        return self.replace(
+            covariance=self.covariance - self.unit_mean**2,
+            mean=self.unit_mean if self.mean is None else self.mean + self.unit_mean,
+            unit_mean=None,
         )
 
     @property
@@ -244,7 +259,8 @@ class Kernel(Generic[M]):
             both, cross = self.projection.of_function(moments)
             tangent += both - cross - cross.T
         product = moments.product if factor is None else moments.product * factor
-        return self.after(product, tangent)
+        average = mean_value(phi, self.covariance.diagonal(), self.mean).mean()
+        return self.after(product, tangent, unit_mean=average)
 
     def windowed(self, window: Window) -> Self:
         """The kernel of the values under a moving window, taken together as one vector.
@@ -345,6 +361,7 @@ def _inputs(covariance: M, zero: M, channels: Array | float, statistics: str) ->
         scale=None,
         projection=None,
         mean=None,
+        unit_mean=None,
         deviation=None,
         tangent_deviation=None,
         status=jnp.asarray(Status.CONVERGED, jnp.int32),
@@ -352,6 +369,11 @@ def _inputs(covariance: M, zero: M, channels: Array | float, statistics: str) ->
         channels=jnp.asarray(channels, covariance.dtype),
         statistics=statistics,
     )
+
+
+def zero_if_none(value: Array | None, dtype: jnp.dtype) -> Array:
+    """The value, or 0 as an array if it is None."""
+    return jnp.zeros((), dtype) if value is None else value
 
 
 def first_failure_of(status: Int[Array, ""], other: Int[Array, ""]) -> Int[Array, ""]:

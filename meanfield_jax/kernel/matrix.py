@@ -26,14 +26,16 @@ class Window(NamedTuple):
     Attributes:
         side: Side of the square window.
         stride: Step of the window.
-        padding: ``"SAME"``, ``"VALID"`` or ``"CIRCULAR"``.
+        padding: ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``, or the number of zeros on every side.
         positions: Shape of the map after the convolution.
+        dilation: Step between neighbors within the window.
     """
 
     side: int
     stride: int
-    padding: str
+    padding: str | int
     positions: tuple[int, ...]
+    dilation: int = 1
 
 
 class Matrix(ABC):
@@ -199,6 +201,18 @@ class Matrix(ABC):
     @abstractmethod
     def windows(self, window: Window) -> Self:
         """The matrix of the vectors under a moving window, averaged over their components."""
+
+    @abstractmethod
+    def over_positions(self, function: Callable[[Array], Array]) -> Self:
+        """Applies a function to the entries as an array over both members' positions.
+
+        Args:
+            function: From (height, width, height, width, ...), the first member's position before
+                the second one's, to an array of the same kind.
+
+        Returns:
+            The matrix over the new map; all pairs of positions must be kept.
+        """
 
     @abstractmethod
     def flattened(self) -> Self:

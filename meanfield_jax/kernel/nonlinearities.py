@@ -8,7 +8,7 @@ from meanfield_jax.kernel import safe
 from meanfield_jax.kernel.gaussian import Moments, Nonlinearity, clipped
 
 
-def _rectifier(slope: float) -> Nonlinearity:
+def rectifier(slope: float) -> Nonlinearity:
     """max(x, slope x): piecewise linear, hence phi'(u) u = phi(u)."""
 
     def closed_form(variance_a: Array, variance_b: Array, covariance: Array) -> Moments[Array]:
@@ -58,12 +58,20 @@ def _gelu(x: Array) -> Array:
 
 
 NONLINEARITIES: dict[str, Nonlinearity] = {
-    "relu": _rectifier(0.0),
-    "leaky_relu": _rectifier(0.1),
+    "relu": rectifier(0.0),
+    "leaky_relu": rectifier(0.1),
     "tanh": Nonlinearity(jnp.tanh),
     "erf": Nonlinearity(jax.scipy.special.erf, closed_form=_erf_moments),
     "gelu": Nonlinearity(_gelu),
+    "gelu_tanh": Nonlinearity(jax.nn.gelu),
     "silu": Nonlinearity(jax.nn.silu),
+    "sigmoid": Nonlinearity(jax.nn.sigmoid),
+    "softplus": Nonlinearity(jax.nn.softplus),
+    "elu": Nonlinearity(jax.nn.elu, kinks=(0.0,)),
+    "selu": Nonlinearity(jax.nn.selu, kinks=(0.0,)),
+    "relu6": Nonlinearity(jax.nn.relu6, kinks=(0.0, 6.0)),
+    "hard_silu": Nonlinearity(jax.nn.hard_silu, kinks=(-3.0, 3.0)),
     "identity": Nonlinearity(_identity, closed_form=_identity_moments),
 }
-"""The activation functions that have a name; ``leaky_relu`` has slope 0.1."""
+"""The activation functions that have a name; ``leaky_relu`` has slope 0.1, ``gelu_tanh`` is the
+approximation that is the default of Flax."""

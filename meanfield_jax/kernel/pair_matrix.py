@@ -196,11 +196,15 @@ class PairMatrix(Matrix):
 
         def average(entry: Array) -> Array:
             for shifted_together in axes:
-                options = window.side, window.stride, window.padding
+                options = window.side, window.stride, window.padding, window.dilation
                 entry = functools.reduce(jnp.add, windows(entry, shifted_together, *options))
             return entry / window.side**2
 
         return self.map(average)
+
+    def over_positions(self, function: Callable[[Array], Array]) -> Self:
+        assert self.all_positions
+        return self.map(function)
 
     def flattened(self) -> Self:
         same, other = (self._at_equal_positions(e).mean() for e in (self.same, self.other))

@@ -11,6 +11,7 @@ from meanfield_jax.layers.combine import Sequential as Sequential
 from meanfield_jax.layers.conv import Conv as Conv
 from meanfield_jax.layers.cross_iteration import CrossIterationBatchNorm as CrossIterationBatchNorm
 from meanfield_jax.layers.dense import Dense as Dense
+from meanfield_jax.layers.dropout import Dropout as Dropout
 from meanfield_jax.layers.group_norm import GroupNorm as GroupNorm
 from meanfield_jax.layers.head import Flatten as Flatten
 from meanfield_jax.layers.head import GlobalMeanPool as GlobalMeanPool
@@ -20,6 +21,10 @@ from meanfield_jax.layers.instance_enhancement import (
 from meanfield_jax.layers.instance_norm import InstanceNorm as InstanceNorm
 from meanfield_jax.layers.layer_norm import LayerNorm as LayerNorm
 from meanfield_jax.layers.norm import Norm as Norm
+from meanfield_jax.layers.pool import AvgPool as AvgPool
+from meanfield_jax.layers.pool import MaxPool as MaxPool
 from meanfield_jax.layers.proxy_norm import ProxyNorm as ProxyNorm
+from meanfield_jax.layers.rms_norm import RMSNorm as RMSNorm
+from meanfield_jax.layers.scale import Scale as Scale
 
 __all__ = ["Layer", *LAYERS]  # pyright: ignore[reportUnsupportedDunderAll]

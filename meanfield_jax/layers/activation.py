@@ -21,12 +21,15 @@ class Activation(Layer):
     """h = phi(z), elementwise.
 
     Rule: K <- E[phi phi];  T <- T E[phi' phi'], plus E[phi' phi' z_hat z_hat] for the trainable
-    scale of a norm directly before it. The pre-activations must be Gaussian.
+    scale of a norm directly before it. The pre-activations must be Gaussian, or the sum of a
+    Gaussian branch and the outputs of an earlier activation (ResNet v1), which is treated as a
+    Gaussian of the same mean and covariance.
 
     Attributes:
-        function: A name (relu, leaky_relu, tanh, erf, gelu, silu, identity), any elementwise
-            function of JAX operations, whose expectations are then computed by quadrature, or a
-            :class:`Nonlinearity` that has closed forms.
+        function: A name (relu, leaky_relu, relu6, elu, selu, tanh, erf, sigmoid, gelu, gelu_tanh,
+            silu, hard_silu, softplus, identity), any elementwise function of JAX operations, whose
+            expectations are then computed by quadrature, or a :class:`Nonlinearity` that has closed
+            forms.
         kinks: The points where a given function or its derivative jumps.
 
     Source:
@@ -62,10 +65,10 @@ class Activation(Layer):
             cause = "it needs Gaussian inputs, but these are not sums over many random weights"
             remedy = "put a Dense or Conv before it, and Flatten after it"
             raise problem(SpecError, "Activation.function", self.function, cause, remedy)
-        return Signal(signal.shape, gaussian=False)
+        return Signal(signal.shape, random=signal.random)
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
-        return kernel.activated(self.nonlinearity), None
+        return kernel.around_means().activated(self.nonlinearity), None
 
     def build(self, shape: Shape, rngs) -> Callable[[Array], Array]:
         return self.nonlinearity.function

@@ -34,10 +34,12 @@ class Signal(NamedTuple):
     Attributes:
         shape: Shape of one sample, (features,) or (height, width, channels).
         gaussian: Whether units are Gaussian, as sums over many random weights are.
+        random: Whether units are draws of one distribution, as they are after random weights.
     """
 
     shape: Shape
     gaussian: bool = False
+    random: bool = False
 
 
 @pytree
@@ -95,6 +97,8 @@ class Layer:
         is_norm: Whether it is a normalization, with scale, offset and statistics.
         over_batch: Whether its outputs depend on the batch in training, and on running statistics
             in evaluation.
+        linear: Whether it acts on every unit by itself and linearly, but is no normalization.
+        pools: Whether it needs all pairs of the positions before it, without exception.
         within_sample: Whether its statistics are taken over the positions of one sample, so that
             all pairs of positions are needed.
         stride: Factor by which it divides the sides of a map.
@@ -107,6 +111,8 @@ class Layer:
     width: int
     is_norm: ClassVar[bool] = False
     over_batch: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    pools: ClassVar[bool] = False
     within_sample: ClassVar[bool] = False
     stride: int = 1
     kernel_size: int = 1
@@ -125,6 +131,11 @@ class Layer:
     def ends_in_weights(self) -> bool:
         """Whether its last operation, apart from a norm, is to apply random weights."""
         return self.is_weights
+
+    @property
+    def total_stride(self) -> int:
+        """The factor by which it, and all layers inside it, divide the sides of a map."""
+        return self.stride
 
     def couples_positions(self, vary: bool) -> bool:
         """Whether it needs pairs of distinct positions; ``vary``: whether positions differ."""

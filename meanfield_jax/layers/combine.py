@@ -1,5 +1,6 @@
 """Sequential, Residual and Repeat: layers made of layers."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel.kernel import first_failure_of
 from meanfield_jax.layers.activation import Activation
 from meanfield_jax.layers.base import (
     Kernel,
@@ -36,8 +38,13 @@ class Sequential(Layer):
     layers: tuple[Layer, ...] = ()
 
     @property
+    def total_stride(self) -> int:
+        return math.prod(inner.total_stride for inner in self.layers)
+
+    @property
     def ends_in_weights(self) -> bool:
-        last = next((inner for inner in reversed(self.layers) if not inner.is_norm), self)
+        others = (la for la in reversed(self.layers) if not (la.is_norm or la.linear))
+        last = next(others, self)
         return last is not self and last.ends_in_weights
 
     def output(self, signal: Signal) -> Signal:
@@ -105,66 +112,89 @@ class Sequential(Layer):
 
 @layer
 class Residual(Layer):
-    """x + branch(x), where the branch ends in random weights (Dense or Conv, then maybe a norm).
+    """shortcut(x) + branch(x), whose branch ends in random weights (Dense or Conv, maybe a norm).
 
-    Rule: the covariances and tangents of x and branch(x) add up, because the last weights of the
-    branch are independent of x and have mean zero.
+    Rule: the covariances and tangents of the two add up, because the last weights of the branch are
+    independent of everything else and have mean zero.
 
     Attributes:
-        branch: A layer that keeps the shape; a :class:`Sequential` for several layers.
+        branch: A layer; a :class:`Sequential` for several layers.
+        shortcut: What x passes on its way around the branch, such as a convolution of side 1 where
+            the shape changes; nothing as a default.
     """
 
     branch: Layer = Sequential()
+    shortcut: Layer = Sequential()
+
+    @property
+    def total_stride(self) -> int:
+        return self.branch.total_stride
 
     def output(self, signal: Signal) -> Signal:
-        after = located("branch", self.branch, signal)
-        if after.shape != signal.shape:
-            remedy = f"make the branch return shape {signal.shape}"
+        after, beside = (located(name, la, signal) for name, la in self._both)
+        if after.shape != beside.shape:
+            remedy = f"make the branch return shape {beside.shape}"
             cause = f"its branch returns shape {after.shape}"
             raise problem(SpecError, "Residual input shape", signal.shape, cause, remedy)
         if not self.branch.ends_in_weights:
             cause, remedy = "it does not end in random weights", "end it with Dense or Conv"
             raise problem(SpecError, "Residual.branch", type(self.branch).__name__, cause, remedy)
-        return Signal(signal.shape, signal.gaussian and after.gaussian)
+        return after._replace(gaussian=after.gaussian and beside.random, random=beside.random)
 
     def num_parameters(self, shape: Shape) -> int:
-        return self.branch.num_parameters(shape)
+        return self.branch.num_parameters(shape) + self.shortcut.num_parameters(shape)
 
     def check_theory(self, shape: Shape) -> None:
         self.branch.check_theory(shape)
+        self.shortcut.check_theory(shape)
 
     def propagate(self, kernel: Kernel[M], perturbations: Any = None) -> tuple[Kernel[M], Any]:
-        branch, records = self.branch.propagate(kernel, perturbations)
-        deviation, tangent_deviation = map(total, kernel.deviations, branch.deviations)
-        return branch.after(
-            covariance=kernel.covariance + branch.covariance,
-            tangent=kernel.effective_tangent + branch.effective_tangent,
-            mean=total(kernel.mean, branch.mean),
+        added = perturbations or (None, None)
+        branch, records = self.branch.propagate(kernel, added[0])
+        beside, others = self.shortcut.propagate(kernel, added[1])
+        deviation, tangent_deviation = map(total, beside.deviations, branch.deviations)
+        status = first_failure_of(branch.status, beside.status)
+        return branch.replace(status=status).after(
+            covariance=beside.covariance + branch.covariance,
+            tangent=beside.effective_tangent + branch.effective_tangent,
+            mean=total(beside.mean, branch.mean),
+            unit_mean=total(beside.unit_mean, branch.unit_mean),
             deviation=deviation,
             tangent_deviation=tangent_deviation,
-        ), records
+        ), (records, others)
 
     def normalized(self, records: Any, after: bool, statistics: str) -> tuple[Any, bool]:
-        # the shortcut goes around the norms of the branch
-        return self.branch.normalized(records, after, statistics)[0], after
+        # the norms of the one are not passed by the other
+        branch, before_branch = self.branch.normalized(records[0], after, statistics)
+        beside, before_shortcut = self.shortcut.normalized(records[1], after, statistics)
+        return (branch, beside), before_branch and before_shortcut
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
-        return ResidualModule(self.branch.build(shape, rngs))
+        branch = self.branch.build(shape, rngs)
+        plain = self.shortcut == Sequential()
+        return ResidualModule(branch, None if plain else self.shortcut.build(shape, rngs))
 
     def rows(self, records: Any, read: Callable[[Record], Rows]) -> Rows:
-        return self.branch.rows(records, read)
+        both = zip(self._both, records, strict=True)
+        return joined([inner.rows(record, read) for (_, inner), record in both])
 
     def labels(self, records: Any, path: str) -> list[tuple[str, Layer]]:
-        return self.branch.labels(records, f"{path}/branch")
+        both = zip(self._both, records, strict=True)
+        return [label for (name, la), own in both for label in la.labels(own, f"{path}/{name}")]
 
     def children(self) -> Mapping[str, Layer]:
-        return {"branch": self.branch}
+        plain = self.shortcut == Sequential()
+        return dict(self._both[:1] if plain else self._both)
+
+    @property
+    def _both(self) -> tuple[tuple[str, Layer], ...]:
+        return ("branch", self.branch), ("shortcut", self.shortcut)
 
     def changed(self, change: Callable[[Layer], Layer]) -> Layer:
-        return Residual(self.branch.changed(change))
+        return Residual(self.branch.changed(change), self.shortcut.changed(change))
 
     def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
-        return (Residual(exchanged(self.branch, norm)),)
+        return (Residual(exchanged(self.branch, norm), exchanged(self.shortcut, norm)),)
 
 
 @layer
@@ -274,14 +304,14 @@ def placed(layers: Sequence[Layer], norm: Layer | None) -> tuple[Layer, ...]:
 
 
 class ResidualModule(nnx.Module):
-    """x + branch(x)."""
+    """shortcut(x) + branch(x); None for no shortcut."""
 
-    def __init__(self, branch):
-        self.branch = branch
+    def __init__(self, branch, shortcut):
+        self.branch, self.shortcut = branch, shortcut
 
     def __call__(self, x: Array) -> Array:
-        """The sum, of x's shape."""
-        return x + self.branch(x)
+        """The sum, of the branch's shape."""
+        return (x if self.shortcut is None else self.shortcut(x)) + self.branch(x)
 
 
 class RepeatModule(nnx.Module):

@@ -35,6 +35,7 @@ class Dense(Layer):
         width: Number of units.
         weight_var: sigma_w^2, the variance of a weight times the fan-in.
         bias_var: sigma_b^2, the variance of a bias.
+        use_bias: Whether there are biases; without them ``bias_var`` has no effect.
 
     Source:
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 3; tangent: Jacot et al. 2018.
@@ -45,16 +46,17 @@ class Dense(Layer):
     width: int = static(least=1)
     weight_var: float | Array = tunable(2.0, positive=True)
     bias_var: float | Array = tunable(0.5, positive=True)
+    use_bias: bool = static(default=True)
 
     def output(self, signal: Signal) -> Signal:
         if len(signal.shape) != 1:
             remedy = "put Flatten() or GlobalMeanPool() before it"
             cause = "Dense needs inputs of shape (features,)"
             raise problem(SpecError, "input shape", signal.shape, cause, remedy)
-        return Signal((self.width,), gaussian=True)
+        return Signal((self.width,), gaussian=True, random=True)
 
     def num_parameters(self, shape: Shape) -> int:
-        return (shape[0] + 1) * self.width
+        return (shape[0] + self.use_bias) * self.width
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection]:
         return linear_rule(self, kernel, self.width)
@@ -66,21 +68,25 @@ class Dense(Layer):
         yield from variance_problems(self, "weight_var", "bias_var")
 
 
-def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injection]:
+def linear_rule(
+    layer: Any, kernel: Kernel, width: int, groups: int = 1
+) -> tuple[Kernel, Injection]:
     """The rule for random weights and biases applied to the values, or windows, of ``kernel``."""
     moment, (deviation, tangent_deviation) = kernel.moment, kernel.deviations
+    fan_in = kernel.channels / groups
+    covariance = moment * layer.weight_var
 
     def weighted(matrix: Matrix | None) -> Matrix | None:
         return None if matrix is None else matrix * layer.weight_var
 
     injection = Injection(
-        weights=moment * kernel.channels,
-        biases=moment.full(1.0),
+        weights=moment * fan_in,
+        biases=moment.full(1.0) if layer.use_bias else None,
         # all samples have the same bias, which centring removes
-        deviation=None if deviation is None else deviation * kernel.channels,
+        deviation=None if deviation is None else deviation * fan_in,
     )
     after = kernel.after(
-        covariance=moment * layer.weight_var + layer.bias_var,
+        covariance=covariance + layer.bias_var if layer.use_bias else covariance,
         tangent=kernel.effective_tangent * layer.weight_var,
         channels=jnp.asarray(width, kernel.dtype),
         deviation=weighted(deviation),
@@ -92,6 +98,7 @@ def linear_rule(layer: Any, kernel: Kernel, width: int) -> tuple[Kernel, Injecti
 def linear_options(layer: Any, fan_in: int) -> dict[str, Any]:
     """Options of a Flax layer that draws the declared weights and multiplies in full precision."""
     return dict(
+        use_bias=layer.use_bias,
         kernel_init=initializers.normal(jnp.sqrt(layer.weight_var / fan_in)),
         bias_init=initializers.normal(jnp.sqrt(layer.bias_var)),
         precision=HIGHEST,

@@ -119,6 +119,7 @@ def group_rule(
         (tests/test_sample_norms.py).
     """
     fraction = 1 / group_size
+    kernel = kernel.around_means()
     centred = _centred(kernel.covariance, fraction)
     gain = spec.gain(centred, centred.sample_mean(centred.diagonal()))
     tangent = _centred(kernel.effective_tangent, fraction) * gain

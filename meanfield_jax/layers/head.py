@@ -37,7 +37,7 @@ class GlobalMeanPool(Layer):
 
     def output(self, signal: Signal) -> Signal:
         _check_map("GlobalMeanPool", signal)
-        return Signal(signal.shape[-1:], signal.gaussian)
+        return Signal(signal.shape[-1:], signal.gaussian, signal.random)
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
         return kernel.pooled(), None

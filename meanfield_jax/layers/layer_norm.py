@@ -6,26 +6,29 @@ from flax import nnx
 
 from meanfield_jax.layers.base import Injection, Kernel, Shape, Signal, layer
 from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_options
+from meanfield_jax.pytree import static
 
 
 @layer
 class LayerNorm(Norm):
-    """gamma (z - mean) / sqrt(variance + eps) + beta, over a sample's positions and channels.
+    """gamma (z - mean) / sqrt(variance + eps) + beta, over the channels of a sample.
 
     There is one scale and offset per channel. Samples are not coupled, so that training, evaluation
     and the three ``statistics`` of :func:`analyze` are the same.
 
-    Rule, with s_a^2 the average of K_aa over positions: K_ab <- gamma^2 K_ab / (s_a s_b), and the
-    same for T.
+    Rule, with s_a^2 = K_aa, or its average over positions: K_ab <- gamma^2 K_ab / (s_a s_b), and
+    the same for T.
 
     Attributes:
         gamma, beta, eps, trainable: See :class:`Norm`.
+        over_positions: Whether statistics are also taken over the positions of a map.
 
     Source:
         Ba, Kiros & Hinton 2016 (arXiv:1607.06450).
 
         Departure: the paper leaves open what the units of a layer are on maps; here they include
-        positions, as is usual for images (:class:`GroupNorm` with one group).
+        positions, as is usual for images (:class:`GroupNorm` with one group), unless
+        ``over_positions`` is False, which is Flax's default and that of ConvNeXt.
 
     Accuracy:
         That of the wide limit: the mean over channels, the fluctuation of the variance and the
@@ -35,16 +38,19 @@ class LayerNorm(Norm):
     norm_name: ClassVar[str | None] = "layer"
     abbreviation: ClassVar[str] = "LN"
 
+    over_positions: bool = static(default=True)
+
     def output(self, signal: Signal) -> Signal:
         check_gaussian("LayerNorm", signal)
         return signal
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
-        covariance = kernel.covariance
-        gain = self.gain(covariance, covariance.sample_mean(covariance.diagonal()))
+        covariance = kernel.around_means().covariance
+        var = covariance.diagonal()
+        gain = self.gain(covariance, covariance.sample_mean(var) if self.over_positions else var)
         return self.affine(kernel, covariance * gain, kernel.effective_tangent * gain)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
-        axes = tuple(range(-len(shape), 0))
+        axes = tuple(range(-len(shape), 0)) if self.over_positions else -1
         norm = nnx.LayerNorm(shape[-1], reduction_axes=axes, **flax_options(self, rngs))
         return FlaxNorm(norm, self, shape)

@@ -36,6 +36,7 @@ class Norm(Layer):
         beta: Initial offset, the same for all channels.
         eps: Added to the variance.
         trainable: Whether scale and offset are parameters, in the Fisher matrix and in the module.
+        use_bias: Whether the offset is a parameter; else it stays at beta.
     """
 
     is_norm: ClassVar[bool] = True
@@ -44,6 +45,7 @@ class Norm(Layer):
     beta: float | Array = tunable(0.0, positive=False)
     eps: float | Array = 1e-5
     trainable: bool = static(default=True)
+    use_bias: bool = static(default=True, keyword=True)
 
     def opened(self, norm: Layer | None) -> tuple[Layer | None, ...]:
         return (None,)
@@ -53,7 +55,7 @@ class Norm(Layer):
         return shape[-1:]
 
     def num_parameters(self, shape: Shape) -> int:
-        return 2 * math.prod(self.parameter_shape(shape)) if self.trainable else 0
+        return self.trainable * (1 + self.use_bias) * math.prod(self.parameter_shape(shape))
 
     def gain(self, matrix: Matrix, var: Array) -> Array:
         """1 / (s_a s_b) for every pair of values, with s^2 = var + eps for each value."""
@@ -84,14 +86,16 @@ class Norm(Layer):
         )
         if not self.trainable:
             return after, None
-        return after, Injection(offset=correlation.full(1.0) * alike, scale=correlation * alike)
+        offset = correlation.full(1.0) * alike if self.use_bias else None
+        return after, Injection(offset=offset, scale=correlation * alike)
 
     def parameters(self, shape: Shape) -> tuple[nnx.Variable, nnx.Variable]:
         """Scale and offset of the module: parameters, or variables that are not trained."""
-        variable = nnx.Param if self.trainable else nnx.Variable
+        trained = self.trainable, self.trainable and self.use_bias
+        scale_kind, bias_kind = (nnx.Param if kind else nnx.Variable for kind in trained)
         size = self.parameter_shape(shape)
         scale, bias = (jnp.full(size, value, jnp.float32) for value in (self.gamma, self.beta))
-        return variable(scale), variable(bias)
+        return scale_kind(scale), bias_kind(bias)
 
     def value_problems(self) -> Iterator[Problem]:
         for field in ("gamma", "beta"):

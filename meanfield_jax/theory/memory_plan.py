@@ -16,6 +16,7 @@ from jaxtyping import Float
 from meanfield_jax.errors import DataError, problem
 from meanfield_jax.kernel.kernel import batch_inputs
 from meanfield_jax.layers.base import Layer, map_records
+from meanfield_jax.layers.combine import Sequential
 from meanfield_jax.limits import how_to_raise, limit_set, within
 from meanfield_jax.memory import memory_of
 from meanfield_jax.network import walk
@@ -60,8 +61,10 @@ def modulus_for(
             small.
     """
     layers = [inner for _, inner in walk(body)]
-    strides = math.prod(inner.stride for inner in layers)
-    largest = strides * max(x.shape[1:])
+    pools = any(inner.pools for inner in layers)
+    strides = stride_before_pool(body)
+    # a pooling layer can do without no pair, other layers average over those that are kept
+    largest = strides * (1 if pools else max(x.shape[1:]))
 
     def entries(modulus: int) -> int:
         """Numbers in the largest covariance that a pass over this network and batch keeps."""
@@ -93,6 +96,17 @@ def modulus_for(
         remedy = f"pass at most {count} samples, or {how_to_raise('MEMORY')}"
         raise problem(DataError, "data.shape", x.shape, cause, remedy)
     return modulus
+
+
+def stride_before_pool(layer: Layer) -> int:
+    """The factor by which the sides of a map shrink before the first pooling layer, or in all."""
+    if not any(inner.pools for _, inner in walk(layer)):
+        return layer.total_stride
+    if isinstance(layer, Sequential):
+        place = next(i for i, la in enumerate(layer.layers) if any(p.pools for _, p in walk(la)))
+        before = math.prod(inner.total_stride for inner in layer.layers[:place])
+        return before * stride_before_pool(layer.layers[place])
+    return min(map(stride_before_pool, layer.children().values()), default=1)
 
 
 def check_iid(body: Layer, input_shape: tuple[int, ...], num_outputs: int) -> None:

@@ -1,0 +1,1 @@
+"""From a Flax model to a specification: record its run, read the graph, translate its parts."""

@@ -1,0 +1,264 @@
+"""AvgPool and MaxPool: the mean or the largest value under a moving window."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.kernel import safe
+from meanfield_jax.kernel.gaussian import Nonlinearity
+from meanfield_jax.kernel.nonlinearities import rectifier
+from meanfield_jax.kernel.windows import pad_width, windows
+from meanfield_jax.layers.base import Kernel, Layer, Matrix, Shape, Signal, layer
+from meanfield_jax.layers.conv import check_window, checked_padding, map_after
+from meanfield_jax.pytree import static
+
+MAGNITUDE: Nonlinearity = rectifier(-1.0)
+"""|x|"""
+
+
+class Pool(Layer):
+    """What the two have in common: a square window without weights."""
+
+    pools: ClassVar[bool] = True
+
+    kernel_size: int
+    stride: int
+    padding: str | int
+
+    def __post_init__(self):
+        super().__post_init__()
+        padding = checked_padding(type(self).__name__, self.padding)
+        if padding == "CIRCULAR":
+            cause, remedy = "a pooling layer has none", "use 'VALID', 'SAME' or a number"
+            raise problem(SpecError, f"{type(self).__name__}.padding", padding, cause, remedy)
+        object.__setattr__(self, "padding", padding)
+
+    def couples_positions(self, vary: bool) -> bool:
+        return True
+
+    def output(self, signal: Signal) -> Signal:
+        name = type(self).__name__
+        if len(signal.shape) != 3:
+            cause = f"{name} needs inputs of shape (height, width, channels)"
+            raise problem(SpecError, "input shape", signal.shape, cause, "leave it out for vectors")
+        check_window(name, self.kernel_size, self.kernel_size, self.padding, signal.shape)
+        height, width, channels = signal.shape
+        after = map_after((height, width), self.kernel_size, self.stride, self.padding)
+        return signal._replace(shape=(*after, channels))
+
+    def pooling(self, function: Callable[..., Array], shape: Shape) -> "Pooling":
+        """Flax's function with this layer's window."""
+        pads = [pad_width(size, self.kernel_size, self.stride, self.padding) for size in shape[:2]]
+        side, stride = self.kernel_size, self.stride
+        return Pooling(function, (side, side), (stride, stride), tuple(pads))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """One of Flax's pooling functions and its window; two of the same are equal."""
+
+    function: Callable[..., Array]
+    window: tuple[int, int]
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], ...]
+
+    def __call__(self, x: Array) -> Array:
+        """Pools x of shape (samples, height, width, channels)."""
+        return self.function(x, self.window, self.strides, self.padding)
+
+
+@layer
+class AvgPool(Pool):
+    """The mean over a moving window; zeros around the map are counted, as in Flax.
+
+    Rule: covariance and tangent are averaged over the positions of both members of a pair, for
+    which all pairs of the map's positions are needed.
+
+    Attributes:
+        kernel_size: Side of the window.
+        stride: Step of the window.
+        padding: ``"VALID"`` (none), ``"SAME"``, or the number of zeros on every side.
+    """
+
+    linear: ClassVar[bool] = True
+
+    kernel_size: int = static(default=2, least=1)
+    stride: int = static(default=2, least=1)
+    padding: str | int = static(default="VALID")
+
+    def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
+        def averaged(matrix: Matrix) -> Matrix:
+            return matrix.over_positions(self._over_both)
+
+        def kept(matrix: Matrix | None) -> Matrix | None:
+            return None if matrix is None else averaged(matrix)
+
+        tangent = averaged(kernel.effective_tangent)
+        if self.padding not in ("VALID", 0):  # the mean then varies over positions
+            return kernel.after(covariance=averaged(kernel.moment), tangent=tangent), None
+        return kernel.after(
+            covariance=averaged(kernel.covariance),
+            tangent=tangent,
+            mean=kernel.mean,
+            unit_mean=kernel.unit_mean,
+            deviation=kept(kernel.deviation),
+            tangent_deviation=kept(kernel.tangent_deviation),
+        ), None
+
+    def _over_both(self, entries: Array) -> Array:
+        for axis in range(4):
+            parts = windows(entries, (axis,), self.kernel_size, self.stride, self.padding)
+            entries = sum(parts[1:], parts[0]) / self.kernel_size
+        return entries
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> Callable[[Array], Array]:
+        return self.pooling(nnx.avg_pool, shape)
+
+
+@layer
+class MaxPool(Pool):
+    """The largest value under a moving window; put it before an increasing activation.
+
+    There it gives the same network as after the activation, and the values are Gaussian. Rule: the
+    largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and the
+    larger of two is treated as Gaussian with its own mean and covariance; see :func:`_larger`.
+
+    Attributes:
+        kernel_size: Side of the window.
+        stride: Step of the window.
+        padding: ``"VALID"`` (none), ``"SAME"``, or the number of positions on every side, which
+            are never the largest.
+
+    Source:
+        Clark 1961 (Operations Research 9, 145), for the largest of several values two at a time.
+
+    Accuracy:
+        Exact for two values. The largest of two is then treated as Gaussian, with its mean and
+        covariance: MEASURED
+    """
+
+    kernel_size: int = static(default=2, least=1)
+    stride: int = static(default=2, least=1)
+    padding: str | int = static(default="VALID")
+
+    def output(self, signal: Signal) -> Signal:
+        if not signal.gaussian:
+            cause = "it needs Gaussian inputs"
+            remedy = "put it before the activation, which is the same if that is increasing"
+            raise problem(SpecError, "MaxPool", signal.shape, cause, remedy)
+        return super().output(signal)
+
+    def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
+        kernel = kernel.around_means()
+        means = jnp.zeros_like(kernel.covariance.diagonal())
+        values = _Values(kernel.covariance, kernel.effective_tangent, means)
+        for axis, size in enumerate(kernel.positions):
+            before, after = pad_width(size, self.kernel_size, self.stride, self.padding)
+            # repeated, the values at the border change no maximum
+            values = values.taken(axis, np.clip(np.arange(-before, size + after), 0, size - 1))
+            for distance, step in _doublings(self.kernel_size, self.stride):
+                values = _larger(values, axis, distance, step)
+        mean = values.means.mean()
+        a, b = values.covariance.of_members(values.means - mean)
+        return kernel.after(
+            covariance=values.covariance + a * b,
+            tangent=values.tangent,
+            mean=mean if kernel.mean is None else mean + kernel.mean,
+        ), None
+
+    def build(self, shape: Shape, rngs: nnx.Rngs) -> Callable[[Array], Array]:
+        return self.pooling(nnx.max_pool, shape)
+
+
+class _Values(NamedTuple):
+    """Gaussian values: their covariance and tangent, and the mean of each."""
+
+    covariance: Matrix
+    tangent: Matrix
+    means: Array
+
+    def taken(self, axis: int, places: np.ndarray) -> "_Values":
+        """The values at these positions along one axis of the map."""
+        size = self.covariance.positions[axis]
+        if np.array_equal(places, np.arange(size)):
+            return self
+        covariance, tangent = (
+            part.over_positions(lambda e: e.take(places, axis).take(places, axis + 2))
+            for part in self[:2]
+        )
+        means = self.as_map().take(places, axis)
+        return _Values(covariance, tangent, means.reshape(covariance.diagonal().shape))
+
+    def as_map(self) -> Array:
+        """The means, (height, width, samples)."""
+        return self.means.reshape(*self.covariance.positions, -1)
+
+
+def _doublings(size: int, stride: int) -> list[tuple[int, int]]:
+    """Distances of the pairs whose larger value is taken in turn, each with the step after it."""
+    distances, covered = list[int](), 1
+    while covered < size:
+        distances.append(min(covered, size - covered))
+        covered += distances[-1]
+    if not distances:
+        return [(0, stride)]
+    return [(distance, 1) for distance in distances[:-1]] + [(distances[-1], stride)]
+
+
+def _larger(values: _Values, axis: int, distance: int, step: int) -> _Values:
+    """The larger of every two values at this distance along an axis.
+
+    With S = u + v, D = u - v, delta = E[D], s = sign D, e = E[s]: Cov(S, |D'|) = Cov(S, D') e' is
+    exact. Cov(|D|, |D'|) and Cov(s, s') are exact where delta = 0; else they are interpolated,
+    Cov(|D|, |D'|) = e e' Cov(D, D') + r r' (its value for delta = 0), r = sqrt(1 - e^2), and
+    likewise for s, which is exact for the tangent of a value with itself.
+
+    Returns:
+        The larger values, with Cov = Cov(S + |D|, S' + |D'|) / 4 and the tangent
+        E[(1 +- s)(1 +- s') T] / 4, summed over both members of both pairs.
+    """
+
+    def ends(entries: Array, along: int) -> tuple[Array, Array]:
+        last = entries.shape[along]
+        first, second = np.arange(0, last - distance, step), np.arange(distance, last, step)
+        return entries.take(first, along), entries.take(second, along)
+
+    def combined(matrix: Matrix, sign: int, other: int) -> Matrix:
+        def pairs(entries: Array) -> Array:
+            for along, factor in ((axis, sign), (axis + 2, other)):
+                here, there = ends(entries, along)
+                entries = here + factor * there
+            return entries
+
+        return matrix.over_positions(pairs)
+
+    sums, rows, columns, differences = (
+        combined(values.covariance, *signs) for signs in ((1, 1), (-1, 1), (1, -1), (-1, -1))
+    )
+    here, there = ends(values.as_map(), axis)
+    own = differences.diagonal()
+    delta, total = ((here + sign * there).reshape(own.shape) for sign in (-1, 1))
+    std = safe.sqrt(own)
+    size = safe.divide(delta, std)
+    sign = jax.scipy.special.erf(size / math.sqrt(2))
+    magnitude = math.sqrt(2 / math.pi) * std * jnp.exp(-(size**2) / 2) + delta * sign
+    sign_a, sign_b = differences.of_members(sign)
+    rest_a, rest_b = differences.of_members(safe.sqrt(1 - sign**2))
+    std_a, std_b = differences.of_members(std)
+    around = differences.expectations(MAGNITUDE, None, None)
+    signs = around.derivative * (rest_a * rest_b) + sign_a * sign_b
+    magnitudes = (around.product - 2 / math.pi * std_a * std_b) * (rest_a * rest_b)
+    covariance = sums + rows * sign_a + columns * sign_b
+    covariance += magnitudes + differences * (sign_a * sign_b)
+    tangents = (combined(values.tangent, *signs) for signs in ((1, 1), (-1, 1), (1, -1), (-1, -1)))
+    plain, by_row, by_column, both = tangents
+    tangent = plain + by_row * sign_a + by_column * sign_b + both * signs
+    return _Values(covariance / 4, tangent / 4, (total + magnitude) / 2)

@@ -1,0 +1,378 @@
+"""Models as Flax users write them, each small and written anew, with the specification of each."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import meanfield_jax as mf
+
+RELU = mf.Activation("relu")
+NORM = mf.BatchNorm()
+
+
+def dense(width: int) -> mf.Dense:
+    return mf.Dense(width, 1.0, 0.0)
+
+
+def conv(width: int, kernel_size: int = 3, stride: int = 1, **options) -> mf.Conv:
+    return mf.Conv(width, kernel_size, stride, weight_var=1.0, bias_var=0.0, **options)
+
+
+def bare(width: int, kernel_size: int = 3, stride: int = 1, **options) -> mf.Conv:
+    return conv(width, kernel_size, stride, use_bias=False, **options)
+
+
+class MnistCNN(nn.Module):
+    """Flax's example for MNIST."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        for factor in (1, 2):
+            x = nn.relu(nn.Conv(factor * self.width, (3, 3))(x))
+            x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(8 * self.width)(x.reshape((x.shape[0], -1))))
+        return nn.Dense(10)(x)
+
+
+def mnist_cnn(w: int = 8) -> mf.Network:
+    pool = mf.AvgPool()
+    body = (conv(w), RELU, pool, conv(2 * w), RELU, pool, mf.Flatten(), dense(8 * w), RELU)
+    return mf.Network((8, 8, 1), (*body, dense(10)))
+
+
+class ResNetV1(nn.Module):
+    """Flax's example for ImageNet: ReLU after the sum, projections, the last gamma of a block."""
+
+    width: int = 8
+    last_gamma: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        def norm(x, **options):
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9, **options)(x)
+
+        x = nn.Conv(self.width, (3, 3), padding=[(1, 1), (1, 1)], use_bias=False)(x)
+        x = nn.max_pool(nn.relu(norm(x)), (3, 3), strides=(2, 2), padding="SAME")
+        for factor, stride in ((1, 1), (2, 2)):
+            width = factor * self.width
+            y = nn.Conv(width, (3, 3), (stride, stride), use_bias=False)(x)
+            y = nn.Conv(width, (3, 3), use_bias=False)(nn.relu(norm(y)))
+            y = norm(y, scale_init=nn.initializers.constant(self.last_gamma))
+            if x.shape != y.shape:
+                x = norm(nn.Conv(width, (1, 1), (stride, stride), use_bias=False)(x))
+            x = nn.relu(x + y)
+        return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+def resnet_v1(w: int = 8, last_gamma: float = 1.0) -> mf.Network:
+    def branch(width: int, stride: int) -> mf.Sequential:
+        last = mf.BatchNorm(last_gamma)
+        return mf.Sequential((bare(width, 3, stride), NORM, RELU, bare(width), last))
+
+    stem = (bare(w, padding=1), NORM, mf.MaxPool(3, 2, "SAME"), RELU)
+    second = mf.Residual(branch(2 * w, 2), mf.Sequential((bare(2 * w, 1, 2), NORM)))
+    blocks = (mf.Residual(branch(w, 1)), RELU, second, RELU)
+    return mf.Network((8, 8, 3), (*stem, *blocks, mf.GlobalMeanPool(), dense(10)))
+
+
+class PreActivationBlock(nnx.Module):
+    def __init__(self, width, out, stride, rngs):
+        options = dict(use_bias=False, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(size, rngs=rngs) for size in (width, out)])
+        self.first = nnx.Conv(width, out, (3, 3), strides=stride, **options)
+        self.second = nnx.Conv(out, out, (3, 3), **options)
+        self.shortcut = None
+        if stride > 1:
+            self.shortcut = nnx.Conv(width, out, (1, 1), strides=stride, **options)
+
+    def __call__(self, x):
+        y = nnx.relu(self.norms[0](x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        return shortcut + self.second(nnx.relu(self.norms[1](self.first(y))))
+
+
+class ResNetV2(nnx.Module):
+    def __init__(self, rngs, width=8):
+        self.stem = nnx.Conv(3, width, (3, 3), rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                PreActivationBlock(width, width, 1, rngs),
+                PreActivationBlock(width, 2 * width, 2, rngs),
+            ]
+        )
+        self.norm = nnx.BatchNorm(2 * width, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(2 * width, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(nnx.relu(self.norm(x)).mean((1, 2))))
+
+
+def resnet_v2(w: int = 8) -> mf.Network:
+    def branch(width: int, stride: int) -> mf.Sequential:
+        return mf.Sequential((bare(width, 3, stride), NORM, RELU, bare(width)))
+
+    first = mf.Residual(mf.Sequential((NORM, RELU, *branch(w, 1).layers)))
+    second = mf.Residual(branch(2 * w, 2), mf.Sequential((bare(2 * w, 1, 2),)))
+    head = (NORM, RELU, mf.GlobalMeanPool(), mf.Dropout(0.1), dense(10))
+    return mf.Network((8, 8, 3), (conv(w), first, NORM, RELU, second, *head))
+
+
+class VGG(nnx.Module):
+    def __init__(self, rngs, width=8):
+        sizes = 3, width, width, 2 * width, 2 * width
+        self.convs = nnx.List(
+            [nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in itertools.pairwise(sizes)]
+        )
+        self.norms = nnx.List([nnx.BatchNorm(size, rngs=rngs) for size in sizes[1:]])
+        self.dense = nnx.Linear(4 * sizes[-1], 4 * width, rngs=rngs)
+        self.head = nnx.Linear(4 * width, 10, rngs=rngs)
+
+    def __call__(self, x):
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = nnx.relu(norm(conv(x)))
+            x = nnx.max_pool(x, (2, 2), (2, 2)) if index % 2 else x
+        return self.head(nnx.relu(self.dense(x.reshape(x.shape[0], -1))))
+
+
+def vgg(w: int = 8) -> mf.Network:
+    pool, widths = mf.MaxPool(), (w, w, 2 * w, 2 * w)
+    layers = [
+        part
+        for index, width in enumerate(widths)
+        for part in (conv(width), NORM, *([pool] if index % 2 else []), RELU)
+    ]
+    return mf.Network((8, 8, 3), (*layers, mf.Flatten(), dense(4 * w), RELU, dense(10)))
+
+
+class MobileNet(nnx.Module):
+    """Inverted bottlenecks with a depthwise convolution and ReLU6, as in MobileNetV2."""
+
+    def __init__(self, rngs, width=8):
+        def conv(a, b, side, groups=1):
+            options = dict(use_bias=False, feature_group_count=groups, rngs=rngs)
+            return nnx.Conv(a, b, (side, side), **options)
+
+        wide = 4 * width
+        self.stem = conv(3, width, 3)
+        self.convs = nnx.List(
+            [conv(width, wide, 1), conv(wide, wide, 3, wide), conv(wide, width, 1)]
+        )
+        self.norms = nnx.List(
+            [nnx.BatchNorm(size, rngs=rngs) for size in (width, wide, wide, width)]
+        )
+        self.head = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = jax.nn.relu6(self.norms[0](self.stem(x)))
+        y = jax.nn.relu6(self.norms[1](self.convs[0](x)))
+        y = jax.nn.relu6(self.norms[2](self.convs[1](y)))
+        x = x + self.norms[3](self.convs[2](y))
+        return self.head(x.mean(axis=(1, 2)))
+
+
+def mobile_net(w: int = 8) -> mf.Network:
+    relu6, wide = mf.Activation("relu6"), 4 * w
+    depthwise = bare(wide, groups=wide)
+    branch = (bare(wide, 1), NORM, relu6, depthwise, NORM, relu6, bare(w, 1), NORM)
+    body = (bare(w), NORM, relu6, mf.Residual(mf.Sequential(branch)), mf.GlobalMeanPool())
+    return mf.Network((8, 8, 3), (*body, dense(10)))
+
+
+class ConvNeXtBlock(nnx.Module):
+    """A block of ConvNeXt: depthwise convolution, LayerNorm of channels, LayerScale."""
+
+    def __init__(self, rngs, width=8):
+        self.stem = nnx.Conv(3, width, (2, 2), strides=2, padding="VALID", rngs=rngs)
+        self.spatial = nnx.Conv(width, width, (3, 3), feature_group_count=width, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.wide = nnx.Conv(width, 4 * width, (1, 1), rngs=rngs)
+        self.narrow = nnx.Conv(4 * width, width, (1, 1), rngs=rngs)
+        self.gamma = nnx.Param(jnp.full((width,), 0.5))
+        self.head = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        y = self.narrow(nnx.gelu(self.wide(self.norm(self.spatial(x)))))
+        x = x + self.gamma[...][None, None, None] * y
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+def conv_next(w: int = 8) -> mf.Network:
+    norm = mf.LayerNorm(eps=1e-6, over_positions=False)
+    gelu = mf.Activation("gelu_tanh")
+    branch = (conv(w, groups=w), norm, conv(4 * w, 1), gelu, conv(w, 1), mf.Scale(0.5))
+    stem = conv(w, 2, 2, padding="VALID")
+    body = (stem, mf.Residual(mf.Sequential(branch)), mf.GlobalMeanPool(), dense(10))
+    return mf.Network((8, 8, 3), body)
+
+
+class SkipInit(nn.Module):
+    """A residual MLP with one trainable factor per branch and RMSNorm, He's initialization."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x)
+        for index in range(2):
+            y = nn.tanh(nn.RMSNorm()(x))
+            y = nn.Dense(self.width, kernel_init=nn.initializers.he_uniform())(y)
+            x = x + self.param(f"alpha_{index}", nn.initializers.constant(0.3), ()) * y
+        return nn.Dense(4)(x)
+
+
+class SmallMLP(nnx.Module):
+    """No convolution: LayerNorm, dropout, SiLU, a factor that is a constant."""
+
+    def __init__(self, rngs, width=16):
+        self.layers = nnx.List(
+            [nnx.Linear(6, width, rngs=rngs), nnx.Linear(width, width, rngs=rngs)]
+        )
+        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.head = nnx.Linear(width, 4, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.dropout(nnx.silu(self.norms[0](self.layers[0](x))))
+        x = x + 0.5 * self.layers[1](x)
+        return self.head(nnx.silu(self.norms[1](x)))
+
+
+def small_mlp(w: int = 16) -> mf.Network:
+    norm, silu = mf.LayerNorm(eps=1e-6), mf.Activation("silu")
+    branch = mf.Residual(mf.Sequential((dense(w), mf.Scale(0.5, "none"))))
+    body = (dense(w), norm, silu, mf.Dropout(0.2), branch, norm, silu, dense(4))
+    return mf.Network((6,), body)
+
+
+class GroupNormCNN(nn.Module):
+    """GroupNorm, tanh, strides, a dilated convolution, circular padding."""
+
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.width, (3, 3), (2, 2), padding="CIRCULAR")(x)
+        x = nn.tanh(nn.GroupNorm(num_groups=4)(x))
+        x = nn.Conv(self.width, (3, 3), kernel_dilation=2)(x)
+        x = nn.tanh(nn.GroupNorm(num_groups=None, group_size=4)(x))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def group_norm_cnn(w: int = 16) -> mf.Network:
+    norm, tanh = mf.GroupNorm(num_groups=4, eps=1e-6), mf.Activation("tanh")
+    body = (conv(w, 3, 2, padding="CIRCULAR"), norm, tanh, conv(w, dilation=2), norm, tanh)
+    return mf.Network((8, 8, 3), (*body, mf.Flatten(), dense(10)))
+
+
+class UNetEncoder(nn.Module):
+    """The encoder of a U-Net: pairs of convolutions, InstanceNorm, leaky ReLU, max pooling."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        for level in range(2):
+            for _ in range(2):
+                x = nn.InstanceNorm()(nn.Conv(2**level * self.width, (3, 3))(x))
+                x = nn.leaky_relu(x, 0.1)
+            x = nn.max_pool(x, (2, 2), strides=(2, 2)) if level == 0 else x
+        return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+def unet_encoder(w: int = 8) -> mf.Network:
+    norm, leaky = mf.InstanceNorm(eps=1e-6), mf.Activation("leaky_relu")
+    levels = (conv(w), norm, leaky, conv(w), norm, mf.MaxPool(), leaky)
+    levels += (conv(2 * w), norm, leaky, conv(2 * w), norm, leaky)
+    return mf.Network((8, 8, 3), (*levels, mf.GlobalMeanPool(), dense(10)))
+
+
+CASES = {
+    "MnistCNN": (lambda: MnistCNN(), mnist_cnn),
+    "ResNetV1": (lambda: ResNetV1(), resnet_v1),
+    "ResNetV2": (lambda: ResNetV2(nnx.Rngs(0)), resnet_v2),
+    "VGG": (lambda: VGG(nnx.Rngs(0)), vgg),
+    "MobileNet": (lambda: MobileNet(nnx.Rngs(0)), mobile_net),
+    "ConvNeXt": (lambda: ConvNeXtBlock(nnx.Rngs(0)), conv_next),
+    "SmallMLP": (lambda: SmallMLP(nnx.Rngs(0)), small_mlp),
+    "GroupNormCNN": (lambda: GroupNormCNN(), group_norm_cnn),
+    "UNetEncoder": (lambda: UNetEncoder(), unet_encoder),
+}
+"""A function that makes the model, and the function of its specification."""
+
+
+class Attention(nnx.Module):
+    """The start of a vision transformer."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Linear(6, 16, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.embed(x)
+        return x + self.attention(x)
+
+
+class Mixer(nn.Module):
+    """The token mixing of an MLP-Mixer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (2, 2), (2, 2))(x).reshape(x.shape[0], -1, 8)
+        x = x + jnp.swapaxes(nn.Dense(16)(jnp.swapaxes(x, 1, 2)), 1, 2)
+        return nn.Dense(10)(x.mean(1))
+
+
+class DenseNet(nn.Module):
+    """One concatenation."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3))(x)
+        x = jnp.concatenate([x, nn.Conv(8, (3, 3))(nn.relu(x))], -1)
+        return nn.Dense(10)(nn.relu(x).mean((1, 2)))
+
+
+class GatedMLP(nnx.Module):
+    def __init__(self, rngs):
+        self.value, self.gate, self.head = (nnx.Linear(6, width, rngs=rngs) for width in (6, 6, 4))
+
+    def __call__(self, x):
+        return self.head(self.value(x) * nnx.silu(self.gate(x)))
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(nnx.relu(self.layer(x)))
+
+
+class Positions(nnx.Module):
+    def __init__(self, rngs):
+        self.table = nnx.Param(jnp.ones((6,)))
+        self.head = nnx.Linear(6, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(x + self.table[...][None])
+
+
+REFUSED = {
+    "attention": (lambda: Attention(nnx.Rngs(0)), (5, 6), "attention=.*self-attention"),
+    "mixer": (lambda: Mixer(), (8, 8, 3), "after Conv_0=.*reshape"),
+    "dense net": (lambda: DenseNet(), (8, 8, 3), "after Conv_0=.*concatenate"),
+    "gate": (lambda: GatedMLP(nnx.Rngs(0)), (6,), "after value=.*product of two branches"),
+    "tied": (lambda: Tied(nnx.Rngs(0)), (6,), "layer=.*used twice"),
+    "embedding": (lambda: Positions(nnx.Rngs(0)), (6,), "table=.*parameter outside"),
+}
+"""A model, the shape of one input, and what the message says."""
