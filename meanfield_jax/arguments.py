@@ -7,6 +7,7 @@ function, or on its other arguments, are checked there.
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -90,14 +91,26 @@ def network(argument: str, value: Any) -> Any:
     if isinstance(value, Network):
         return value
     given = type(value).__name__
-    if isinstance(value, nnx.Module):
-        cause, remedy = "a model", "pass the specification that it was built from"
+    if is_flax(value):
+        cause, remedy = "a model", "pass its specification, mf.Network.from_flax(model, x)"
     else:
         cause, remedy = (
             "not a network",
             "pass a Network, such as mf.mlp([100], inputs=8, outputs=3)",
         )
     raise problem(SpecError, argument, given, cause, remedy)
+
+
+def network_or_model(argument: str, value: Any) -> Any:
+    """A specification, or a Flax model that can be read as one."""
+    return value if is_flax(value) else network(argument, value)
+
+
+def is_flax(value: Any) -> bool:
+    """Whether it is an NNX module, a Linen module, or a pair of the latter and its variables."""
+    first = value[0] if isinstance(value, tuple) and len(value) == 2 else value
+    linen = sys.modules.get("flax.linen")  # who has a Linen module has imported it
+    return isinstance(value, nnx.Module) or (linen is not None and isinstance(first, linen.Module))
 
 
 def model(argument: str, value: Any) -> Any:

@@ -86,9 +86,8 @@ class PreActivationBlock(nnx.Module):
         self.norms = nnx.List([nnx.BatchNorm(size, rngs=rngs) for size in (width, out)])
         self.first = nnx.Conv(width, out, (3, 3), strides=stride, **options)
         self.second = nnx.Conv(out, out, (3, 3), **options)
-        self.shortcut = None
-        if stride > 1:
-            self.shortcut = nnx.Conv(width, out, (1, 1), strides=stride, **options)
+        shortcut = nnx.Conv(width, out, (1, 1), strides=stride, **options)
+        self.shortcut = shortcut if stride > 1 else None
 
     def __call__(self, x):
         y = nnx.relu(self.norms[0](x))

@@ -164,3 +164,16 @@ def test_a_network_of_ones_own_has_no_model():
     network = mf.Network.from_flax(SmallMLP(nnx.Rngs(0)), jnp.ones((2, 6)))
     with pytest.raises(mf.SpecError, match="no such parameter"):
         network.apply_to(CASES["VGG"][0]())
+
+
+@pytest.mark.parametrize("name", ["VGG", "MnistCNN"])
+def test_analyze_reads_a_model(name):
+    model = CASES[name][0]()
+    network = CASES[name][1]()
+    x = jax.random.normal(jax.random.key(0), (8, *network.input_shape))
+    found, expected = mf.analyze(model, data=x), mf.analyze(network, data=x)
+    np.testing.assert_array_equal(found.fisher.eigenvalues, expected.fisher.eigenvalues)
+    with pytest.raises(mf.SpecError, match="data=None: a model is read from its run"):
+        mf.analyze(model)
+    with pytest.raises(mf.SpecError, match=r"Network\.from_flax"):
+        mf.fixed_point(model)

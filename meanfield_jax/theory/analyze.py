@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.numpy import result_type
 from jaxtyping import Float, Int
 
-from meanfield_jax.arguments import checked
+from meanfield_jax.arguments import checked, network_or_model
 from meanfield_jax.checks import check_choice, check_data
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel
@@ -124,9 +124,9 @@ class Theory:
         return xr.Dataset(data, coords, attributes)
 
 
-@checked()
+@checked(network=network_or_model)
 def analyze(
-    network: Network,
+    network: Network | Any,
     *,
     data: Array | None = None,
     statistics: str = "batch",
@@ -145,7 +145,7 @@ def analyze(
     and deep networks into :class:`Repeat`, which compiles in the time of one block.
 
     Args:
-        network: The specification.
+        network: The specification, or with ``data`` a Flax model that ``Network.from_flax`` can read.
         data: A batch, (n, *input_shape). The theory is then that of these inputs instead of i.i.d.
             ones, with the whole spectrum in ``theory.fisher.eigenvalues``. It takes O(n^2) memory
             (n = 4000 vectors: 5.1 GB) and O(n^3) time. Data sharded along n over a mesh with
@@ -193,6 +193,8 @@ def analyze(
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606); Karakida, Akaho & Amari 2019
         (arXiv:1806.01316) for the spectrum's statistics.
     """
+    if not isinstance(network, Network):
+        network = _specification(network, data)
     network.validate()
     check_choice("statistics", statistics, STATISTICS)
     num_outputs = network.num_outputs
@@ -221,6 +223,15 @@ def analyze(
     sizes = dict(num_parameters=network.num_parameters, **information)
     fisher = dataclasses.replace(found.fisher, **sizes)
     return Theory(fisher, found.order_parameters, found.kernel, network, found.status)
+
+
+def _specification(model: Any, data: Any) -> Network:
+    """The specification of a Flax model; raises SpecError without a batch."""
+    if data is None:
+        cause = "a model is read from its run on a batch"
+        remedy = "pass data=x, or a specification for i.i.d. inputs"
+        raise problem(SpecError, "data", None, cause, remedy)
+    return Network.from_flax(model, data)
 
 
 def _check_status(network: Network, status: Array, data: Any) -> None:
