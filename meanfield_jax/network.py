@@ -150,6 +150,40 @@ class Network:
             raise problem(SpecError, "network", "a specification", cause, "use Network.from_flax")
         return applied(self, model)
 
+    def in_parametrization(self, kind: str, base: "Network | None" = None) -> "Network":
+        """The network with weights that are a multiple of their parameters.
+
+        Args:
+            kind: ``"ntk"``: parameters of variance 1 (Jacot et al. 2018). ``"mup"``: the maximal
+                update parametrization for SGD (Yang & Hu 2021, arXiv:2011.14522; biases and norms
+                have a share of order 1/width in the Fisher matrix and are left as they are). With
+                r_in and r_out the fan-in and the width relative to those of ``base``, the
+                multiplier is sqrt(r_out / r_in), and the variance of a layer whose width does not
+                grow, the readout, is divided by r_in. The largest stable learning rate of
+                wide networks then does not depend on the width.
+            base: For ``"mup"``, the network of the same structure and usually smaller width at
+                which nothing changes.
+
+        Returns:
+            The network.
+
+        Raises:
+            SpecError: if the kind is unknown, or the structures differ.
+
+        Example:
+            >>> import meanfield_jax as mf
+            >>> base = mf.mlp([64] * 3, inputs=16, outputs=4)
+            >>> for width in (64, 4096):
+            ...     wide = mf.mlp([width] * 3, inputs=16, outputs=4)
+            ...     wide = wide.in_parametrization("mup", base)
+            ...     print(f"{mf.analyze(wide, num_samples=100).fisher.outlier:.0f}")
+            245
+            248
+        """
+        from meanfield_jax.parametrization import parametrized
+
+        return parametrized(self, kind, base)
+
     def replace(self, layers: tuple[Layer, ...]) -> "Network":
         """The network with other numbers or widths in layers of the same kinds and places."""
         return dataclasses.replace(self, layers=layers)

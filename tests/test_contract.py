@@ -72,7 +72,7 @@ EXAMPLES = {
     "AvgPool": lambda width: image(width, conv(width), mf.AvgPool(), RELU, mf.Flatten()),
     "MaxPool": lambda width: image(width, conv(width), mf.MaxPool(), RELU, mf.Flatten()),
     "Dropout": lambda width: vector(dense(width), RELU, mf.Dropout(0.0)),
-    "RMSNorm": lambda width: vector(dense(width), RELU, mf.RMSNorm(GAMMA)),
+    "RMSNorm": lambda width: vector(dense(width), mf.RMSNorm(GAMMA), RELU),
     "Scale": lambda width: vector(
         dense(width), mf.Residual(mf.Sequential((dense(width), mf.Scale(0.7)))), RELU
     ),
@@ -81,7 +81,7 @@ EXAMPLES = {
     ),
 }
 LAYER_NAMES = sorted(EXAMPLES)
-APPROXIMATE = {"MaxPool": 0.07}
+APPROXIMATE = {"MaxPool": 0.04}
 """The error of rules that are approximate at any width, as their docstrings state it."""
 
 

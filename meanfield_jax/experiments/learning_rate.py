@@ -41,6 +41,7 @@ from meanfield_jax.theory.rates import (
     SIGNS_WITHIN_SAMPLES,
     Rule,
     decisive_eigenvalue,
+    first_rate,
     heavy_ball,
     linear,
     rates,
@@ -125,7 +126,8 @@ class LearningRate(Number):
     ``optax.sgd(rate, 0.9)``, ``optax.cosine_decay_schedule(rate, 1000)``, ``0.5 * rate``.
 
     Attributes:
-        recommended: A fraction of ``no_spike``.
+        recommended: A fraction of ``no_spike``, or of ``quadratic`` if that is smaller and there is
+            a reason why the rates from a random start may be wrong.
         quadratic: z / lambda_max: stable where the loss is quadratic, near a minimum.
         no_spike: The largest rate at which, from a random start, the loss does not exceed twice its
             first value.
@@ -173,7 +175,7 @@ class LearningRate(Number):
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """Name, number and meaning of each rate."""
-        named = dict(recommended="a fraction of no_spike") | MEANINGS
+        named = dict(recommended="the rate to start from") | MEANINGS
         values = {name: float(getattr(self, name)) for name in named}
         return [
             (name, f"{value:.3g}", named[name])
@@ -257,7 +259,7 @@ def learning_rate(
             mean over samples of -log softmax(f)[y]; or ``"bernoulli"``, summed over outputs.
         statistics: As in :func:`analyze` for a network, :func:`fisher_operator` for a model.
         num_samples: The batch size where ``x`` is left out; None for large batches.
-        fraction: ``recommended`` is this fraction of ``no_spike``.
+        fraction: ``recommended`` is this fraction of the rate to start from.
 
     Returns:
         The rates, which can be used in place of a number. For a network they can be vmapped over
@@ -292,7 +294,8 @@ def learning_rate(
         found = _measured(model, params, x, y, rule, loss, statistics)
     seconds = time.perf_counter() - start
     # an integer may be too large for JAX
-    recommended = found.no_spike * (fraction if isinstance(fraction, Tracer) else float(fraction))
+    fraction = fraction if isinstance(fraction, Tracer) else float(fraction)
+    recommended = found.recommended * fraction
     return dataclasses.replace(found, recommended=recommended, seconds=seconds)
 
 
@@ -332,7 +335,7 @@ def _predicted(
     rates = _rates(rule, loss, *found, lambda: sign_descent(theory))
     traced = isinstance(lambda_after, Tracer)
     return LearningRate(
-        recommended=rates["no_spike"],
+        recommended=first_rate(theory, rates),
         quadratic=rates["quadratic"],
         no_spike=rates["no_spike"],
         bounded=rates["bounded"],
@@ -380,8 +383,9 @@ def _measured(
 
     over_batch = bool(couples_samples(operator))
     rates = _rates(rule, loss, lambda_max, lambda_after, over_batch, by_signs)
+    careful = jnp.fmin(rates["no_spike"], rates["quadratic"])
     return LearningRate(
-        recommended=rates["no_spike"],
+        recommended=careful if notes else rates["no_spike"],
         quadratic=rates["quadratic"],
         no_spike=rates["no_spike"],
         bounded=rates["bounded"],

@@ -119,16 +119,23 @@ def expectations(
 
 def batch_expectations(
     phi: Nonlinearity,
-    variance_a: Float[Array, "... n 1"],
-    variance_b: Float[Array, "... 1 n"],
+    variance: Float[Array, "... n"],
     covariance: Float[Array, "... n n"],
-    mean: Float[Array, ""] | None,
+    mean: Float[Array, "..."] | None,
+    of_members: Callable[[Array], tuple[Array, Array]],
 ) -> Moments[Array]:
-    """The same for a matrix over a batch: the variances are (..., n, 1) and (..., 1, n).
+    """The same for a matrix over a batch, whose values have a variance and perhaps a mean each.
 
     Without a closed form it uses Mehler's series: E[phi phi] = sum_k a_k(std_a) a_k(std_b) c^k,
     where a_k are the coefficients of phi(mean + std x) in normalized Hermite polynomials. It costs
     ``NUM_TERMS`` operations per entry, where quadrature costs 40,000.
+
+    Args:
+        phi: The activation function.
+        variance: The variance of every value.
+        covariance: The covariance of every pair of values.
+        mean: The mean of all values, (), or of every value; None where it is exactly 0.
+        of_members: Arranges one number per value by both members of every pair.
 
     Returns:
         The moments, of the shape of ``covariance``, (..., n, n).
@@ -143,31 +150,30 @@ def batch_expectations(
         Mehler 1866; in this use Daniely, Frostig & Singer 2016 (arXiv:1602.05897).
     """
     if mean is None and phi.closed_form is not None:
-        return phi.closed_form(variance_a, variance_b, covariance)
-    mean = jnp.zeros_like(covariance, shape=()) if mean is None else mean
-    std_a, std_b = safe.sqrt(variance_a), safe.sqrt(variance_b)
+        return phi.closed_form(*of_members(variance), covariance)
+    std = safe.sqrt(variance)
+    std_a, std_b = of_members(std)
     c = clipped(safe.divide(covariance, std_a * std_b))
-    first, second = hermite_coefficients(phi, std_a, mean), hermite_coefficients(phi, std_b, mean)
+    coefficients = hermite_coefficients(phi, std, 0.0 if mean is None else mean)
     pairs = ((0, 0), (1, 1), (2, 2), (3, 1))
 
     def term(total: Moments[Array], both: Any) -> tuple[Moments[Array], None]:
-        a, b = both
+        a, b = zip(*map(of_members, both), strict=True)
         parts = (c * value + a[i] * b[j] for value, (i, j) in zip(total, pairs, strict=True))
         return Moments(*parts), None
 
     zero = jnp.zeros(jnp.broadcast_shapes(std_a.shape, std_b.shape), c.dtype)
-    series, _ = jax.lax.scan(term, Moments(*(zero,) * 4), (first, second), reverse=True, unroll=8)
+    series, _ = jax.lax.scan(term, Moments(*(zero,) * 4), coefficients, reverse=True, unroll=8)
     return series
 
 
 def variance_expectations(
-    phi: Nonlinearity, variance: Float[Array, "..."], mean: Float[Array, ""] | None
+    phi: Nonlinearity, variance: Float[Array, "..."], mean: Float[Array, "..."] | None
 ) -> Moments[Array]:
     """The expectations at correlation 1, where u = v: one-dimensional integrals."""
-    mean = jnp.zeros_like(variance, shape=()) if mean is None else mean
-    std = safe.sqrt(variance)
+    std, mean = safe.sqrt(variance), _of_each(mean, variance)
     x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
-    u = mean + std[..., None] * x
+    u = mean[..., None] + std[..., None] * x
     slope = phi.derivative(u) ** 2
     scale = jnp.sum(weight * slope * x**2, -1)
     product = jnp.sum(weight * phi.function(u) ** 2, -1)
@@ -185,8 +191,9 @@ def hermite_coefficients(
         The coefficients of the four functions, in this order, (terms, *std.shape) each, with
         terms = ``NUM_TERMS``.
     """
+    mean = _of_each(mean, std)
     x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
-    u = mean + std[..., None] * x
+    u = mean[..., None] + std[..., None] * x
     slope = phi.derivative(u)
     functions = [weight * value for value in (phi.function(u), slope, slope * x, slope * x**2)]
 
@@ -203,9 +210,14 @@ def mean_value(
     phi: Nonlinearity, variance: Float[Array, "*shape"], mean: Array | None
 ) -> Float[Array, "*shape"]:
     """E[phi(u)] for u of this variance and mean; the mean is 0 if None."""
-    std, centre = safe.sqrt(variance), 0.0 if mean is None else mean
-    x, weight = _nodes(_kinks(phi, centre, std), NUM_NODES)
-    return jnp.sum(weight * phi.function(centre + std[..., None] * x), -1)
+    std, mean = safe.sqrt(variance), _of_each(mean, variance)
+    x, weight = _nodes(_kinks(phi, mean, std), NUM_NODES)
+    return jnp.sum(weight * phi.function(mean[..., None] + std[..., None] * x), -1)
+
+
+def _of_each(mean: Array | float | None, values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The mean of each of these values, which may be given as one number, or None for 0."""
+    return jnp.broadcast_to(jnp.asarray(0.0 if mean is None else mean, values.dtype), values.shape)
 
 
 def mehler(

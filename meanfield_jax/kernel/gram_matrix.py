@@ -240,7 +240,7 @@ class GramMatrix(Matrix):
         self, phi: Nonlinearity, mean: Array | None, factor: Matrix | None
     ) -> Moments[Self]:
         divided = self if factor is None else self / factor
-        moments = batch_expectations(phi, *self.variances(), divided.entries, mean)
+        moments = batch_expectations(phi, self.diagonal(), divided.entries, mean, self.of_members)
         if phi.closed_form is None or mean is not None:
             own = variance_expectations(phi, self.diagonal(), mean)
             same = jnp.eye(self.entries.shape[-1])

@@ -103,7 +103,8 @@ class Kernel(Generic[M]):
             None. The tangent of the scale is z_hat_a z_hat_b, which is random until averaged.
         projection: How the norm just passed changes the tangent because its variance depends on the
             parameters, or None.
-        mean: E[z], equal for all samples and positions, (); None where it is exactly 0.
+        mean: E[z], equal for all samples and positions, (), or after a :class:`MaxPool` on a batch
+            one number per value; None where it is exactly 0.
         unit_mean: After an activation, whose outputs do not have mean 0: the average of E[z], which
             ``covariance`` still contains, (); None where it is 0.
         deviation: The covariance without a constant that subtracting a mean removes (from a bias,
@@ -121,7 +122,7 @@ class Kernel(Generic[M]):
     tangent: M
     scale: M | None
     projection: Projection | None
-    mean: Float[Array, ""] | None
+    mean: Float[Array, "..."] | None
     unit_mean: Float[Array, ""] | None
     deviation: M | None
     tangent_deviation: M | None
@@ -182,7 +183,19 @@ class Kernel(Generic[M]):
     @property
     def moment(self) -> M:
         """Uncentred second moment E[z_a z_b]."""
-        return self.covariance if self.mean is None else self.covariance + self.mean**2
+        if self.mean is None:
+            return self.covariance
+        if self.mean.ndim == 0:
+            return self.covariance + self.mean**2
+        a, b = self.covariance.of_members(self.mean)
+        return self.covariance + a * b
+
+    def with_one_mean(self) -> Self:
+        """The kernel with the same second moments and one mean for all values."""
+        if self.mean is None or self.mean.ndim == 0:
+            return self
+        mean = self.mean.mean()
+        return self.replace(covariance=self.moment - mean**2, mean=mean)
 
     @property
     def effective_tangent(self) -> M:
@@ -278,11 +291,11 @@ class Kernel(Generic[M]):
 
     def flattened(self) -> Self:
         """The kernel after a flatten head with independent weights: only equal positions count."""
-        return self._pooled("flattened", self.positions[0] * self.positions[1])
+        return self.with_one_mean()._pooled("flattened", self.positions[0] * self.positions[1])
 
     def pooled(self) -> Self:
         """The kernel after a mean over positions: the average over all pairs of positions."""
-        return self._pooled("pooled", 1)
+        return self.with_one_mean()._pooled("pooled", 1)
 
     def _pooled(self, average: str, num_positions: int) -> Self:
         def averaged(matrix: Matrix | None) -> Matrix | None:

@@ -88,6 +88,7 @@ def batch_rule(
     Returns:
         As :meth:`Layer.rule`.
     """
+    kernel = kernel.with_one_mean()
     covariance, tangent = kernel.covariance, kernel.effective_tangent
     # centre
     centred = _mixed(covariance, kernel.centred(over_positions), fraction)

@@ -24,7 +24,12 @@ from meanfield_jax.layers.base import (
     tunable,
     variance_problems,
 )
-from meanfield_jax.layers.dense import linear_options, linear_rule
+from meanfield_jax.layers.dense import (
+    linear_options,
+    linear_rule,
+    multiplied,
+    multiplier_problems,
+)
 from meanfield_jax.pytree import static
 
 PADDINGS = ("SAME", "VALID", "CIRCULAR")
@@ -50,6 +55,7 @@ class Conv(Layer):
         groups: Number of groups of channels with weights of their own; as many as channels for a
             depthwise convolution.
         dilation: Step between neighbors within the window.
+        multiplier: As in :class:`Dense`.
 
     Source:
         Wei, Stokes & Schwab 2019 (arXiv:1903.02606), section 3.2; Xiao et al. 2018.
@@ -75,6 +81,7 @@ class Conv(Layer):
     use_bias: bool = static(default=True)
     groups: int = static(default=1, least=1)
     dilation: int = static(default=1, least=1)
+    multiplier: float | Array = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -128,13 +135,14 @@ class Conv(Layer):
             padding=self.padding,
             feature_group_count=self.groups,
             kernel_dilation=self.dilation,
-            conv_general_dilated=convolve,
+            conv_general_dilated=multiplied(convolve, self.multiplier),
             rngs=rngs,
             **linear_options(self, self.kernel_size**2 * shape[-1] // self.groups),
         )
 
     def value_problems(self) -> Iterator[Problem]:
         yield from variance_problems(self, "weight_var", "bias_var")
+        yield from multiplier_problems(self)
 
 
 def checked_padding(layer: str, padding: object) -> str | int:

@@ -101,6 +101,7 @@ class AvgPool(Pool):
         def kept(matrix: Matrix | None) -> Matrix | None:
             return None if matrix is None else averaged(matrix)
 
+        kernel = kernel.with_one_mean()
         tangent = averaged(kernel.effective_tangent)
         if self.padding not in ("VALID", 0):  # the mean then varies over positions
             return kernel.after(covariance=averaged(kernel.moment), tangent=tangent), None
@@ -128,8 +129,9 @@ class MaxPool(Pool):
     """The largest value under a moving window; put it before an increasing activation.
 
     There it gives the same network as after the activation, and the values are Gaussian. Rule: the
-    largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and the
-    larger of two is treated as Gaussian with its own mean and covariance; see :func:`_larger`.
+    largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and
+    the larger of two is treated as Gaussian with its own mean and covariance; see
+    :func:`larger_of_two`.
 
     Attributes:
         kernel_size: Side of the window.
@@ -157,35 +159,32 @@ class MaxPool(Pool):
         return super().output(signal)
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, None]:
-        kernel = kernel.around_means()
+        kernel = kernel.around_means().with_one_mean()
         means = jnp.zeros_like(kernel.covariance.diagonal())
-        values = _Values(kernel.covariance, kernel.effective_tangent, means)
+        values = Values(kernel.covariance, kernel.effective_tangent, means)
         for axis, size in enumerate(kernel.positions):
             before, after = pad_width(size, self.kernel_size, self.stride, self.padding)
             # repeated, the values at the border change no maximum
             values = values.taken(axis, np.clip(np.arange(-before, size + after), 0, size - 1))
             for distance, step in _doublings(self.kernel_size, self.stride):
-                values = _larger(values, axis, distance, step)
-        mean = values.means.mean()
-        a, b = values.covariance.of_members(values.means - mean)
-        return kernel.after(
-            covariance=values.covariance + a * b,
-            tangent=values.tangent,
-            mean=mean if kernel.mean is None else mean + kernel.mean,
-        ), None
+                values = larger_of_two(values, axis, distance, step)
+        mean = values.means if kernel.mean is None else values.means + kernel.mean
+        after = kernel.after(covariance=values.covariance, tangent=values.tangent, mean=mean)
+        # i.i.d. inputs differ only at the borders of the map
+        return after.with_one_mean() if values.covariance.iid else after, None
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> Callable[[Array], Array]:
         return self.pooling(nnx.max_pool, shape)
 
 
-class _Values(NamedTuple):
+class Values(NamedTuple):
     """Gaussian values: their covariance and tangent, and the mean of each."""
 
     covariance: Matrix
     tangent: Matrix
     means: Array
 
-    def taken(self, axis: int, places: np.ndarray) -> "_Values":
+    def taken(self, axis: int, places: np.ndarray) -> "Values":
         """The values at these positions along one axis of the map."""
         size = self.covariance.positions[axis]
         if np.array_equal(places, np.arange(size)):
@@ -195,7 +194,7 @@ class _Values(NamedTuple):
             for part in self[:2]
         )
         means = self.as_map().take(places, axis)
-        return _Values(covariance, tangent, means.reshape(covariance.diagonal().shape))
+        return Values(covariance, tangent, means.reshape(covariance.diagonal().shape))
 
     def as_map(self) -> Array:
         """The means, (height, width, samples)."""
@@ -213,7 +212,7 @@ def _doublings(size: int, stride: int) -> list[tuple[int, int]]:
     return [(distance, 1) for distance in distances[:-1]] + [(distances[-1], stride)]
 
 
-def _larger(values: _Values, axis: int, distance: int, step: int) -> _Values:
+def larger_of_two(values: Values, axis: int, distance: int, step: int) -> Values:
     """The larger of every two values at this distance along an axis.
 
     With S = u + v, D = u - v, delta = E[D], s = sign D, e = E[s]: Cov(S, |D'|) = Cov(S, D') e' is
@@ -261,4 +260,4 @@ def _larger(values: _Values, axis: int, distance: int, step: int) -> _Values:
     tangents = (combined(values.tangent, *signs) for signs in ((1, 1), (-1, 1), (1, -1), (-1, -1)))
     plain, by_row, by_column, both = tangents
     tangent = plain + by_row * sign_a + by_column * sign_b + both * signs
-    return _Values(covariance / 4, tangent / 4, (total + magnitude) / 2)
+    return Values(covariance / 4, tangent / 4, (total + magnitude) / 2)

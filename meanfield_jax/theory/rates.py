@@ -148,13 +148,32 @@ def reasons(theory: Theory, after: AfterNorms) -> tuple[str, ...]:
     if len(after.paths) == len(after.layers):
         return (NO_NORM,)
     found = []
-    norms = [inner for _, inner in walk(theory.network.body) if isinstance(inner, Norm)]
-    gamma = np.min(norms[-1].gamma) if norms else np.inf
-    if gamma < LEAST_GAMMA:
+    if (gamma := np.min(last_gamma(theory))) < LEAST_GAMMA:
         found.append(f"gamma {gamma:g} is below {LEAST_GAMMA:g}: it grows, and rates with it")
     if np.min(common(theory)) < LEAST_COMMON:
         found.append(LITTLE_IN_COMMON)
     return tuple(found)
+
+
+def last_gamma(theory: Theory) -> Any:
+    """The scale of the last norm; infinity without one."""
+    norms = [inner for _, inner in walk(theory.network.body) if isinstance(inner, Norm)]
+    return norms[-1].gamma if norms else np.inf
+
+
+def first_rate(theory: Theory, found: dict[str, Array]) -> Array:
+    """The rate to start from: no_spike, where that is not known the smaller one of the first two.
+
+    Args:
+        theory: Theory of the network.
+        found: What :func:`rates` returned.
+
+    Returns:
+        The rate, ().
+    """
+    rough = (last_gamma(theory) < LEAST_GAMMA) | (common(theory) < LEAST_COMMON)
+    careful = jnp.fmin(found["no_spike"], found["quadratic"])
+    return jnp.where(rough, careful, found["no_spike"])
 
 
 def sign_descent(theory: Theory) -> Array:
