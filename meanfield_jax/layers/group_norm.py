@@ -38,7 +38,7 @@ class GroupNorm(Norm):
     are not coupled, so that training, evaluation and the three ``statistics`` of :func:`analyze`
     are the same.
 
-    Rule: :func:`group_rule`, which for large groups is that of :class:`LayerNorm`.
+    Rule: :func:`meanfield_jax.layers.group_norm.group_rule`, which for large groups is that of :class:`LayerNorm`.
 
     Attributes:
         gamma, beta, eps, trainable: See :class:`Norm`.
@@ -48,7 +48,7 @@ class GroupNorm(Norm):
         Wu & He 2018 (arXiv:1803.08494).
 
     Accuracy:
-        See :func:`group_rule`.
+        See :func:`meanfield_jax.layers.group_norm.group_rule`.
     """
 
     norm_name: ClassVar[str | None] = "group"

@@ -129,7 +129,7 @@ class MaxPool(Pool):
 
     There it gives the same network as after the activation, and the values are Gaussian. Rule: the
     largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and the
-    larger of two is treated as Gaussian with its own mean and covariance; see :func:`_larger`.
+    larger of two is treated as Gaussian with its own mean and covariance; see ``_larger``.
 
     Attributes:
         kernel_size: Side of the window.
