@@ -52,8 +52,10 @@ def for_sphinx(app: Any, what: str, name: str, value: Any, options: Any, lines: 
     """
     for index, line in enumerate(lines):
         line = re.sub(r"^\s*[a-z_]+(, [a-z_]+)+(?=: )", lambda m: m[0].replace(", ", ","), line)
-        if not re.search(r"``|>>>|\\|:math:", line):
-            line = re.sub(r"(?<=[(\[, ])\*(?=\w)", r"\\*", line).replace("|", r"\|")
+        if not re.search(r">>>|\\|:math:|\.\. ", line):
+            parts = re.split("(``.+?``)", line)
+            parts[::2] = [re.sub(r"(\*(?=\w)|\|)", r"\\\1", part) for part in parts[::2]]
+            line = "".join(parts)
         lines[index] = line
     if what in ("attribute", "property"):
         lines.insert(0, "")
