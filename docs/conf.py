@@ -7,9 +7,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import generate  # noqa: E402
+import generate
 
-import meanfield_jax  # noqa: E402
+import meanfield_jax
 
 generate.write()
 

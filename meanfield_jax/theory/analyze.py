@@ -145,7 +145,8 @@ def analyze(
     and deep networks into :class:`Repeat`, which compiles in the time of one block.
 
     Args:
-        network: The specification, or with ``data`` a Flax model that ``Network.from_flax`` can read.
+        network: The specification, or with ``data`` a Flax model that ``Network.from_flax`` can
+            read.
         data: A batch, (n, *input_shape). The theory is then that of these inputs instead of i.i.d.
             ones, with the whole spectrum in ``theory.fisher.eigenvalues``. It takes O(n^2) memory
             (n = 4000 vectors: 5.1 GB) and O(n^3) time. Data sharded along n over a mesh with
