@@ -184,8 +184,9 @@ def _flat(block: Layer) -> tuple[Layer, ...]:
 def _checked_width(block: Layer) -> int:
     """The number of units at the end of the block, which must be able to start again from them."""
     width = [inner.width for _, inner in walk(block) if inner.is_weights][-1]
-    after = block.output(Signal((width,), gaussian=True))
-    if after != Signal((width,), gaussian=True):
+    before = Signal((width,), gaussian=True, random=True)
+    after = block.output(before)
+    if after != before:
         cause = f"it maps shape ({width},) to {after.shape}"
         raise problem(SpecError, "block", block, cause, "make the two shapes equal")
     return width
