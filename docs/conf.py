@@ -16,7 +16,7 @@ generate.write()
 project = "meanfield_jax"
 author = "The meanfield_jax authors"
 version = release = meanfield_jax.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]
 exclude_patterns = ["_build", "command_help.md"]
 nitpicky = True
 
