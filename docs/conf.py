@@ -15,6 +15,7 @@ generate.write()
 
 project = "meanfield_jax"
 author = "The meanfield_jax authors"
+html_show_copyright = False
 version = release = meanfield_jax.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]
 exclude_patterns = ["_build", "command_help.md"]
@@ -58,7 +59,7 @@ def for_sphinx(app: Any, what: str, name: str, value: Any, options: Any, lines: 
             line = "".join(parts)
         lines[index] = line
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]  # an empty comment
 
 
 def setup(app: Any) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import meanfield_jax as mf
 from meanfield_jax.cli import program
@@ -85,6 +86,8 @@ def described(path: str) -> str:
         return f".. automodule:: meanfield_jax.{path}\n   :no-members:\n\n{names}"
     name = path.rpartition(".")[2]
     module = "meanfield_jax" if path == name else f"meanfield_jax.{path.rpartition('.')[0]}"
+    if isinstance(found, type) and issubclass(found, Exception):
+        return f".. autoexception:: {module}::{name}\n"
     if isinstance(found, type):
         return f".. autoclass:: {module}::{name}\n   :members:\n"
     return f".. autofunction:: {module}::{name}\n"
@@ -106,10 +109,10 @@ def help_of(arguments: list[str]) -> str:
 
 def command_line() -> str:
     """The text below the head of the page on the command line."""
-    os.environ["COLUMNS"] = "100"
-    parts = [f"```text\n{help_of([])}\n```\n"]
-    for command in program.COMMANDS:
-        parts.append(f"## {command}\n\n```text\n{help_of([command])}\n```\n")
+    with patch.dict(os.environ, COLUMNS="88"):
+        parts = [f"```text\n{help_of([])}\n```\n"]
+        for command in program.COMMANDS:
+            parts.append(f"## {command}\n\n```text\n{help_of([command])}\n```\n")
     return "\n".join(parts)
 
 

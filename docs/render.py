@@ -110,7 +110,7 @@ def rate_groups(record: dict[str, Any]) -> list[Rows]:
                 _range(starts, ".2f"),
                 _range([row["bounded"] for row in group], ".2f"),
                 f"{sum(loss >= 2 for loss in fresh)} of {len(fresh)}",
-                _range([row["quadratic"] for row in group], ".2g"),
+                _range([row["quadratic"] for row in group], ".3g"),
             ]
         )
     columns = ("networks", "momentum", "cases", "no_spike", "bounded", "spikes", "quadratic")
@@ -242,7 +242,7 @@ def comparison(_: Any) -> list[Rows]:
         at = {name: variable[:] for name, variable in file.variables.items()}
     rows = []
     for i, letters in enumerate(at["norm"]):
-        name = b"".join(letters).decode()
+        name = b"".join(letters).decode().replace("_", " ")
         for j, size in enumerate(at["batch_size"]):
             if at["measured"][i, j].mean() != at["measured"][i, j].mean():
                 continue
