@@ -82,6 +82,10 @@ def test_the_results_on_a_page_are_those_of_the_benchmarks(page):
     assert marks == ["result:", "end of result"] * (len(marks) // 2)
 
 
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {meanfield_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_every_public_name_is_in_the_reference():
     named = [name for _, names in generate.REFERENCE.values() for name in names]
     assert len(named) == len(set(named))
