@@ -18,7 +18,7 @@ author = "The meanfield_jax authors"
 html_show_copyright = False
 version = release = meanfield_jax.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline"]
-exclude_patterns = ["_build", "command_help.md"]
+exclude_patterns = ["_build", "api/command_help.md"]
 nitpicky = True
 
 html_theme = "furo"
@@ -49,7 +49,8 @@ def for_sphinx(app: Any, what: str, name: str, value: Any, options: Any, lines: 
     """Makes a docstring, which is written to be read as it is, fit for Napoleon.
 
     Several names with one description are kept together, asterisks and bars are themselves, and
-    what stands before a colon in the docstring of an attribute is not taken for its type.
+    what stands before a colon is not taken for the type of an attribute or of what is returned:
+    Napoleon looks for it in the first line, which becomes an empty comment.
     """
     for index, line in enumerate(lines):
         line = re.sub(r"^\s*[a-z_]+(, [a-z_]+)+(?=: )", lambda m: m[0].replace(", ", ","), line)
@@ -58,8 +59,10 @@ def for_sphinx(app: Any, what: str, name: str, value: Any, options: Any, lines: 
             parts[::2] = [re.sub(r"(\*(?=\w)|\|)", r"\\\1", part) for part in parts[::2]]
             line = "".join(parts)
         lines[index] = line
+    for index in [i for i, line in enumerate(lines) if line.strip() == "Returns:"]:
+        lines[index + 1 : index + 1] = [lines[index].replace("Returns:", "    .."), ""]
     if what in ("attribute", "property"):
-        lines[:0] = ["..", ""]  # an empty comment
+        lines[:0] = ["..", ""]
 
 
 def setup(app: Any) -> None:

@@ -89,7 +89,8 @@ def described(path: str) -> str:
     if isinstance(found, type) and issubclass(found, Exception):
         return f".. autoexception:: {module}::{name}\n"
     if isinstance(found, type):
-        return f".. autoclass:: {module}::{name}\n   :members:\n"
+        shown = "" if issubclass(found, tuple) else "   :members:\n"
+        return f".. autoclass:: {module}::{name}\n{shown}"
     return f".. autofunction:: {module}::{name}\n"
 
 
@@ -121,14 +122,14 @@ def from_root(name: str) -> str:
     text = (DOCS.parent / name).read_text()
     return re.sub(
         r"\[(.+?)\]\((?!http)(.+?)\)",
-        lambda link: f"[{link[1]}]({link[2][5:]})" if link[2].startswith("docs/") else link[1],
+        lambda link: f"[{link[1]}](../{link[2][5:]})" if link[2].startswith("docs/") else link[1],
         text,
     )
 
 
 def write() -> None:
     """Writes all of them; nothing else may be in their folders."""
-    for folder in ("api", "notebooks"):
+    for folder in ("api", "notebooks", "project"):
         shutil.rmtree(DOCS / folder, ignore_errors=True)
         (DOCS / folder).mkdir()
     for page, (title, names) in REFERENCE.items():
@@ -136,5 +137,5 @@ def write() -> None:
     for path in NOTEBOOKS.glob("*.ipynb"):
         shutil.copy(path, DOCS / "notebooks")
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
-        (DOCS / name.lower()).write_text(from_root(name))
-    (DOCS / "command_help.md").write_text(command_line())
+        (DOCS / "project" / name.lower()).write_text(from_root(name))
+    (DOCS / "api" / "command_help.md").write_text(command_line())
