@@ -1,4 +1,4 @@
-"""How well theory predicts real networks' Fisher outliers; makes the README's table.
+"""How well theory predicts real networks' Fisher outliers.
 
 Every case is drawn anew four times. A case holds when |mean - theory| <= 4 standard errors + 3 % of
 the theory (training mode of the fully connected network on Gaussian inputs: 0.5 %). The published
@@ -12,7 +12,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import write_rows
+from common import console, write_rows
+from summary import accuracy_tables
 
 import meanfield_jax as mf
 from meanfield_jax.experiments.validate import measure
@@ -100,23 +101,6 @@ def compare(case: dict, mode: str, mean: float, error: float) -> dict:
     )
 
 
-def markdown(rows: list[dict]) -> str:
-    """The table of the README."""
-    head = (
-        "| network | mode | predicted | measured | predicted / measured | as published / measured |"
-    )
-    lines = [head, "|---|---|---|---|---|---|"]
-    modes = {"batch": "training", "frozen": "evaluation", "": "-"}
-    for row in rows:
-        published = f"{row['published_ratio']:.3f}" if row["mode"] else "-"
-        lines.append(
-            f"| {row['network']} | {modes[row['mode']]} | {row['predicted']:.2f} | "
-            f"{row['measured']:.2f} ± {row['standard_error']:.2f} | "
-            f"{row['ratio']:.4f} | {published} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
     """Runs all cases, writes JSON, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -125,9 +109,9 @@ def main() -> int:
     rows = []
     for case in cases(options.data_dir):
         rows += result(case)
-        print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        console.print(rows[-1])
     write_rows("accuracy", rows, draws=DRAWS)
-    print(markdown(rows))
+    console.print(accuracy_tables(dict(rows=rows))[0].printed())
     return 0 if all(row["holds"] is not False for row in rows) else 1
 
 

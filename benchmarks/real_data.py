@@ -1,4 +1,4 @@
-"""Predicted and measured Fisher spectra on real images; makes a table of the README.
+"""Predicted and measured Fisher spectra on real images.
 
 MNIST in FC 784-1000x3-10 and CIFAR-10 in conv 30-60-90, with BatchNorm in training and evaluation
 mode and without: the mean of the C outliers, the next five eigenvalues (means of C), the trace.
@@ -7,13 +7,13 @@ About half an hour on two cores.
 """
 
 import argparse
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import write_rows
+from common import console, write_rows
+from summary import data_tables
 
 import meanfield_jax as mf
 
@@ -70,24 +70,6 @@ def rows_of(name: str, network: mf.Network, x: jax.Array) -> list[dict]:
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    """The table of the README: predicted / measured, with standard errors in per cent."""
-    lines = [
-        "| images, network | mode | outliers | eigenvalues 2 to 6 | trace | goals missed |",
-        "|---|---|---|---|---|---|",
-    ]
-    modes = {"batch": "training", "frozen": "evaluation", "": "-"}
-    for row in rows:
-        top = f"{row['ratios'][0]:.3f} ± {row['relative_errors'][0]:.3f}"
-        rest = " ".join(f"{ratio:.2f}" for ratio in row["ratios"][1:])
-        missed = ", ".join(name for name, holds in row["holds"].items() if not holds) or "none"
-        lines.append(
-            f"| {row['case']}, n = {row['num_samples']} | {modes[row['mode']]} | {top} | {rest} | "
-            f"{row['trace_ratio']:.3f} | {missed} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
     """Runs all cases, writes JSON, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -97,9 +79,9 @@ def main() -> int:
     for case in cases(options.data_dir):
         new = rows_of(*case)
         rows += new
-        print(markdown(new).partition("|\n")[2].partition("|\n")[2], file=sys.stderr, flush=True)
+        console.print(new)
     write_rows("real_data", rows, draws=DRAWS, goals=GOALS)
-    print(markdown(rows))
+    console.print(data_tables(dict(rows=rows))[0].printed())
     return 0 if all(all(row["holds"].values()) for row in rows) else 1
 
 

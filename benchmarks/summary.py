@@ -1,12 +1,11 @@
-"""The tables of the benchmarks, printed and as results/summary.md, all from the JSON records.
+"""The tables of the benchmarks, from the JSON records, for the console and for the documentation.
 
-Run: ``python summary.py`` writes the file anew (the benchmarks do it themselves).
+``docs/render.py`` writes them into the pages of the documentation.
 """
 
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +14,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-NAMES = ("fisher_lambda_max", "spectral_density", "theory_grid", "theory_on_data")
-HEADER = """# Results
-
-Written by `summary.py` from the JSON files in this folder. A ratio is a peer's time over
-meanfield_jax's in calls made side by side: above 1, the package is faster. "Cold" is the first call
-in a fresh process with imports done, compilation included; "warm" calls follow it. "Missed" marks
-answers that are further off than the tolerance asked for.
-"""
+MODES = {"batch": "training", "frozen": "evaluation", "": "-"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A table, to be printed or written as Markdown."""
+    """A table, to be printed or written as Markdown; a title of "" is left out."""
 
     title: str
     columns: Sequence[str]
@@ -41,10 +33,10 @@ class Rows:
         return table
 
     def markdown(self) -> str:
-        """For summary.md."""
+        """For a page of the documentation."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         table = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-        return f"**{self.title}**\n\n{table}"
+        return (f"**{self.title}**\n\n" if self.title else "") + table
 
 
 def lambda_max_tables(record: dict[str, Any]) -> list[Rows]:
@@ -152,7 +144,65 @@ def adam_tables(record: dict[str, Any]) -> list[Rows]:
     return [Rows("Largest rate without a spike", columns, rows)]
 
 
+def accuracy_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of accuracy.py."""
+    columns = "network", "mode", "predicted", "measured", "ratio", "as published / measured"
+    rows = [
+        [
+            row["network"],
+            MODES[row["mode"]],
+            f"{row['predicted']:.2f}",
+            f"{row['measured']:.2f} ± {row['standard_error']:.2f}",
+            f"{row['ratio']:.4f}",
+            f"{row['published_ratio']:.3f}" if row["mode"] else "-",
+        ]
+        for row in record["rows"]
+    ]
+    return [Rows("", columns, rows)]
+
+
+def data_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of real_data.py: predicted / measured."""
+    columns = "images, network", "mode", "outliers", "eigenvalues 2 to 6", "trace", "goals missed"
+    rows = [
+        [
+            f"{row['case']}, n = {row['num_samples']}",
+            MODES[row["mode"]],
+            f"{row['ratios'][0]:.3f} ± {row['relative_errors'][0]:.3f}",
+            " ".join(f"{ratio:.2f}" for ratio in row["ratios"][1:]),
+            f"{row['trace_ratio']:.3f}",
+            ", ".join(name for name, holds in row["holds"].items() if not holds) or "none",
+        ]
+        for row in record["rows"]
+    ]
+    return [Rows("", columns, rows)]
+
+
+def boundary_tables(record: dict[str, Any]) -> list[Rows]:
+    """The one table of training_boundary.py."""
+    columns = (
+        *("images, network", "gamma", "start", "predicted"),
+        *("measured, by draw", "ratio", "within 10 %"),
+    )
+    rows = [
+        [
+            row["case"],
+            f"{row['gamma']}",
+            "near" if row["residual"] < 1 else "random",
+            f"{row['predicted']:.4g}",
+            " ".join(f"{value:.4g}" for value in row["measured"]),
+            f"{row['ratio']:.3f}",
+            "yes" if row["holds"] else "no",
+        ]
+        for row in record["rows"]
+    ]
+    return [Rows("", columns, rows)]
+
+
 TABLES = dict(
+    accuracy=("Outliers of the Fisher matrix", accuracy_tables),
+    real_data=("Spectra on real images", data_tables),
+    training_boundary=("Where training blows up", boundary_tables),
     fisher_lambda_max=("lambda_max of the Fisher matrix to 1e-4", lambda_max_tables),
     spectral_density=("Spectral density", density_tables),
     theory_grid=("Theory on a grid of 100,000 networks", grid_tables),
@@ -178,29 +228,14 @@ def claims_table(record: dict[str, Any]) -> Rows:
 
 
 def finish(name: str, body: dict[str, Any], claims: Sequence[Claim]) -> int:
-    """Writes the record and summary.md, prints the tables, and returns the exit status."""
+    """Writes the record, prints the tables, and returns the exit status."""
     verdicts = [claim.record() for claim in claims]
     record = dict(benchmark=name, environment=environment(), claims=verdicts, **body)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for table in (*TABLES[name][1](record), claims_table(record)):
         console.print(table.printed())
-    write_summary()
     return 0 if all(claim.holds for claim in claims) else 1
-
-
-def write_summary() -> None:
-    """Reads what records there are and writes the tables."""
-    parts = [HEADER]
-    for name in NAMES:
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        record = json.loads(path.read_text())
-        title, tables = TABLES[name]
-        parts.append(f"## {title}\n\n{_environment(record['environment'])}")
-        parts += [table.markdown() for table in (*tables(record), claims_table(record))]
-    (RESULTS / "summary.md").write_text("\n".join(parts))
 
 
 def number(value: float | None, form: str) -> str:
@@ -222,12 +257,9 @@ def _error(error: float, tolerance: float) -> str:
     return f"{error:.1e}" + ("" if error <= tolerance else " missed")
 
 
-def _environment(facts: dict[str, Any]) -> str:
+def machine(facts: dict[str, Any]) -> str:
+    """The machine and the versions of a run, in one sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)
-    machine = f"{facts['cores']} cores, {facts['cpu']}, {facts['memory_gib']} GiB"
-    machine += f", load average {facts['load_average'][2]:g} over the last 15 minutes"
-    return f"{machine}; Python {facts['python']}, {versions}.\n"
-
-
-if __name__ == "__main__":
-    sys.exit(write_summary())
+    where = f"{facts['cores']} cores, {facts['cpu']}, {facts['memory_gib']} GiB"
+    where += f", load average {facts['load_average'][2]:g} over the last 15 minutes"
+    return f"{where}; Python {facts['python']}, {versions}."

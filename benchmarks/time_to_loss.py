@@ -173,7 +173,7 @@ def finite(value: float) -> float | None:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of the README."""
+    """The table, for the terminal."""
     lines = [
         "| network | loss | rate by | rate | steps | / best of the grid | within 1.6 |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The largest learning rate at which training stays bounded, against theory; makes a README table.
+"""The largest learning rate at which training stays bounded, against theory.
 
 Full-batch heavy ball (momentum 0.9) on the squared loss with one-hot targets, 200 steps below 1000
 times the first loss, BatchNorm with gamma .5, 1, 2, three random draws each, bisection to 5 %:
@@ -9,11 +9,11 @@ within 10 % of the prediction; exits with 1 where one misses. About 40 minutes o
 
 import argparse
 import itertools
-import sys
 
 import jax
 import jax.numpy as jnp
-from common import write_rows
+from common import console, write_rows
+from summary import boundary_tables
 
 import meanfield_jax as mf
 from meanfield_jax.variants import with_gamma
@@ -40,23 +40,6 @@ def cases(data_dir: str | None) -> list[tuple[str, mf.Network, jax.Array, jax.Ar
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    """The table of the README."""
-    lines = [
-        "| images, network | gamma | start | predicted | measured, by draw | ratio | within 10 % |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        measured = " ".join(f"{value:.4g}" for value in row["measured"])
-        holds = "yes" if row["holds"] else "no"
-        start = "near" if row["residual"] < 1 else "random"
-        lines.append(
-            f"| {row['case']} | {row['gamma']} | {start} | {row['predicted']:.4g} | {measured} | "
-            f"{row['ratio']:.3f} | {holds} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> int:
     """Runs all cases, writes JSON, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,9 +62,9 @@ def main() -> int:
                     holds=abs(ratio - 1) <= GOAL,
                 )
             )
-            print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+            console.print(rows[-1])
     write_rows("training_boundary", rows)
-    print(markdown(rows))
+    console.print(boundary_tables(dict(rows=rows))[0].printed())
     return 0 if all(row["holds"] for row in rows) else 1
 
 

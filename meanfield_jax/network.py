@@ -1,6 +1,7 @@
 """A network as data: an input shape and a tuple of layers; checks, counts, and JSON."""
 
 import dataclasses
+import html
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -258,15 +259,25 @@ class Network:
         network.validate()
         return network
 
-    def __repr__(self) -> str:
-        rows, signal = [], Signal(self.input_shape)
+    def _rows(self) -> list[tuple[str, str, str, int | None]]:
+        """Path, text, output shape and parameters by layer; the latter not for layers inside."""
+        rows: list[tuple[str, str, str, int | None]] = []
+        signal = Signal(self.input_shape)
         for index, inner in enumerate(self.layers):
             after = inner.output(signal)
-            count = f"{inner.num_parameters(signal.shape):,}"
             own, *inside = walk(inner, f"layers/{index}")
+            count = inner.num_parameters(signal.shape)
             rows.append((own[0], _without_children(inner), str(after.shape), count))
-            rows += [(path, _without_children(part), "", "") for path, part in inside]
+            rows += [(path, _without_children(part), "", None) for path, part in inside]
             signal = after
+        return rows
+
+    def _head(self) -> str:
+        """The line above the layers."""
+        return f"{self.input_shape} -> {self.output_shape}, {self.num_parameters:,} parameters"
+
+    def __repr__(self) -> str:
+        rows = [(*row[:3], "" if row[3] is None else f"{row[3]:,}") for row in self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             "  ".join(
@@ -275,8 +286,20 @@ class Network:
             )
             for row in rows
         ]
-        head = f"Network: {self.input_shape} -> {signal.shape}, {self.num_parameters:,} parameters"
-        return "\n  ".join([head, *map(str.rstrip, lines)])
+        return "\n  ".join([f"Network: {self._head()}", *map(str.rstrip, lines)])
+
+    def _repr_html_(self) -> str:
+        total = max(self.num_parameters, 1)
+        lines = [
+            (*row[:3], *(("", "") if row[3] is None else (f"{row[3]:,}", f"{row[3] / total:.1%}")))
+            for row in self._rows()
+        ]
+        head = "".join(f"<th>{name}</th>" for name in ("", "layer", "shape", "parameters", ""))
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
+            for line in lines
+        )
+        return f"<b>Network {html.escape(self._head())}</b><table><tr>{head}</tr>{body}</table>"
 
 
 def _checked_origin(origin: Any) -> tuple[tuple[str, str, float, float], ...]:

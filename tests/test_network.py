@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import draws
 import jax
@@ -427,6 +428,17 @@ def test_repr_of_nested_layers_has_a_line_for_each_inside():
         [f"{path}/block/branch/layers/0", "Activation(function='relu')"],
     ]
     assert lines[at + 4][1].startswith("Conv(width=4")
+
+
+def test_html_has_a_row_for_each_line_of_repr_and_fractions_that_sum_to_one():
+    for network in PRESETS.values():
+        text = network._repr_html_()
+        assert text.count("<tr>") == len(repr(network).splitlines())
+        assert text.count("<td>") == 5 * (text.count("<tr>") - 1)
+        shares = re.findall(r"([0-9.]+)%</td>", text)
+        assert len(shares) == len(network.layers)
+        assert abs(sum(map(float, shares)) - 100) <= 0.05 * len(shares) + 1e-9
+    assert "&lt;" in mf.Network((8,), (mf.Dense(3), mf.Activation(lambda x: x)))._repr_html_()
 
 
 def test_repr_of_a_function_is_its_name():

@@ -86,7 +86,7 @@ def batch_rule(
             channel.
 
     Returns:
-        As :meth:`Layer.rule`.
+        As :meth:`meanfield_jax.Layer.rule`.
     """
     kernel = kernel.with_one_mean()
     covariance, tangent = kernel.covariance, kernel.effective_tangent

@@ -38,7 +38,8 @@ class GroupNorm(Norm):
     are not coupled, so that training, evaluation and the three ``statistics`` of :func:`analyze`
     are the same.
 
-    Rule: :func:`group_rule`, which for large groups is that of :class:`LayerNorm`.
+    Rule: :func:`meanfield_jax.layers.group_norm.group_rule`, which for large groups is that of
+    :class:`LayerNorm`.
 
     Attributes:
         gamma, beta, eps, trainable: See :class:`Norm`.
@@ -48,7 +49,7 @@ class GroupNorm(Norm):
         Wu & He 2018 (arXiv:1803.08494).
 
     Accuracy:
-        See :func:`group_rule`.
+        See :func:`meanfield_jax.layers.group_norm.group_rule`.
     """
 
     norm_name: ClassVar[str | None] = "group"
@@ -93,7 +94,7 @@ def group_rule(
 
     * C_ab = K_ab - (<K_ab>_q + <K_ab>_p - <K_ab>_pq) / m, divided by s_a s_b, s_a^2 = <C_aa>_p=q;
       the same for T.
-    * A group is divided by its sample deviation, not by the expected one: :func:`_own_deviation`.
+    * A group is divided by its sample deviation, not by the expected one: ``_own_deviation``.
     * The deviation depends on the parameters: with z_hat = H z / s and M = m times the number of
       positions, dz_hat = (1/s) (1 - z_hat z_hat^T / M) H dz, for each sample of a pair with its
       own z_hat.
@@ -104,7 +105,7 @@ def group_rule(
         group_size: m, the number of channels per group.
 
     Returns:
-        As :meth:`Layer.rule`.
+        As :meth:`meanfield_jax.Layer.rule`.
 
     Accuracy:
         With a ReLU-like function after it, to first order in 1/D, where D = m PR is the effective

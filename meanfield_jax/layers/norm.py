@@ -76,7 +76,8 @@ class Norm(Layer):
             alike: 1 for pairs of values with the same scale and offset, else 0.
 
         Returns:
-            As :meth:`Layer.rule`; the injection is None if scale and offset are not trained.
+            As :meth:`meanfield_jax.Layer.rule`; the injection is None if scale and offset are not
+            trained.
         """
         beta: Any = self.beta  # None if it is known to be 0
         after = kernel.after(
