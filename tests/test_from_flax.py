@@ -176,4 +176,4 @@ def test_analyze_reads_a_model(name):
     with pytest.raises(mf.SpecError, match="data=None: a model is read from its run"):
         mf.analyze(model)
     with pytest.raises(mf.SpecError, match=r"Network\.from_flax"):
-        mf.fixed_point(model)
+        mf.build(model, rngs=0)

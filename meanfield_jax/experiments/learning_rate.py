@@ -40,6 +40,7 @@ from meanfield_jax.theory.rates import (
     NO_NORM,
     SIGNS_WITHIN_SAMPLES,
     Rule,
+    careful,
     decisive_eigenvalue,
     first_rate,
     heavy_ball,
@@ -126,8 +127,9 @@ class LearningRate(Number):
     ``optax.sgd(rate, 0.9)``, ``optax.cosine_decay_schedule(rate, 1000)``, ``0.5 * rate``.
 
     Attributes:
-        recommended: A fraction of ``no_spike``, or of ``quadratic`` if that is smaller and there is
-            a reason why the rates from a random start may be wrong.
+        recommended: The rate to start from: ``no_spike``, times the fraction that was asked for.
+            Where gamma is small or samples have little in common it is half of the smaller one of
+            ``no_spike`` and ``quadratic``.
         quadratic: z / lambda_max: stable where the loss is quadratic, near a minimum.
         no_spike: The largest rate at which, from a random start, the loss does not exceed twice its
             first value.
@@ -382,13 +384,13 @@ def _measured(
         return 2 / top_eigenvalues(scaled, tol=TOLERANCE).raise_if_failed().eigenvalues[0]
 
     over_batch = bool(couples_samples(operator))
-    rates = _rates(rule, loss, lambda_max, lambda_after, over_batch, by_signs)
-    careful = jnp.fmin(rates["no_spike"], rates["quadratic"])
+    found = _rates(rule, loss, lambda_max, lambda_after, over_batch, by_signs)
+    rough = LITTLE_IN_COMMON in notes
     return LearningRate(
-        recommended=careful if notes else rates["no_spike"],
-        quadratic=rates["quadratic"],
-        no_spike=rates["no_spike"],
-        bounded=rates["bounded"],
+        recommended=careful(found) if rough else found["no_spike"],
+        quadratic=found["quadratic"],
+        no_spike=found["no_spike"],
+        bounded=found["bounded"],
         lambda_max=lambda_max,
         lambda_after_norms=lambda_after,
         loss=loss,

@@ -129,14 +129,13 @@ class MaxPool(Pool):
     """The largest value under a moving window; put it before an increasing activation.
 
     There it gives the same network as after the activation, and the values are Gaussian. Rule: the
-<<<<<<< HEAD
+    <<<<<<< HEAD
     largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and
-    the larger of two is treated as Gaussian with its own mean and covariance; see
-    :func:`larger_of_two`.
-=======
+    the larger of two is treated as Gaussian with its own mean and covariance; see :func:`largest`.
+    =======
     largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and the
     larger of two is treated as Gaussian with its own mean and covariance; see ``_larger``.
->>>>>>> site
+    >>>>>>> site
 
     Attributes:
         kernel_size: Side of the window.
@@ -148,8 +147,10 @@ class MaxPool(Pool):
         Clark 1961 (Operations Research 9, 145), for the largest of several values two at a time.
 
     Accuracy:
-        Exact for two values. The largest of two is then treated as Gaussian, with its mean and
-        covariance: MEASURED
+        Exact for two values of equal mean. On noise (4x4 maps, the least favorable case) the tangent
+        kernel of a network is off by 4 % with a 2x2 window and by 9 % with a 3x3 window of stride 2
+        (tests/test_contract.py, tests/test_layer_options.py). A VGG with two such layers on images:
+        lambda_max predicted / measured 1.01 +- 0.08 (benchmarks/your_model.py).
     """
 
     kernel_size: int = static(default=2, least=1)
@@ -171,8 +172,7 @@ class MaxPool(Pool):
             before, after = pad_width(size, self.kernel_size, self.stride, self.padding)
             # repeated, the values at the border change no maximum
             values = values.taken(axis, np.clip(np.arange(-before, size + after), 0, size - 1))
-            for distance, step in _doublings(self.kernel_size, self.stride):
-                values = larger_of_two(values, axis, distance, step)
+            values = largest(values, axis, self.kernel_size, self.stride)
         mean = values.means if kernel.mean is None else values.means + kernel.mean
         after = kernel.after(covariance=values.covariance, tangent=values.tangent, mean=mean)
         # i.i.d. inputs differ only at the borders of the map
@@ -206,50 +206,80 @@ class Values(NamedTuple):
         return self.means.reshape(*self.covariance.positions, -1)
 
 
-def _doublings(size: int, stride: int) -> list[tuple[int, int]]:
-    """Distances of the pairs whose larger value is taken in turn, each with the step after it."""
-    distances, covered = list[int](), 1
-    while covered < size:
-        distances.append(min(covered, size - covered))
-        covered += distances[-1]
-    if not distances:
-        return [(0, stride)]
-    return [(distance, 1) for distance in distances[:-1]] + [(distances[-1], stride)]
+def largest(values: Values, axis: int, size: int, step: int) -> Values:
+    """The largest of neighboring values along an axis, taken one after the other.
 
-
-def larger_of_two(values: Values, axis: int, distance: int, step: int) -> Values:
-    """The larger of every two values at this distance along an axis.
-
-    With S = u + v, D = u - v, delta = E[D], s = sign D, e = E[s]: Cov(S, |D'|) = Cov(S, D') e' is
-    exact. Cov(|D|, |D'|) and Cov(s, s') are exact where delta = 0; else they are interpolated,
-    Cov(|D|, |D'|) = e e' Cov(D, D') + r r' (its value for delta = 0), r = sqrt(1 - e^2), and
-    likewise for s, which is exact for the tangent of a value with itself.
+    Args:
+        values: The values.
+        axis: 0 or 1, the axis along which the window moves.
+        size: Length of the window.
+        step: Step of the window.
 
     Returns:
-        The larger values, with Cov = Cov(S + |D|, S' + |D'|) / 4 and the tangent
-        E[(1 +- s)(1 +- s') T] / 4, summed over both members of both pairs.
+        The largest values, in order.
     """
+    last = values.covariance.positions[axis] - size
+    places = [np.arange(first, first + last + 1, step) for first in range(size)]
 
-    def ends(entries: Array, along: int) -> tuple[Array, Array]:
-        last = entries.shape[along]
-        first, second = np.arange(0, last - distance, step), np.arange(distance, last, step)
-        return entries.take(first, along), entries.take(second, along)
+    def between(matrix: Matrix, i: int, j: int) -> Matrix:
+        """The matrix of the window's i-th values with its j-th ones."""
+        return matrix.over_positions(
+            lambda entries: entries.take(places[i], axis).take(places[j], axis + 2)
+        )
 
-    def combined(matrix: Matrix, sign: int, other: int) -> Matrix:
-        def pairs(entries: Array) -> Array:
-            for along, factor in ((axis, sign), (axis + 2, other)):
-                here, there = ends(entries, along)
-                entries = here + factor * there
-            return entries
+    both = values.covariance, values.tangent
+    means = [values.as_map().take(at, axis) for at in places]
+    top, mean = [between(matrix, 0, 0) for matrix in both], means[0]
+    rows = {j: [between(matrix, 0, j) for matrix in both] for j in range(1, size)}
+    columns = {j: [between(matrix, j, 0) for matrix in both] for j in range(1, size)}
+    for j in range(1, size):
+        others = [between(matrix, j, j) for matrix in both]
+        pairs = list(zip(top, rows.pop(j), columns.pop(j), others, strict=True))
+        top, mean, sign = larger_of_two(pairs[0], pairs[1], mean, means[j])
+        a, b = top[0].of_members(sign)
+        for i in rows:
+            for kind, matrix in enumerate(both):
+                row, column = between(matrix, j, i), between(matrix, i, j)
+                rows[i][kind] = _mixed(rows[i][kind], row, a)
+                columns[i][kind] = _mixed(columns[i][kind], column, b)
+    return Values(top[0], top[1], mean.reshape(top[0].diagonal().shape))
 
-        return matrix.over_positions(pairs)
 
-    sums, rows, columns, differences = (
-        combined(values.covariance, *signs) for signs in ((1, 1), (-1, 1), (1, -1), (-1, -1))
-    )
-    here, there = ends(values.as_map(), axis)
+def _mixed(first: Matrix, second: Matrix, sign: Array) -> Matrix:
+    """The first matrix with weight (1 + sign) / 2, and the second with the rest."""
+    return (first + second + (first - second) * sign) / 2
+
+
+Pairs = tuple[Matrix, Matrix, Matrix, Matrix]
+"""Matrices of u with u', u with v', v with u' and v with v'."""
+
+
+def larger_of_two(
+    covariance: Pairs, tangent: Pairs, mean_u: Array, mean_v: Array
+) -> tuple[list[Matrix], Array, Array]:
+    """The larger of two Gaussian values u and v.
+
+    With S = u + v, D = u - v, s = sign D and e = E[s]: Cov(S, |D'|) = Cov(S, D') e' is exact.
+    Cov(|D|, |D'|) and Cov(s, s') are exact where E[D] = 0; else they are interpolated,
+    Cov(|D|, |D'|) = e e' Cov(D, D') + r r' (its value for E[D] = 0), r = sqrt(1 - e^2), and
+    likewise for s, which is exact for the tangent of a value with itself.
+
+    Args:
+        covariance: Covariances of the two values, for all pairs of windows.
+        tangent: Their tangents.
+        mean_u: Means of u, (height, width, samples).
+        mean_v: Means of v.
+
+    Returns:
+        Covariance Cov(S + |D|, S' + |D'|) / 4 and tangent E[(1 +- s)(1 +- s') T] / 4 of the larger
+        value, its means, and e, by the diagonal's shape.
+
+    Source:
+        Clark 1961 (Operations Research 9, 145) for the mean and Cov(max, another Gaussian).
+    """
+    sums, rows, columns, differences = _combinations(*covariance)
     own = differences.diagonal()
-    delta, total = ((here + sign * there).reshape(own.shape) for sign in (-1, 1))
+    delta = (mean_u - mean_v).reshape(own.shape)
     std = safe.sqrt(own)
     size = safe.divide(delta, std)
     sign = jax.scipy.special.erf(size / math.sqrt(2))
@@ -260,9 +290,13 @@ def larger_of_two(values: Values, axis: int, distance: int, step: int) -> Values
     around = differences.expectations(MAGNITUDE, None, None)
     signs = around.derivative * (rest_a * rest_b) + sign_a * sign_b
     magnitudes = (around.product - 2 / math.pi * std_a * std_b) * (rest_a * rest_b)
-    covariance = sums + rows * sign_a + columns * sign_b
-    covariance += magnitudes + differences * (sign_a * sign_b)
-    tangents = (combined(values.tangent, *signs) for signs in ((1, 1), (-1, 1), (1, -1), (-1, -1)))
-    plain, by_row, by_column, both = tangents
-    tangent = plain + by_row * sign_a + by_column * sign_b + both * signs
-    return Values(covariance / 4, tangent / 4, (total + magnitude) / 2)
+    larger = sums + rows * sign_a + columns * sign_b + magnitudes + differences * (sign_a * sign_b)
+    plain, by_row, by_column, by_both = _combinations(*tangent)
+    after = plain + by_row * sign_a + by_column * sign_b + by_both * signs
+    mean = (mean_u + mean_v + magnitude.reshape(mean_u.shape)) / 2
+    return [larger / 4, after / 4], mean, sign
+
+
+def _combinations(uu: Matrix, uv: Matrix, vu: Matrix, vv: Matrix) -> Pairs:
+    """The matrices of S with S', D with S', S with D' and D with D'."""
+    return uu + uv + vu + vv, uu + uv - vu - vv, uu - uv + vu - vv, uu - uv - vu + vv

@@ -45,6 +45,11 @@ CROSS_ENTROPY = 2.5
 LEAST_GAMMA = 0.5
 """Below this scale of the last norm training diverges earlier than ``bounded``."""
 
+CAREFUL = 0.5
+"""Fraction of the smaller one of ``no_spike`` and ``quadratic`` from which to start where the rates
+are rough; chosen on the three tuned networks of benchmarks/tuning_pays.py, with gamma from 0.07 to
+0.4, of which one diverges at ``no_spike`` itself."""
+
 LEAST_COMMON = 0.1
 """Least fraction of the last layer's inputs' power that two samples have in common, for which the
 rates are known."""
@@ -162,7 +167,7 @@ def last_gamma(theory: Theory) -> Any:
 
 
 def first_rate(theory: Theory, found: dict[str, Array]) -> Array:
-    """The rate to start from: no_spike, where that is not known the smaller one of the first two.
+    """The rate to start from: no_spike, or half of the smaller of the first two where it is rough.
 
     Args:
         theory: Theory of the network.
@@ -171,9 +176,14 @@ def first_rate(theory: Theory, found: dict[str, Array]) -> Array:
     Returns:
         The rate, ().
     """
-    rough = (last_gamma(theory) < LEAST_GAMMA) | (common(theory) < LEAST_COMMON)
-    careful = jnp.fmin(found["no_spike"], found["quadratic"])
-    return jnp.where(rough, careful, found["no_spike"])
+    gamma = last_gamma(theory)
+    rough = (gamma < LEAST_GAMMA) | ((gamma < np.inf) & (common(theory) < LEAST_COMMON))
+    return jnp.where(rough, careful(found), found["no_spike"])
+
+
+def careful(found: dict[str, Array]) -> Array:
+    """The rate to start from where ``no_spike`` is rough."""
+    return CAREFUL * jnp.fmin(found["no_spike"], found["quadratic"])
 
 
 def sign_descent(theory: Theory) -> Array:
