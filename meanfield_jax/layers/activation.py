@@ -33,8 +33,8 @@ class Activation(Layer):
         kinks: The points where a given function or its derivative jumps.
 
     Accuracy:
-        After a sum of a Gaussian branch and the outputs of an activation, the tangent kernel is off by
-        6 %, at a standard error of 3 % (width 48, tests/test_layer_options.py).
+        After a sum of a Gaussian branch and the outputs of an activation, the tangent kernel is off
+        by 6 %, at a standard error of 3 % (width 48, tests/test_layer_options.py).
 
     Source:
         theory: Wei et al. 2019, section 3; closed forms as in kernel/nonlinearities.py.

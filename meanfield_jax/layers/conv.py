@@ -66,8 +66,8 @@ class Conv(Layer):
 
     Accuracy:
         That of the wide limit, in which a sum runs over many channels. With few channels in a group
-        the outputs are not Gaussian: with a depthwise 3x3 convolution between BatchNorms the tangent
-        kernel is off by 5 % (48 channels, tests/test_layer_options.py).
+        the outputs are not Gaussian: with a depthwise 3x3 convolution between BatchNorms the
+        tangent kernel is off by 5 % (48 channels, tests/test_layer_options.py).
     """
 
     is_weights: ClassVar[bool] = True

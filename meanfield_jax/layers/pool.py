@@ -147,10 +147,10 @@ class MaxPool(Pool):
         Clark 1961 (Operations Research 9, 145), for the largest of several values two at a time.
 
     Accuracy:
-        Exact for two values of equal mean. On noise (4x4 maps, the least favorable case) the tangent
-        kernel of a network is off by 4 % with a 2x2 window and by 9 % with a 3x3 window of stride 2
-        (tests/test_contract.py, tests/test_layer_options.py). A VGG with two such layers on images:
-        lambda_max predicted / measured 1.01 +- 0.08 (benchmarks/your_model.py).
+        Exact for two values of equal mean. On noise (4x4 maps, the least favorable case) the
+        tangent kernel of a network is off by 4 % with a 2x2 window and by 9 % with a 3x3 window of
+        stride 2 (tests/test_contract.py, tests/test_layer_options.py). A VGG with two such layers
+        on images: lambda_max predicted / measured 1.01 +- 0.08 (benchmarks/your_model.py).
     """
 
     kernel_size: int = static(default=2, least=1)
