@@ -265,6 +265,23 @@ def comparison(_: Any) -> list[Rows]:
     return [Rows("", columns, rows)]
 
 
+def your_model(record: dict[str, Any]) -> list[Rows]:
+    """lambda_max of Flax models, predicted over measured."""
+    rows = [
+        [
+            row["model"],
+            str(row["width"]),
+            f"{row['predicted']:.4g}",
+            f"{sum(row['measured']) / len(row['measured']):.4g}",
+            f"{row['ratio']:.2f} ± {row['ratio'] * row['standard_error']:.2f}",
+            mark(row["within_domain"]),
+        ]
+        for row in record["rows"]
+    ]
+    columns = ("model", "width", "predicted", "measured", "ratio", "in its domain")
+    return [Rows("", columns, rows)]
+
+
 PARTS: dict[str, Callable[[Any], list[Rows]]] = {
     "claims": claims,
     "groups": rate_groups,
@@ -283,6 +300,7 @@ OWN: dict[str, Callable[[Any], list[Rows]]] = dict(
     instance_enhancement=enhancement,
     proxy_norm=power,
     faults=faults,
+    your_model=your_model,
     compare=comparison,
 )
 
