@@ -342,6 +342,18 @@ def test_residual_adds_moments_and_tangents(x64):
     assert_close(theory.fisher.tangent_other, last_other, "rounding")
 
 
+def test_what_scatters_in_a_draw_is_the_share_of_a_branch(x64):
+    def width_before(weight_var):
+        branch = mf.Residual(mf.Sequential((mf.Dense(8, weight_var, 0.0),)))
+        network = mf.Network((6,), (dense(8), branch, mf.Dense(2, 1.0, 0.0)))
+        return float(mf.analyze(network).fisher.draw_width[0]) ** 2 / 2  # two outputs
+
+    # the last layer alone, the whole branch as well, half of the sum
+    assert width_before(1e-12) == pytest.approx(1 / 8)
+    assert width_before(1e12) == pytest.approx(2 / 8)
+    assert width_before(1.0) == pytest.approx(1 / 8 + 0.5**2 / 8)
+
+
 def test_a_residual_flax_block_adds_its_input():
     model = mf.build(mf.Network((6,), (mf.Residual(dense(6)),)), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (5, 6))

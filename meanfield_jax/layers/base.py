@@ -204,6 +204,22 @@ class Layer:
             statistics
         )
 
+    def widths_after(self, records: Any, after: Array) -> tuple[Any, Array]:
+        """The sum of 1/width over the layers that follow, which sets how much one draw scatters.
+
+        Args:
+            records: The records of :meth:`propagate`.
+            after: The sum over the layers that follow this one, ().
+
+        Returns:
+            A tree like the records, with the sum after it in place of each; and the sum that
+            includes this layer.
+        """
+        own = map_records(lambda record: after, records)
+        if isinstance(records, Record) and records.injection.weights is not None:
+            return own, after + 1 / records.before.channels
+        return own, after
+
     def check_theory(self, shape: Shape) -> None:
         """Raises SpecError if there is no theory of the layer for inputs of this shape."""
 

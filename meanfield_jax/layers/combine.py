@@ -81,6 +81,13 @@ class Sequential(Layer):
             found.append(own)
         return tuple(reversed(found)), after
 
+    def widths_after(self, records: Any, after: Array) -> tuple[Any, Array]:
+        found = []
+        for inner, record in zip(reversed(self.layers), reversed(records), strict=True):
+            own, after = inner.widths_after(record, after)
+            found.append(own)
+        return tuple(reversed(found)), after
+
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Sequential(*self.modules(shape, rngs))
 
@@ -169,6 +176,21 @@ class Residual(Layer):
         beside, before_shortcut = self.shortcut.normalized(records[1], after, statistics)
         return (branch, beside), before_branch and before_shortcut
 
+    def widths_after(self, records: Any, after: Array) -> tuple[Any, Array]:
+        # each of the two scatters by itself, and only its share of the sum
+        share = self._share(records)
+        branch, before_branch = self.branch.widths_after(records[0], after)
+        beside, before_shortcut = self.shortcut.widths_after(records[1], after)
+        own = share**2 * (before_branch - after) + (1 - share) ** 2 * (before_shortcut - after)
+        return (branch, beside), after + own
+
+    def _share(self, records: Any) -> Array:
+        """The branch's fraction of the power of the sum, by its last and first layers' records."""
+        inside, around = (_flat(part) for part in records)
+        power = inside[-1].after.moment.averages()[0]
+        other = (around[-1].after if around else inside[0].before).moment.averages()[0]
+        return power / (power + other)
+
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         branch = self.branch.build(shape, rngs)
         plain = self.shortcut == Sequential()
@@ -249,6 +271,14 @@ class Repeat(Layer):
             return np.stack([other] * (self.times - 1) + [last])
 
         return jax.tree.map(stacked, last, others), before
+
+    def widths_after(self, records: Any, after: Array) -> tuple[Any, Array]:
+        def block(record: Any) -> tuple[Any, Array]:
+            return self.block.widths_after(record, jnp.zeros_like(after))
+
+        inside, own = jax.vmap(block, axis_size=self.times)(records)
+        later = after + jnp.cumsum(own[::-1])[::-1] - own
+        return jax.tree.map(lambda sums: sums + later, inside), after + own.sum()
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return RepeatModule(self.block, self.times, shape, rngs)
@@ -337,6 +367,11 @@ def located(path: str, inner: Layer, signal: Signal) -> Signal:
         return inner.output(signal)
     except SpecError as error:
         raise SpecError(f"{path}/{error}") from None
+
+
+def _flat(records: Any) -> list[Record]:
+    """All records of a tree, in their order."""
+    return jax.tree.leaves(records, is_leaf=lambda node: isinstance(node, Record))
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

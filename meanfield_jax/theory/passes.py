@@ -193,7 +193,7 @@ def _found(
     labels = body.labels(records, "")
     linear = np.array([inner.is_weights for _, inner in labels])
     paths = np.array([path for path, _ in labels])
-    after = jnp.cumsum(rows["inverse_width"][::-1])[::-1] - rows["inverse_width"]
+    after = _widths_after(body, records, kernel.dtype)
     kinds = {name: outputs.largest * backs[name][2] for name in ("weights", "biases", "norm")}
     # the factor of the derivatives of (T_same - outlier) / (n - 1)
     fraction = fisher["inverse_samples"]
@@ -223,6 +223,17 @@ def _found(
     return Found(statistics, order, kernel, status)
 
 
+def _widths_after(body: Layer, records: Any, dtype: jnp.dtype) -> Float[Array, " layers"]:
+    """The sum of 1/width over the layers after each."""
+    sums, _ = body.widths_after(records, jnp.zeros((), dtype))
+    marked = map_records(lambda record, own: dataclasses.replace(record, back=own), records, sums)
+
+    def read(record: Any) -> Rows:
+        return dict(after=jnp.atleast_1d(record.back))
+
+    return body.rows(marked, read)["after"]
+
+
 def _status(
     kernel: Kernel[Any], sums: Float[Array, "2"], wholes: Float[Array, "2"]
 ) -> Int[Array, ""]:
@@ -247,11 +258,9 @@ def _status(
 def _read(record: Record) -> Rows:
     """One layer's order parameters, (1,) each."""
     before, after = record.before, record.after
-    linear = record.injection.weights is not None
     values = dict(
         **dict(zip(("q", "q_xy"), after.moment.averages(), strict=True)),
         **dict(zip(("q_hat", "q_hat_xy"), before.moment.averages(), strict=True)),
-        inverse_width=jnp.asarray(1 / before.channels if linear else 0.0),
     )
     return {name: value[None] for name, value in values.items()}
 
