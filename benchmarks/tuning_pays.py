@@ -14,8 +14,9 @@ rate that ``mf.train`` has by default (0.1), and at the one that ``mf.learning_r
 
 A network trains where its mean training loss in the last epoch is, for every seed, below half of
 what the best constant output gives (0.45). Claims: at its recommended rate each tuned network
-trains and the two deep ones with gamma = 1 do not; at the default rate likewise; the tuned residual
-network reaches a lower loss than either of the others, each at its best rate.
+trains and the two deep ones with gamma = 1 do not; there it reaches a lower loss, in the worst of
+five seeds, than gamma = 1 at the best rate of the grid; the tuned residual network reaches a lower
+loss than either of the others, each at its best rate.
 
 Run: ``python tuning_pays.py``. The exit status is 1 when a claim is false. About 15 minutes on 2
 cores.
@@ -106,11 +107,14 @@ def make_claims(rows: list[dict]) -> list[Claim]:
     claims, bound = [], CONSTANT / 2
     for row in rows:
         if row["variant"] == TUNED or (row["variant"] == UNTUNED and "layers" in row["case"]):
-            for rate in ("own", "default"):
-                wanted = "trains" if row["variant"] == TUNED else "does not train"
-                text = f"{row['case']}, {row['variant']}: {wanted} at its {rate} rate, loss"
-                at_least = row["variant"] != TUNED
-                claims.append(Claim(text, max(row[rate]), bound, at_least=at_least))
+            wanted = "trains" if row["variant"] == TUNED else "does not train"
+            text = f"{row['case']}, {row['variant']}: {wanted} at its recommended rate, loss"
+            at_least = row["variant"] != TUNED
+            claims.append(Claim(text, max(row["own"]), bound, at_least=at_least))
+    for row in (row for row in rows if row["variant"] == TUNED):
+        before = next(r for r in rows if (r["case"], r["variant"]) == (row["case"], UNTUNED))
+        text = f"{row['case']}: best loss of gamma = 1 over the tuned one's at its recommended rate"
+        claims.append(Claim(text, best(before) / max(row["own"]), 1.0))
     first, zero, tuned_row = (row for row in rows if "residual" in row["case"])
     for row in (first, zero):
         text = f"residual: best loss of {row['variant']} over that of the tuned one"

@@ -35,12 +35,12 @@ from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.rates import (
     ALIGNED,
+    CAREFUL,
     CROSS_ENTROPY,
     LITTLE_IN_COMMON,
     NO_NORM,
     SIGNS_WITHIN_SAMPLES,
     Rule,
-    careful,
     decisive_eigenvalue,
     first_rate,
     heavy_ball,
@@ -128,8 +128,8 @@ class LearningRate(Number):
 
     Attributes:
         recommended: The rate to start from: ``no_spike``, times the fraction that was asked for.
-            Where gamma is small or samples have little in common it is half of the smaller one of
-            ``no_spike`` and ``quadratic``.
+            Where samples have little in common it is half of that; where gamma is small, half of
+            the smaller one of ``no_spike`` and ``quadratic``.
         quadratic: z / lambda_max: stable where the loss is quadratic, near a minimum.
         no_spike: The largest rate at which, from a random start, the loss does not exceed twice its
             first value.
@@ -387,7 +387,7 @@ def _measured(
     found = _rates(rule, loss, lambda_max, lambda_after, over_batch, by_signs)
     rough = LITTLE_IN_COMMON in notes
     return LearningRate(
-        recommended=careful(found) if rough else found["no_spike"],
+        recommended=(CAREFUL if rough else 1.0) * found["no_spike"],
         quadratic=found["quadratic"],
         no_spike=found["no_spike"],
         bounded=found["bounded"],

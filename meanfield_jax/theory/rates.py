@@ -46,9 +46,9 @@ LEAST_GAMMA = 0.5
 """Below this scale of the last norm training diverges earlier than ``bounded``."""
 
 CAREFUL = 0.5
-"""Fraction of the smaller one of ``no_spike`` and ``quadratic`` from which to start where the rates
-are rough; chosen on the three tuned networks of benchmarks/tuning_pays.py, with gamma from 0.07 to
-0.4, of which one diverges at ``no_spike`` itself."""
+"""Fraction of ``no_spike`` from which to start where it is rough; for a small gamma of the smaller
+one of ``no_spike`` and ``quadratic``. Chosen on the three tuned networks of
+benchmarks/tuning_pays.py, with gamma from 0.07 to 0.4, of which one diverges at ``no_spike``."""
 
 LEAST_COMMON = 0.1
 """Least fraction of the last layer's inputs' power that two samples have in common, for which the
@@ -167,7 +167,7 @@ def last_gamma(theory: Theory) -> Any:
 
 
 def first_rate(theory: Theory, found: dict[str, Array]) -> Array:
-    """The rate to start from: no_spike, or half of the smaller of the first two where it is rough.
+    """The rate to start from: ``no_spike``, or a fraction of it where it is rough.
 
     Args:
         theory: Theory of the network.
@@ -176,14 +176,10 @@ def first_rate(theory: Theory, found: dict[str, Array]) -> Array:
     Returns:
         The rate, ().
     """
-    gamma = last_gamma(theory)
-    rough = (gamma < LEAST_GAMMA) | ((gamma < np.inf) & (common(theory) < LEAST_COMMON))
-    return jnp.where(rough, careful(found), found["no_spike"])
-
-
-def careful(found: dict[str, Array]) -> Array:
-    """The rate to start from where ``no_spike`` is rough."""
-    return CAREFUL * jnp.fmin(found["no_spike"], found["quadratic"])
+    gamma, rate = last_gamma(theory), found["no_spike"]
+    little = (gamma < np.inf) & (common(theory) < LEAST_COMMON)
+    found_small = CAREFUL * jnp.fmin(rate, found["quadratic"])
+    return jnp.where(gamma < LEAST_GAMMA, found_small, jnp.where(little, CAREFUL * rate, rate))
 
 
 def sign_descent(theory: Theory) -> Array:
