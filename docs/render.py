@@ -145,10 +145,12 @@ def tuning(record: dict[str, Any]) -> list[Rows]:
     rows = []
     for row in record["rows"]:
         best = min(statistics.median(losses) for losses in row["losses"])
-        default = statistics.median(row["default"])
-        cell = f"{default:.2f}" if default < float("inf") else "diverges"
-        rows.append([f"{row['case']}, {row['variant']}", f"{best:.2f}", cell])
-    return [Rows("", ("network", "loss at its best rate", "loss at 0.1"), rows)]
+        own, default = (statistics.median(row[name]) for name in ("own", "default"))
+        cells = [f"{v:.2f}" if v < float("inf") else "diverges" for v in (own, default)]
+        name = f"{row['case']}, {row['variant']}"
+        rows.append([name, f"{best:.2f}", f"{row['rate']:.2g}", *cells])
+    columns = ("network", "loss at its best rate", "recommended", "loss there", "loss at 0.1")
+    return [Rows("", columns, rows)]
 
 
 def tuning_seconds(record: dict[str, Any]) -> list[Rows]:
