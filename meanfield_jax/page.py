@@ -12,10 +12,10 @@ import numpy as np
 from meanfield_jax.arguments import as_given, checked, dataset_of
 from meanfield_jax.checks import check_choice
 from meanfield_jax.experiments.diagram import (
-    averaged,
     axes_of,
     color_range,
     edges_of,
+    last_of,
     points_of,
     results_of,
     text_of,
@@ -93,7 +93,7 @@ def page_data(dataset: xr.Dataset, value: str | None = None) -> dict[str, Any]:
     results = {}
     for name in sorted(known, key=lambda name: name != value):
         shown = dataset[name]
-        last = averaged(dataset, name) if across != "seed" else _single(dataset, name)
+        last = last_of(dataset, name)
         ends = None if name == "test_accuracy" else color_range(last.values)
         results[name] = dict(
             label=f"{shown.attrs.get('long_name', name)} after {dataset.sizes['epoch']} epochs",
@@ -130,11 +130,6 @@ def _over(array: xr.DataArray, dims: Sequence[str], num_others: int) -> np.ndarr
     whole = array.expand_dims([name for name in dims if name not in array.dims])
     values = whole.transpose(*dims).values
     return values.reshape(-1, *values.shape[num_others:])
-
-
-def _single(dataset: xr.Dataset, name: str) -> xr.DataArray:
-    """A result after the last epoch, of each seed; NaN where it diverged."""
-    return dataset[name].isel(epoch=-1).where(dataset.diverged_at < 0)
 
 
 def _ends(values: np.ndarray) -> list[float]:

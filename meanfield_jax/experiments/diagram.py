@@ -47,6 +47,14 @@ def averaged(dataset: xr.Dataset, value: str | None = None) -> xr.DataArray:
     return last.mean(_seeds(last), skipna=False).where(~diverged(dataset))
 
 
+def last_of(dataset: xr.Dataset, value: str | None = None) -> xr.DataArray:
+    """As :func:`averaged`, but where seeds are the axis that is drawn, of each seed."""
+    if axes_of(dataset)[0] != "seed":
+        return averaged(dataset, value)
+    last = dataset[value or results_of(dataset)[0]].isel(epoch=-1)
+    return last.where(dataset.diverged_at < 0)
+
+
 def diverged(dataset: xr.Dataset) -> xr.DataArray:
     """Whether any seed diverged, over the grid's axes without "seed"."""
     return (dataset.diverged_at >= 0).any(_seeds(dataset.diverged_at))
