@@ -25,6 +25,8 @@ LEVELS = 64
 DIVERGED, MISSING, ODD, BLANK = range(LEVELS, LEVELS + 4)
 
 OTHERS = {DIVERGED: "#ffffff", MISSING: "#6c6c6c", ODD: "#d7afff"}
+MARK = "#8a8a8a"
+"""The colour of the letters on cells that diverged."""
 LETTERS = {DIVERGED: "x", MISSING: ".", ODD: "?", BLANK: " "}
 """Where there are no colours; steps of the scale are digits."""
 SAID = {DIVERGED: "diverged", MISSING: "not computed yet", ODD: "not finite"}
@@ -56,7 +58,7 @@ class Picture:
         self._dataset = dataset
         self._across, self._upwards, self._others = axes_of(dataset)
         self._at = dict.fromkeys(self._others, 0)
-        self._key: tuple[int, int, bool] | None = None
+        self._key: tuple[int, int, str | None] | None = None
         self._segments: list[Segment] = []
 
     def add(self, region: Region, results: Mapping[str, np.ndarray]) -> None:
@@ -69,16 +71,17 @@ class Picture:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The lines, which are drawn anew only after a chunk or in another size."""
-        colored = console.color_system in ("256", "truecolor") and not options.ascii_only
-        key = (options.max_width, console.size.height, colored)
+        system = None if options.ascii_only else console.color_system
+        key = (options.max_width, console.size.height, system)
         if key != self._key:
             # first, because a chunk may come in another thread while it is drawn
             self._key = key
-            self._segments = self._drawn(*key)
+            self._segments = list(Segment.simplify(self._drawn(*key)))
         yield from self._segments
 
-    def _drawn(self, width: int, height: int, colored: bool) -> list[Segment]:
+    def _drawn(self, width: int, height: int, colors: str | None) -> list[Segment]:
         """The title, the cells with their values at the left, the horizontal axis, the legend."""
+        colored = colors in ("256", "truecolor")
         dataset = self._dataset.isel(self._at).sortby(self._across)
         codes, ends = self._codes(dataset)
         labels = [""] if self._upwards is None else [f"{v:.3g}" for v in self._heights(dataset)]
@@ -93,21 +96,23 @@ class Picture:
             if len(cells) % 2:
                 cells = np.concatenate([cells, np.full_like(cells[:1], BLANK)])
             pairs, labels, rows = zip(cells[::2], cells[1::2], strict=True), labels[::2], rows[::2]
-            lines = [[_half(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
+            half = functools.cache(_half)  # not for longer: a style keeps the codes of a console
+            lines = [[half(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
         else:
             lines = [[Segment("".join(map(_letter, row)))] for row in cells]
         value = results_of(dataset)[0]
         name = dataset[value].attrs.get("long_name", value)
         where = text_of({axis: float(dataset[axis]) for axis in self._others})
-        title = f"{name} after {dataset.sizes['epoch']} epochs"
-        found = [Segment(", ".join(filter(None, (title, where)))[:width]), Segment.line()]
+        axes = " and ".join(filter(None, (self._across, self._upwards)))
+        title = f"{name} after {dataset.sizes['epoch']} epochs over {axes}"
+        found = [Segment(", ".join(filter(None, (title, where)))), Segment.line()]
         for index, line in enumerate(lines):
             first = index == 0 or rows[index] != rows[index - 1]
             found += [Segment(f"{labels[index] if first else '':>{margin - 1}} "), *line]
             found.append(Segment.line())
         return [
             *found,
-            *self._below(dataset, margin, len(columns), width),
+            *self._below(dataset, margin, len(columns)),
             *_legend(cells, ends, colored),
         ]
 
@@ -138,14 +143,11 @@ class Picture:
     def _heights(self, dataset: xr.Dataset) -> np.ndarray:
         return np.sort(dataset[self._upwards].values)
 
-    def _below(self, dataset: xr.Dataset, margin: int, count: int, width: int) -> list[Segment]:
-        """The ends of the horizontal axis below the first and the last cell, and its name."""
+    def _below(self, dataset: xr.Dataset, margin: int, count: int) -> list[Segment]:
+        """The ends of the horizontal axis, below the first and the last cell."""
         low, high = (f"{value:.3g}" for value in dataset[self._across].values[[0, -1]])
         text = f"{low}{high:>{max(count - len(low), len(high) + 1)}}"
-        name = f"  {self._across}"
-        if self._upwards is not None:
-            name += f", upwards {self._upwards}"
-        return [Segment((" " * margin + text + name)[:width]), Segment.line()]
+        return [Segment(" " * margin + text), Segment.line()]
 
 
 def _legend(cells: np.ndarray, ends: tuple[float, float] | None, colored: bool) -> list[Segment]:
@@ -184,9 +186,9 @@ def _color(code: int) -> Color | None:
     return Color.parse(OTHERS[code]) if code in OTHERS else None
 
 
-@functools.cache
 def _half(above: int, below: int) -> Segment:
     """Two cells in one letter."""
     if above == below:
-        return Segment(" ", Style(bgcolor=_color(above)))
+        mark = LETTERS[DIVERGED] if above == DIVERGED else " "
+        return Segment(mark, Style(color=MARK, bgcolor=_color(above)))
     return Segment("▀", Style(color=_color(above), bgcolor=_color(below)))
