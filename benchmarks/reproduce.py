@@ -122,7 +122,8 @@ def _cases1(scale: str) -> list[Case]:
     ]
 
 
-def _cases2(scale: str) -> list[Case]:
+def cases2(scale: str) -> list[Case]:
+    """Networks, data and grids of figure 2, "small" or "full"."""
     if scale == "small":
         gammas, seeds = [0.1, 0.25, 0.5, 1.0, 2.0, 4.0], range(3)
         fc = dict(gamma=gammas, learning_rate=np.geomspace(1e-3, 10, 33), seed=seeds)
@@ -232,7 +233,7 @@ def figure2(
     Returns:
         Picture, table and claims.
     """
-    cases = _cases2(scale)
+    cases = cases2(scale)
     picture = Figure(figsize=(5.6 * len(cases), 4.6), layout="constrained")
     rows, claims = [], []
     for index, (axes, case) in enumerate(zip(picture.subplots(1, len(cases)), cases, strict=True)):

@@ -4,10 +4,10 @@ A grid of learning rates and seeds, Gaussian inputs and random labels, squared l
 evaluation. ``mf.sweep`` is timed whole: its theory, its store in memory and its results are in it;
 the row of the theory says what share that is. Beside it ``mf.train`` called cell by cell, a step
 written by hand with Flax NNX and optax and jitted once, and PyTorch. The first call, compilation
-included, is kept apart. Then the memory of a cell, virtual CPU devices, a GPU where there is one;
-all but the last is measured on the CPU.
+included, is kept apart. Then the memory of a cell and virtual CPU devices. All is measured on the
+CPU; gpu.py measures a GPU.
 
-Run: ``python sweep_speed.py [--cases "FC 784-100x3-10"] [--parts peers memory devices gpu]
+Run: ``python sweep_speed.py [--cases "FC 784-100x3-10"] [--parts peers memory devices]
 [--rounds 3] [--quick]``. The exit status is 1 when a claim is false; with ``--quick`` that says
 nothing about speed. About 8 minutes on 2 quiet cores.
 """
@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ import numpy as np
 from common import Claim, Peer, compare, console, environment, worker, write_rows
 from summary import Rows, claims_table, number
 
-PARTS = ("peers", "memory", "devices", "gpu")
+PARTS = ("peers", "memory", "devices")
 SWEEP, THEORY = "mf.sweep", "its theory alone"
 TRAIN, FLAX = "mf.train, one by one", "Flax NNX and optax by hand, one by one"
 TORCH = "PyTorch, one by one"
@@ -38,7 +37,6 @@ INPUTS, OUTPUTS = 784, 10
 WEIGHT_VAR, BIAS_VAR, MOMENTUM, SEEDS = 2.0, 0.5, 0.9, 2
 CHUNKS, QUICK_CHUNKS = (8, 40), (2, 6)
 DEVICES, QUICK_DEVICES = (1, 2, 4, 8), (1, 2)
-GPU_CELLS, QUICK_GPU_CELLS = (1, 8, 64, 512, 4096), (1, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +126,10 @@ def sweep(
     quick: bool,
     devices: int = 1,
     chunk_cells: int | None = None,
-    gpu: bool = False,
     **changes: Any,
 ) -> Callable[[], dict[str, Any]]:
     """The package's sweep, its theory included."""
-    if not gpu:
-        use_cpu(devices)
+    use_cpu(devices)
     import meanfield_jax as mf
 
     at = case_of(case, quick, **changes)
@@ -273,14 +269,25 @@ def torch_network(case: Case, seed: int) -> Any:
 
 def torch_by_hand(case: str, quick: bool) -> Callable[[], dict[str, Any]]:
     """PyTorch, one step after another."""
+    return torch_one_by_one(case_of(case, quick), "cpu")
+
+
+def torch_samples(at: Case, device: str) -> tuple[Any, Any]:
+    """Inputs and targets."""
     import torch
 
-    at = case_of(case, quick)
     x, labels = map(torch.from_numpy, at.samples())
-    y = torch.nn.functional.one_hot(labels, OUTPUTS).to(x.dtype)
+    return x.to(device), torch.nn.functional.one_hot(labels, OUTPUTS).to(device, x.dtype)
+
+
+def torch_one_by_one(at: Case, device: str) -> Callable[[], dict[str, Any]]:
+    """All runs of a case in PyTorch, one step after another."""
+    import torch
+
+    x, y = torch_samples(at, device)
 
     def run(rate: float, seed: int) -> float:
-        model = torch_network(at, seed)
+        model = torch_network(at, seed).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM)
         losses = []
         for rows in map(torch.from_numpy, at.orders(seed)):
@@ -304,13 +311,6 @@ def memory(case: str, quick: bool, cells: int) -> Callable[[], dict[str, Any]]:
     at = case_of(case, quick, **changes)
     recipe = recipe_of(network(at), at.epochs, at.batch_size, "squared", None, True)
     return lambda: dict(solve(), reckoned=bytes_of_cell(recipe) / 2**20)
-
-
-def backend() -> Callable[[], dict[str, Any]]:
-    """Where JAX computes unless told otherwise."""
-    import jax
-
-    return lambda: dict(backend=jax.default_backend())
 
 
 def peer_rows(cases: Sequence[str], quick: bool, rounds: int) -> list[dict[str, Any]]:
@@ -378,22 +378,6 @@ def device_rows(quick: bool, rounds: int) -> list[dict[str, Any]]:
     return [dict(row, cores=os.cpu_count()) for row in rows]
 
 
-def gpu_rows(quick: bool, rounds: int) -> list[dict[str, Any]]:
-    """Runs per second of the narrow network on a GPU; nothing where there is none."""
-    with worker("sweep_speed:backend", {}) as process:
-        if process.run()["backend"] != "gpu":
-            return []
-    rows = []
-    for cells in QUICK_GPU_CELLS if quick else GPU_CELLS:
-        arguments = dict(case=NARROW, quick=quick, gpu=True, cells=cells)
-        with worker("sweep_speed:sweep", arguments) as process:
-            cold = process.run(600)["seconds"]
-            warm = [process.run(600)["seconds"] for _ in range(rounds)]
-        speed = cells / statistics.median(warm)
-        rows.append(dict(cells=cells, runs_per_second=speed, cold_seconds=cold, warm_seconds=warm))
-    return rows
-
-
 def measure(
     cases: Sequence[str], parts: Sequence[str], quick: bool, rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
@@ -402,7 +386,6 @@ def measure(
         peers=partial(peer_rows, cases, quick, rounds),
         memory=partial(memory_rows, cases, quick),
         devices=partial(device_rows, quick, rounds),
-        gpu=partial(gpu_rows, quick, rounds),
     )
     return {part: ways[part]() for part in parts}
 
@@ -431,7 +414,6 @@ def make_tables(parts: dict[str, list[dict[str, Any]]]) -> list[Rows]:
     tables += [
         memory_table(parts.get("memory", [])),
         devices_table(parts.get("devices", [])),
-        gpu_table(parts.get("gpu", [])),
     ]
     return [table for table in tables if table.rows]
 
@@ -490,21 +472,6 @@ def devices_table(rows: list[dict[str, Any]]) -> Rows:
     columns = ("devices", "runs per second", "seconds over one device's", "first call, s")
     title = f"{NARROW}: virtual CPU devices on {os.cpu_count()} cores"
     return Rows(title, columns, lines)
-
-
-def gpu_table(rows: list[dict[str, Any]]) -> Rows:
-    """Speeds on a GPU."""
-    columns = ("cells", "runs per second", "over one cell's", "first call, s")
-    lines = [
-        [
-            str(row["cells"]),
-            f"{row['runs_per_second']:.3g}",
-            f"{row['runs_per_second'] / rows[0]['runs_per_second']:.1f}",
-            f"{row['cold_seconds']:.1f}",
-        ]
-        for row in rows
-    ]
-    return Rows(f"{NARROW} on a GPU", columns, lines)
 
 
 def machine() -> str:

@@ -16,7 +16,8 @@ are listed in this order::
     use       learning_rate: the learning rate of a specification or of any model;
               stability_limit: learning rate times curvature for any linear rule of optax;
               train: many runs at once, over scales, learning rates and seeds;
-              sweep, load_sweep, plot_sweep: a grid of runs on any number of devices, in a store;
+              sweep, load_sweep, plot_sweep, sweep_page: a grid of runs on any number of devices, in
+              a store;
               tune, objectives, plot_tuning: gradient descent on the theory over gamma, beta, ...
 """
 

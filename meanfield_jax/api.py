@@ -21,6 +21,7 @@ from meanfield_jax.experiments.train import Training, train
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.layers import *  # noqa: F403
 from meanfield_jax.network import Network
+from meanfield_jax.page import sweep_page
 from meanfield_jax.plots import (
     plot_comparison,
     plot_phase_diagram,
@@ -83,6 +84,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "spectral_density",
     "stability_limit",
     "sweep",
+    "sweep_page",
     "top_eigenvalues",
     "trace",
     "train",

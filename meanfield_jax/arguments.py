@@ -367,6 +367,7 @@ KINDS: dict[Check, str] = {
     path: "store data_dir",
     truth: """
         throw progress shared vectors flatten standardize resume extend detach train_gamma
+        watch
     """,
     integer: """
         batch_size chunk_cells draws epochs k max_steps num_batches num_draws num_eigenvalues

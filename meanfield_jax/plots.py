@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -12,7 +10,15 @@ import numpy as np
 from meanfield_jax.arguments import as_given, checked, dataset_of
 from meanfield_jax.checks import check_choice, whole
 from meanfield_jax.empirical.density import SpectralDensity
-from meanfield_jax.experiments.diagram import averaged
+from meanfield_jax.experiments.diagram import (
+    averaged,
+    axes_of,
+    color_range,
+    edges_of,
+    points_of,
+    results_of,
+    text_of,
+)
 from meanfield_jax.layers.base import abbreviation
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import stable_rate
@@ -175,33 +181,17 @@ def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     from matplotlib.figure import Figure
 
     if value is not None:
-        results = ("test_loss", "loss", "test_accuracy")
-        check_choice("value", value, [name for name in results if name in dataset])
-    across = [
-        str(name) for name in dataset.diverged_at.dims if name not in ("learning_rate", "seed")
-    ]
-    if "learning_rate" not in dataset.dims:
-        return _line_plot(dataset, (across or ["seed"])[0], value)
-    if not across:
-        return _line_plot(dataset, "learning_rate", value)
-    vertical = "gamma" if "gamma" in across else across[0]
-    across.remove(vertical)
-    panels = _points_of(dataset, across)
+        check_choice("value", value, results_of(dataset))
+    across, vertical, others = axes_of(dataset)
+    if vertical is None:
+        return _line_plot(dataset, across, value)
+    panels = points_of(dataset, others)
     figure = Figure(figsize=(1.5 + 4.6 * len(panels), 4.4), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for index, (axes, at) in enumerate(zip(row, panels, strict=True)):
-        draw_sweep(axes, dataset.sel(at), vertical, value=value, title=_text(at), legend=index == 0)
+        title = text_of(at)
+        draw_sweep(axes, dataset.sel(at), vertical, value=value, title=title, legend=index == 0)
     return figure
-
-
-def _points_of(dataset: xr.Dataset, names: Sequence[str]) -> list[dict[str, float]]:
-    """Every combination of the values of these axes."""
-    values = itertools.product(*(dataset[name].values for name in names))
-    return [dict(zip(names, at, strict=True)) for at in values]
-
-
-def _text(at: dict[str, float]) -> str:
-    return ", ".join(f"{name} = {value:g}" for name, value in at.items())
 
 
 def _line_plot(dataset: xr.Dataset, along: str, value: str | None) -> Figure:
@@ -212,8 +202,8 @@ def _line_plot(dataset: xr.Dataset, along: str, value: str | None) -> Figure:
     others = [str(name) for name in dataset.diverged_at.dims if name not in (along, "seed")]
     figure = Figure(figsize=(6.6, 4.4 if along == "learning_rate" else 7), layout="constrained")
     panels = figure.subplots(1 if along == "learning_rate" else 2, sharex=True, squeeze=False)[:, 0]
-    for index, at in enumerate(_points_of(dataset, others)):
-        _draw_line(panels[0], dataset.sel(at), along, value, NORM_COLORS[index % 9], _text(at))
+    for index, at in enumerate(points_of(dataset, others)):
+        _draw_line(panels[0], dataset.sel(at), along, value, NORM_COLORS[index % 9], text_of(at))
     if along == "learning_rate":
         _draw_rates(panels[0], dataset)
     else:
@@ -236,7 +226,7 @@ def _draw_line(
     axes, dataset: xr.Dataset, along: str, value: str | None, color: str, label: str
 ) -> None:
     """The mean over seeds, the single runs, and where any run diverged."""
-    result = dataset[value or ("test_loss" if "test_loss" in dataset else "loss")]
+    result = dataset[value or results_of(dataset)[0]]
     runs = result.isel(epoch=-1).where(dataset.diverged_at == -1)
     x, gone = dataset[along].values, dataset.diverged_at >= 0
     if "seed" in runs.dims and along != "seed":
@@ -269,10 +259,10 @@ def _draw_rates(axes, dataset: xr.Dataset) -> None:
 def _draw_curves(axes, dataset: xr.Dataset, along: str, others: list[str]) -> None:
     """The predicted boundaries over another axis, and the learning rate that was used."""
     x = dataset[along]
-    for index, at in enumerate(_points_of(dataset, others)):
+    for index, at in enumerate(points_of(dataset, others)):
         for name in ("batch",) if others else ("batch", "frozen", "wei2019"):
             rates = dataset[f"eta_max_{name}"].sel(at).broadcast_like(x)
-            color, label = (NORM_COLORS[index % 9], _text(at)) if others else (COLOR[name], "")
+            color, label = (NORM_COLORS[index % 9], text_of(at)) if others else (COLOR[name], "")
             axes.plot(x, rates, LINE[name], color=color, label=label or LABEL[name])
     axes.axhline(float(dataset.learning_rate), color="black", ls=":", label="rate in use")
     axes.set(yscale="log", ylabel="largest stable learning rate")
@@ -286,13 +276,11 @@ def draw_sweep(
 
     shown = averaged(dataset, value).transpose(vertical, "learning_rate")
     values = shown.values
-    finite = values[np.isfinite(values) & (values > 0)]
-    positive = finite.size > 0 and value != "test_accuracy"
-    # otherwise a few runs just below the boundary would use up the colour scale
-    norm = LogNorm(finite.min(), np.quantile(finite, 0.98)) if positive else None
-    edges = [_edges(shown[name].values) for name in ("learning_rate", vertical)]
+    ends = None if value == "test_accuracy" else color_range(values)
+    norm = LogNorm(*ends) if ends else None
+    edges = [edges_of(shown[name].values) for name in ("learning_rate", vertical)]
     mesh = axes.pcolormesh(*edges, values, norm=norm, cmap="viridis", rasterized=True)
-    result = dataset[value or ("test_loss" if "test_loss" in dataset else "loss")]
+    result = dataset[value or results_of(dataset)[0]]
     label = f"{result.long_name} after {dataset.sizes['epoch']} epochs (white: diverged)"
     axes.figure.colorbar(mesh, ax=axes, label=label, extend="max" if norm else "neither")
     heights = dataset[vertical]
@@ -348,18 +336,6 @@ def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
     if np.isfinite(dataset.critical_weight_var).any():
         axes.legend(fontsize=8, loc="lower right")
     return figure
-
-
-def _edges(centers: np.ndarray) -> np.ndarray:
-    """Borders of the cells around these values, halfway between them on a logarithmic axis."""
-    positive = centers.min() > 0
-    at = np.log(centers) if positive else np.asarray(centers, float)
-    if len(at) == 1:
-        at = np.array([at[0] - 0.5, at[0] + 0.5])
-        return np.exp(at) if positive else at
-    inner = (at[1:] + at[:-1]) / 2
-    edges = np.concatenate([[2 * at[0] - inner[0]], inner, [2 * at[-1] - inner[-1]]])
-    return np.exp(edges) if positive else edges
 
 
 @checked()

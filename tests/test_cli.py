@@ -133,6 +133,7 @@ def test_a_saved_network_can_be_given(folder, capsys):
         (["sweep", ""], ["store=''", "empty"]),
         (["sweep", "s3://bucket/run"], ["s3://bucket/run", "local folder"]),
         (["plot", "s3://bucket/run"], ["s3://bucket/run", "local folder"]),
+        (["plot", "s", "--html", "a.pdf"], ["--html='a.pdf'", "ends in .html"]),
         (["sweep", "s", "--grid", "learning_rate=1:10:9999999999"], ["--grid", "COUNT up to"]),
         (["sweep", "s", "--grid", "seed=nan"], ["seed", "must be integers"]),
         (["sweep", "s", "--grid", "learning_rate=-1,1"], ["learning_rate", "not be negative"]),

@@ -676,5 +676,9 @@ def test_plot_reads_what_sweep_wrote(digits, tmp_path, capsys):
     assert main(["plot", str(tmp_path / "run.zarr"), "--output", str(picture), "--json"]) == 0
     assert parsed("plot", capsys.readouterr().out)["variables"]["loss"]["dims"][0] == "gamma"
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = tmp_path / "run.html"
+    assert main(["plot", str(tmp_path / "run.zarr"), "--html", str(page)]) == 0
+    assert f"wrote {page}\n" in capsys.readouterr().err
+    assert page.read_text() == mf.sweep_page(mf.load_sweep(tmp_path / "run.zarr"))
     assert main(["plot", str(tmp_path / "no.zarr"), "--output", str(picture)]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -73,6 +73,8 @@ class Sweep:
     patience: float = 60.0
     """Seconds without a new chunk, or another sign of life, after which other processes are
     considered dead."""
+    watch: bool = False
+    """Draw the results in the terminal as a heat map, renewed with every chunk."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -101,6 +103,7 @@ class Sweep:
                 detach=True,
                 patience=self.patience,
                 progress=True,
+                watch=self.watch,
             )
         if jax.process_index() > 0:
             return

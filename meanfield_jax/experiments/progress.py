@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable
 
 import jax
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from meanfield_jax.experiments.watch import Picture
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.network import Network
 
@@ -87,37 +89,42 @@ class Progress:
     Args:
         todo: Number of runs for this process to do now.
         total: Number of runs in the whole grid.
-        shown: Whether to show anything.
+        shown: Whether to show how many.
+        picture: What to show above; it stays on the terminal at the end.
     """
 
-    def __init__(self, todo: int, total: int, shown: bool):
+    def __init__(self, todo: int, total: int, shown: bool, picture: Picture | None = None):
         self._todo, self._total, self._done = todo, total, 0
         self._start = self._last = time.monotonic()
         self._shown = shown
         self._bar: Bar | None = None
-        if shown and Console(stderr=True).is_terminal:
+        self._picture, console = picture, Console(stderr=True)
+        if shown and console.is_terminal:
             columns = (MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
             self._bar = Bar(
                 TextColumn("Training"),
                 BarColumn(),
                 *columns,
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
+                console=console,
             )
             self._task = self._bar.add_task("", total=todo, rate="")
+        parts = [part for part in (picture, self._bar) if part is not None]
+        self._live = Live(Group(*parts), console=console, transient=True) if parts else None
 
     def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
         if self._shown and self._todo < self._total:
             who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
             self._say(f"{who}{self._todo} of {self._total} runs to be done here")
         return self
 
     def __exit__(self, *problem) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
+            if self._picture is not None:
+                self._live.console.print(self._picture)
 
     def advance(self, count: int) -> None:
         """Reports that this number of further runs is done."""

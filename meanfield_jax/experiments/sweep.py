@@ -57,6 +57,7 @@ from meanfield_jax.experiments.train import (
     recipe_of,
     run_cells,
 )
+from meanfield_jax.experiments.watch import picture_of
 from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze, least_samples
@@ -93,6 +94,7 @@ def sweep(
     detach: bool = False,
     patience: float = 60.0,
     progress: bool = False,
+    watch: bool = False,
 ) -> xr.Dataset:
     """Trains a network as :func:`train` does, at every point of a grid of any size.
 
@@ -129,6 +131,8 @@ def sweep(
             took here) after which other processes are considered dead; before the first chunk,
             seconds without another sign of life.
         progress: Whether to show progress, rate and time left on stderr.
+        watch: Whether to draw the results on stderr, if it is a terminal, as a heat map that is
+            renewed with every chunk; of several processes the first one draws what it computes.
 
     Returns:
         A data set over the grid's axes: ``loss``, ``test_loss``, ``test_accuracy`` (also over
@@ -212,7 +216,7 @@ def sweep(
             jax.distributed.shutdown()
         share = pending[job.index :: job.count]
         run = _Share(opened, recipes, axes, fixed, samples, test_samples, devices, share, known)
-        job.patience = max(patience, 5 * run.compute(progress))
+        job.patience = max(patience, 5 * run.compute(progress, watch and job.first))
         _wait(job, opened, pending)
         if old is not None:
             if job.first:
@@ -249,18 +253,22 @@ class _Share:
     numbers: list[int]
     known: dict[str, np.ndarray] | None
 
-    def compute(self, progress: bool) -> float:
+    def compute(self, progress: bool, watch: bool) -> float:
         """Computes and writes the chunks; returns the longest time that a call took."""
+        picture = picture_of(self.store) if watch else None
         mesh = jax.make_mesh(
             (len(self.devices),), ("cell",), (AxisType.Auto,), devices=self.devices
         )
         todo = {number: int(self._missing(number).sum()) for number in self.numbers}
         longest = 0.0
-        with Progress(sum(todo.values()), math.prod(self.store.layout.shape), progress) as shown:
+        count, total = sum(todo.values()), math.prod(self.store.layout.shape)
+        with Progress(count, total, progress, picture) as shown:
             for numbers in self._calls(todo):
                 start = time.monotonic()
                 for number, results in self._results(numbers, mesh).items():
                     self.store.write(number, results)
+                    if picture is not None:
+                        picture.add(self.store.regions[number], results)
                 longest = max(longest, time.monotonic() - start)
                 shown.advance(sum(todo[number] for number in numbers))
         return longest
