@@ -55,7 +55,7 @@ REFERENCE: dict[str, tuple[str, tuple[str, ...]]] = {
     "plots": (
         "Pictures",
         (
-            *("plot_validation", "plot_spectrum", "plot_sweep", "plot_comparison"),
+            *("plot_validation", "plot_spectrum", "plot_sweep", "sweep_page", "plot_comparison"),
             *("plot_phase_diagram", "plot_tuning"),
         ),
     ),

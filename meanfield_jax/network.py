@@ -107,7 +107,7 @@ class Network:
             Network: (8,) -> (3,), 771 parameters
               layers/0  Dense(width=64, weight_var=1.0, bias_var=0.0)  (64,)  576
               layers/1  Activation(function='relu')                    (64,)    0
-              layers/2  Dense(width=3, weight_var=1.0, bias_var=0.0)    (3,)  195
+              layers/2  Dense(width=3, weight_var=1.0, bias_var=0.0)   (3,)   195
         """
         from meanfield_jax.conversion.from_flax import VARIANCES, layers_of
 
@@ -178,8 +178,8 @@ class Network:
             ...     wide = mf.mlp([width] * 3, inputs=16, outputs=4)
             ...     wide = wide.in_parametrization("mup", base)
             ...     print(f"{mf.analyze(wide, num_samples=100).fisher.outlier:.0f}")
-            245
-            248
+            147
+            146
         """
         from meanfield_jax.parametrization import parametrized
 

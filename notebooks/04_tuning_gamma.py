@@ -125,9 +125,10 @@ axes.set(yscale="log", xlabel="epoch", ylabel="training loss", xticks=range(1, 6
 _ = axes.legend(frameon=False)
 
 # %% [markdown]
-# At its recommended rate every network learns, and after five epochs each tuned one is ahead. Tuning
-# makes gamma small; for a gamma below 0.5 `learning_rate` warns that it grows from its start, and
-# recommends half of the smaller rate. The tuned ReLU network starts with a spike nevertheless.
+# At its recommended rate every network learns, and after five epochs each tuned one is ahead.
+# Tuning makes gamma small; for a gamma below 0.5 `learning_rate` warns that it grows from its
+# start, and recommends half of the smaller rate. The tuned ReLU network starts with a spike
+# nevertheless.
 
 # %% [markdown]
 # ## A learning rate on demand

@@ -280,7 +280,9 @@ class Layer:
         parts = []
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
-            if not field.metadata.get("static") or value != field.default:
+            known = isinstance(value, (int, float, str, bool, tuple))
+            silent = field.metadata.get("static") or field.metadata.get("silent")
+            if not (silent and known and value == field.default):
                 parts.append(f"{field.name}={getattr(value, '__name__', None) or repr(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
@@ -388,6 +390,11 @@ def layer(cls: type[T]) -> type[T]:
 def tunable(default: float, *, positive: bool) -> Any:
     """A number that ``tune`` may change; positive ones are tuned on a logarithmic scale."""
     return dataclasses.field(default=default, metadata=dict(positive=positive))
+
+
+def silent(default: float) -> Any:
+    """A number that is not tuned, and is printed only where it differs from its default."""
+    return dataclasses.field(default=default, metadata=dict(silent=True))
 
 
 def variance_problems(layer: Any, *fields: str) -> Iterator[Problem]:

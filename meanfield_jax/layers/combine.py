@@ -278,7 +278,11 @@ class Repeat(Layer):
 
         inside, own = jax.vmap(block, axis_size=self.times)(records)
         later = after + jnp.cumsum(own[::-1])[::-1] - own
-        return jax.tree.map(lambda sums: sums + later, inside), after + own.sum()
+
+        def total(sums: Array) -> Array:
+            return sums + later.reshape(-1, *(1,) * (sums.ndim - 1))
+
+        return jax.tree.map(total, inside), after + own.sum()
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         return RepeatModule(self.block, self.times, shape, rngs)

@@ -21,6 +21,7 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
+    silent,
     tunable,
     variance_problems,
 )
@@ -81,7 +82,7 @@ class Conv(Layer):
     use_bias: bool = static(default=True)
     groups: int = static(default=1, least=1)
     dilation: int = static(default=1, least=1)
-    multiplier: float | Array = 1.0
+    multiplier: float | Array = silent(1.0)
 
     def __post_init__(self):
         super().__post_init__()

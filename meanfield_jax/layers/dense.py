@@ -21,6 +21,7 @@ from meanfield_jax.layers.base import (
     Shape,
     Signal,
     layer,
+    silent,
     tunable,
     variance_problems,
 )
@@ -52,7 +53,7 @@ class Dense(Layer):
     weight_var: float | Array = tunable(2.0, positive=True)
     bias_var: float | Array = tunable(0.5, positive=True)
     use_bias: bool = static(default=True)
-    multiplier: float | Array = 1.0
+    multiplier: float | Array = silent(1.0)
 
     def output(self, signal: Signal) -> Signal:
         if len(signal.shape) != 1:

@@ -129,13 +129,8 @@ class MaxPool(Pool):
     """The largest value under a moving window; put it before an increasing activation.
 
     There it gives the same network as after the activation, and the values are Gaussian. Rule: the
-    <<<<<<< HEAD
     largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and
-    the larger of two is treated as Gaussian with its own mean and covariance; see :func:`largest`.
-    =======
-    largest of several values is taken two at a time, max(u, v) = (u + v) / 2 + |u - v| / 2, and the
-    larger of two is treated as Gaussian with its own mean and covariance; see ``_larger``.
-    >>>>>>> site
+    the larger of two is treated as Gaussian with its own mean and covariance; see ``largest``.
 
     Attributes:
         kernel_size: Side of the window.
