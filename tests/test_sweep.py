@@ -421,7 +421,8 @@ def test_check_says_what_is_damaged_and_resume_mends_it(
     whole = content(options["store"])
     if file is not None:
         data = bytearray((options["store"] / file).read_bytes())
-        data[len(data) // 2] ^= 1
+        # the first byte of the root's metadata: what a later one means depends on their length
+        data[0 if file == "zarr.json" else len(data) // 2] ^= 1
         (options["store"] / file).write_bytes(data)
     assert main(["check", str(options["store"])]) == status
     said = capsys.readouterr()
