@@ -83,7 +83,7 @@ class Theory:
             momentum: The momentum mu, in [0, 1).
 
         Returns:
-            2 (1 + mu) / lambda_max, see :func:`meanfield_jax.theory.learning_rate.eta_max`.
+            2 (1 + mu) / lambda_max, see :func:`meanfield_jax.eta_max`.
         """
         return eta_max(self.fisher.lambda_max, momentum)
 
