@@ -366,7 +366,45 @@ class Positions(nnx.Module):
         return self.head(x + self.table[...][None])
 
 
+class Factor(nnx.Module):
+    """A factor that is none of a layer or of channels: by position, a function, or used twice."""
+
+    def __init__(self, kind, rngs):
+        self.kind = kind
+        shape = {"position": (4, 1, 1), "sigmoid": (4,), "twice": (4,)}[kind]
+        self.factor = nnx.Param(jnp.full(shape, 0.5))
+        self.first = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        factor = self.factor[...]
+        factor = nnx.sigmoid(factor) if self.kind == "sigmoid" else factor
+        factor = jnp.expand_dims(factor, range(4 - factor.ndim))
+        x = self.first(x) * factor
+        y = self.second(x)
+        return self.head((x + (y * factor if self.kind == "twice" else y)).mean((1, 2)))
+
+
+class OwnLinear(nnx.Linear):
+    """A subclass that does what its parent does."""
+
+    def __call__(self, x):
+        return super().__call__(x)
+
+
 REFUSED = {
+    "factor of positions": (
+        lambda: Factor("position", nnx.Rngs(0)),
+        (4, 4, 3),
+        "factor=.*parameter outside",
+    ),
+    "function of a factor": (
+        lambda: Factor("sigmoid", nnx.Rngs(0)),
+        (4, 4, 3),
+        "factor=.*parameter outside",
+    ),
+    "factor used twice": (lambda: Factor("twice", nnx.Rngs(0)), (4, 4, 3), "factor=.*used once"),
     "attention": (lambda: Attention(nnx.Rngs(0)), (5, 6), "attention=.*self-attention"),
     "mixer": (lambda: Mixer(), (8, 8, 3), "after Conv_0=.*reshape"),
     "dense net": (lambda: DenseNet(), (8, 8, 3), "after Conv_0=.*concatenate"),

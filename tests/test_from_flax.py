@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_models import CASES, REFUSED, ResNetV1, SkipInit, SmallMLP
+from flax_models import CASES, REFUSED, OwnLinear, ResNetV1, SkipInit, SmallMLP
 from tolerance import assert_close
 
 import meanfield_jax as mf
@@ -60,6 +60,14 @@ def test_factors_and_initializers_of_linen():
     assert (scale.per, tanh.function) == ("layer", "tanh")
     np.testing.assert_allclose(scale.value, 0.3, rtol=1e-6)
     assert network.paths["layers/1/branch/layers/3"] == "alpha_0"
+
+
+def test_a_subclass_of_a_layer_is_that_layer():
+    model = nnx.Sequential(
+        OwnLinear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+    )
+    network = mf.Network.from_flax(model, jnp.ones((2, 6)))
+    assert network.layers[0] == mf.Dense(8, 1.0, 0.0)
 
 
 def test_measured_variances_are_those_of_the_weights():

@@ -31,6 +31,10 @@ ELEMENTWISE = frozenset(
     """.split()  # noqa: SIM905
 )
 
+REARRANGING = frozenset(
+    ["broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "convert_element_type"]
+)
+
 Function = Callable[[Array], Array]
 Shape = tuple[int, ...]
 
@@ -73,10 +77,16 @@ class Known:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A value that depends on parameters alone."""
+    """A value that depends on parameters alone.
+
+    Attributes:
+        name: The path of the (first) parameter.
+        places: For each entry, which of the parameter's numbers it is; None if it is a function of
+            them.
+    """
 
     name: str
-    shape: Shape
+    places: np.ndarray | None
 
 
 def read(recording: Recording) -> Node:
@@ -100,6 +110,7 @@ class _Reader:
     def __init__(self):
         self.count = 0
         self.activations: dict[tuple[int, int], Node] = {}
+        self.factors = set[str]()
 
     def node(self, kind: str, inputs: tuple[Node, ...], shape: Shape, detail: Any = None) -> Node:
         self.count += 1
@@ -114,7 +125,7 @@ class _Reader:
             remedy = "pass a model of one array that returns one array"
             raise problem(SpecError, "model", "several arrays", cause, remedy)
         given: list[Any] = [
-            Parameter(name, var.aval.shape)
+            Parameter(name, np.arange(var.aval.size).reshape(var.aval.shape))
             for name, var in zip(recording.names, variables, strict=False)
         ]
         given.append(Value(self.node("inputs", (), variables[-1].aval.shape)))
@@ -122,7 +133,7 @@ class _Reader:
         if not isinstance(found, Value):
             cause, remedy = "its outputs do not depend on its inputs", "check the model's call"
             raise problem(SpecError, "model", "constant", cause, remedy)
-        return self.settled(found)
+        return self.node_of(found)
 
     def run(self, jaxpr: Any, consts: Any, given: list[Any]) -> list[Any]:
         """The values of the outputs of a function of these values."""
@@ -145,7 +156,7 @@ class _Reader:
         inner = next((equation.params[n] for n in INNER if n in equation.params), None)
         name = str(equation.params.get("name", ""))
         if name.startswith(MARK):
-            before = self.settled(given[0])
+            before = self.node_of(given[0])
             return [Value(self.node("layer", (before,), shape, name.removeprefix(MARK)))]
         if inner is not None and kind not in ("scan", "while", "cond"):
             jaxpr = getattr(inner, "jaxpr", inner)
@@ -159,7 +170,11 @@ class _Reader:
         names = [value.name for value in given if isinstance(value, Parameter)]
         shapes = [variable.aval.shape for variable in equation.outvars]
         if names:
-            return [Parameter(names[0], shape) for shape in shapes]
+            kept = len(given) == 1 and equation.primitive.name in REARRANGING
+            places = given[0].places if kept else None
+            if places is not None and equation.primitive.name != "convert_element_type":
+                places = np.asarray(equation.primitive.bind(jnp.asarray(places), **equation.params))
+            return [Parameter(names[0], places) for _ in shapes]
         if all(value.number is not None for value in given):
             arrays = [jnp.full(value.shape, value.number) for value in given]
             found = equation.primitive.bind(*arrays, **equation.params)
@@ -182,20 +197,28 @@ class _Reader:
             return self.elementwise(kind, equation, given)
         over_map = len(first.node.shape) == 4 and tuple(options.get("axes", ())) == (1, 2)
         if kind == "reduce_max" and over_map:
-            return Value(self.node("max", (self.settled(first),), shape))
+            return Value(self.node("max", (self.node_of(first),), shape))
         if kind == "reduce_sum" and over_map:
             size = math.prod(first.node.shape[1:3])
-            return Value(self.node("mean", (self.settled(first),), shape), lambda x: x * size)
+            return Value(self.node("mean", (self.node_of(first),), shape), lambda x: x * size)
         if kind in ("reduce_window_sum", "reduce_window_max") and len(shape) == 4:
             return self.pooled(kind, options, first, shape)
         raise self.unknown(kind, first)
 
     def scaled(self, kind: str, param: Parameter, values: list[Value], shape: Shape) -> Value:
         """A product with a parameter of the model's own: one number, or one per channel."""
-        size = math.prod(param.shape)
-        if kind == "mul" and len(values) == 1 and size in (1, math.prod(shape), shape[-1]):
-            return Value(self.node("scale", (self.settled(values[0]),), shape, param.name))
-        cause = "a parameter outside of Flax's layers, of which only factors have a theory"
+        if kind == "mul" and len(values) == 1 and param.places is not None:
+            rows = np.broadcast_to(param.places, shape).reshape(-1, shape[-1])
+            alike = (rows == rows[0]).all() and len(set(rows[0].tolist())) in (1, shape[-1])
+        else:
+            alike = False
+        if alike and param.name not in self.factors:
+            self.factors.add(param.name)
+            return Value(self.node("scale", (self.node_of(values[0]),), shape, param.name))
+        cause = (
+            "a parameter outside of Flax's layers, of which only factors of a layer or of "
+            "channels, used once, have a theory"
+        )
         remedy = "measure the model with mf.fisher_operator(model, x)"
         raise problem(SpecError, param.name, kind, cause, remedy)
 
@@ -204,7 +227,7 @@ class _Reader:
         if shape == before:
             return value
         if len(shape) == 2 and shape[0] == before[0] and len(before) == 4:
-            return Value(self.node("flatten", (self.settled(value),), shape))
+            return Value(self.node("flatten", (self.node_of(value),), shape))
         raise self.unknown(f"a reshape from {before} to {shape}", value)
 
     def elementwise(self, kind: str, equation: Any, given: list[Any]) -> Value:
@@ -215,7 +238,7 @@ class _Reader:
             raise self.unknown(f"{kind} with {cause}", values[0])
         if len(nodes) > 1:
             if kind in ("add", "add_any") and len(given) == 2:
-                inputs = tuple(self.settled(value) for value in values)
+                inputs = tuple(self.node_of(value) for value in values)
                 return Value(self.node("sum", inputs, inputs[0].shape))
             what = {"mul": "a product of two branches"}.get(kind, f"{kind} of two branches")
             raise self.unknown(what, values[0])
@@ -248,11 +271,11 @@ class _Reader:
         if detail[2] is None:
             raise self.unknown(f"a pooling window with padding {pads}", value)
         if kind == "reduce_window_max":
-            return Value(self.node("max_pool", (self.settled(value),), shape, detail))
-        node = self.node("avg_pool", (self.settled(value),), shape, detail)
+            return Value(self.node("max_pool", (self.node_of(value),), shape, detail))
+        node = self.node("avg_pool", (self.node_of(value),), shape, detail)
         return Value(node, lambda x: x * side**2)
 
-    def settled(self, value: Value) -> Node:
+    def node_of(self, value: Value) -> Node:
         """The node of a value, with its function as a node of its own."""
         if value.function is None:
             return value.node

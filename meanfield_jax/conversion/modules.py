@@ -86,11 +86,11 @@ class Part:
         return problem(SpecError, f"{self.path}.{option}", self.options.get(option), cause, remedy)
 
 
-def nnx_part(path: str, module: Any, is_map: bool) -> Part:
-    """The part of an NNX layer; ``is_map``: whether its inputs are maps."""
+def nnx_part(path: str, kind: str, module: Any, is_map: bool) -> Part:
+    """The part of an NNX layer of this class; ``is_map``: whether its inputs are maps."""
     params = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
     values = {name: value[...] for name, value in params.items()}
-    return Part(path, type(module).__name__, dict(vars(module)), values, is_map)
+    return Part(path, kind, dict(vars(module)), values, is_map)
 
 
 def linen_part(path: str, module: nn.Module, values: Mapping[str, Any], is_map: bool) -> Part:
@@ -105,6 +105,8 @@ def as_layer(part: Part, variances: str) -> Layer:
 
 
 def _dense(part: Part, variances: str) -> Dense:
+    if part.options.get("dot_general") not in (None, jax.lax.dot_general):
+        raise part.refuse("dot_general", "a product of one's own has no theory")
     shape = _shape(part, "kernel")
     return Dense(shape[-1], **_variances(part, shape[0], variances))
 
@@ -184,6 +186,8 @@ def _rms_norm(part: Part, variances: str) -> RMSNorm:
 def _group_norm(part: Part, variances: str) -> GroupNorm:
     groups, size = part.options["num_groups"], part.options["group_size"]
     if groups is None or (size is not None and size > 0):
+        if "scale" not in part.values:
+            raise part.refuse("group_size", "without a scale the number of channels is not known")
         groups = _shape(part, "scale")[0] // size
     return GroupNorm(num_groups=groups, **_norm(part))
 

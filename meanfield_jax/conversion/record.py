@@ -82,25 +82,25 @@ def _watched(paths: dict[int, str], own: dict[str, Any], parts: dict[str, Part])
     originals = {cls: cls.__call__ for cls in classes}
     depth = [0]
 
-    def watching(original: Callable[..., Any]) -> Callable[..., Any]:
+    def watching(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(self))
             if path is None or depth[0]:
                 return original(self, *args, **kwargs)
-            check_layer(path, type(self).__name__)
+            check_layer(path, kind)
             depth[0] += 1
             try:
                 out = original(self, *args, **kwargs)
             finally:
                 depth[0] -= 1
-            _add(parts, path, nnx_part(path, own[path], args[0].ndim == 4))
+            _add(parts, path, nnx_part(path, kind, own[path], args[0].ndim == 4))
             return _marked(path, args[0], out)
 
         return call
 
     try:
         for cls, original in originals.items():
-            cls.__call__ = watching(original)
+            cls.__call__ = watching(cls.__name__, original)
         yield
     finally:
         for cls, original in originals.items():

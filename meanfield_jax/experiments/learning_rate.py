@@ -338,9 +338,7 @@ def _predicted(
     traced = isinstance(lambda_after, Tracer)
     return LearningRate(
         recommended=first_rate(theory, rates),
-        quadratic=rates["quadratic"],
-        no_spike=rates["no_spike"],
-        bounded=rates["bounded"],
+        **rates,
         lambda_max=lambda_max,
         lambda_after_norms=lambda_after,
         loss=loss,
@@ -388,9 +386,7 @@ def _measured(
     rough = LITTLE_IN_COMMON in notes
     return LearningRate(
         recommended=(CAREFUL if rough else 1.0) * found["no_spike"],
-        quadratic=found["quadratic"],
-        no_spike=found["no_spike"],
-        bounded=found["bounded"],
+        **found,
         lambda_max=lambda_max,
         lambda_after_norms=lambda_after,
         loss=loss,
