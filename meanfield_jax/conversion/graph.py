@@ -207,12 +207,11 @@ class _Reader:
 
     def scaled(self, kind: str, param: Parameter, values: list[Value], shape: Shape) -> Value:
         """A product with a parameter of the model's own: one number, or one per channel."""
+        plain = False
         if kind == "mul" and len(values) == 1 and param.places is not None:
             rows = np.broadcast_to(param.places, shape).reshape(-1, shape[-1])
-            alike = (rows == rows[0]).all() and len(set(rows[0].tolist())) in (1, shape[-1])
-        else:
-            alike = False
-        if alike and param.name not in self.factors:
+            plain = (rows == rows[0]).all() and len(set(rows[0].tolist())) in (1, shape[-1])
+        if plain and param.name not in self.factors:
             self.factors.add(param.name)
             return Value(self.node("scale", (self.node_of(values[0]),), shape, param.name))
         cause = (

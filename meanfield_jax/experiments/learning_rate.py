@@ -405,7 +405,7 @@ def _rates(
     lambda_after: Array,
     over_batch: bool,
     by_signs: Callable[[], Array],
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """The three rates; NaN where there is no rule."""
     unknown = jnp.full_like(lambda_after, jnp.nan)
     if rule is None:
