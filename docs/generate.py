@@ -44,6 +44,7 @@ REFERENCE: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             *("fisher_operator", "FisherOperator", "top_eigenvalues", "TopEigenvalues"),
             *("spectral_density", "SpectralDensity", "trace", "Trace", "layer_table"),
+            *("drawn_eigenvalues", "DrawnEigenvalues"),
         ),
     ),
     "comparison": (

@@ -5,6 +5,7 @@ None may be the name of a module of the package, unless it is that module.
 
 from meanfield_jax import data, diagnostics, layers, objectives
 from meanfield_jax.empirical.density import SpectralDensity, spectral_density
+from meanfield_jax.empirical.draws import DrawnEigenvalues, drawn_eigenvalues
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import TopEigenvalues, top_eigenvalues
 from meanfield_jax.empirical.layer_table import layer_table
@@ -43,6 +44,7 @@ from meanfield_jax.tuning import Tuning, tune
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     *layers.__all__,
     "DataError",
+    "DrawnEigenvalues",
     "FisherOperator",
     "FixedPoint",
     "LearningRate",
@@ -63,6 +65,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "compare",
     "data",
     "diagnostics",
+    "drawn_eigenvalues",
     "eta_max",
     "fisher_operator",
     "fixed_point",

@@ -16,7 +16,6 @@ from tolerance import assert_close, standard_error
 import meanfield_jax as mf
 from meanfield_jax.kernel.kernel import Kernel
 from meanfield_jax.theory.compiled import known_numbers, without_widths
-from meanfield_jax.theory.likelihood import Outputs
 from meanfield_jax.theory.memory_plan import modulus_for
 from meanfield_jax.theory.passes import on_data
 
@@ -29,9 +28,6 @@ UNFUSED = {"xla_disable_hlo_passes": "fusion"} if ON_CPU else None
 
 QUICK = UNFUSED | {"xla_backend_optimization_level": 0} if ON_CPU else None
 """The same for small arrays, with which no time is spent."""
-
-ONE = Outputs(1.0, 1.0, 1.0)
-"""Of one output; the kernel does not depend on how many there are."""
 
 TOGETHER = 16
 """Draws of one call, so that any number of draws shares a program."""
@@ -83,7 +79,7 @@ def tangents(
 
 @functools.partial(jax.jit, static_argnames=("statistics", "modulus"), compiler_options=QUICK)
 def _kernel(body, widths, x, statistics: str, modulus: int) -> Kernel:
-    return on_data(body, widths, x, ONE, None, statistics, modulus).kernel
+    return on_data(body, widths, x, statistics, modulus).kernel
 
 
 def kernel(

@@ -114,6 +114,9 @@ ENTRIES = {
     "spectral_density": lambda turn: mf.spectral_density(
         operator(turn), num_steps=5, key=jax.random.key(turn)
     ).density(np.linspace(0, 10 + turn, 50)),
+    "drawn_eigenvalues": lambda turn: mf.drawn_eigenvalues(
+        network(turn), inputs(turn), draws=1 + turn, k=1 + turn, tol=1e-2 / (1 + turn), seed=turn
+    ),
     "validate": lambda turn: mf.validate(
         network(turn), inputs(turn), draws=1, gammas=[1.0 + turn], seed=turn
     ),

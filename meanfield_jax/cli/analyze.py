@@ -32,6 +32,8 @@ class Analyze:
     """Remove the BatchNorms."""
     num_samples: int | None = None
     """Batch size n [the limit of large batches]."""
+    draws: int = 0
+    """Networks to draw, for lambda_max at their width [the wide limit]; needs --num-samples."""
     momentum: float = 0.9
     """Momentum of gradient descent."""
     json: bool = False
@@ -43,7 +45,10 @@ class Analyze:
         network = chosen(self.network.network(shape), self.gamma, self.vanilla)
         with jax.enable_x64():
             theory = analyze_network(
-                network, statistics=self.statistics, num_samples=self.num_samples
+                network,
+                statistics=self.statistics,
+                num_samples=self.num_samples,
+                draws=self.draws,
             ).raise_if_failed()
             dataset = theory.to_xarray(self.momentum)
         if self.json:
@@ -53,6 +58,12 @@ class Analyze:
         console.print(repr(network), highlight=False)
         console.print(_order_table(dataset))
         console.print(_fisher_table(theory, dataset))
+        if self.draws:
+            low, high = dataset.lambda_max_interval.values
+            console.print(
+                f"lambda_max is the median of {self.draws} drawn networks; nine in ten lie between "
+                f"{low:.4g} and {high:.4g}."
+            )
         if dataset.domain != "within":
             console.print(f"Outside the theory's domain: {dataset.domain}.")
 

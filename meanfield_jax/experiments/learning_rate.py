@@ -21,6 +21,7 @@ from jax.core import Tracer
 
 from meanfield_jax.arguments import as_given, checked, momenta
 from meanfield_jax.checks import check_choice, check_data, targets
+from meanfield_jax.empirical.draws import drawn_eigenvalues
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import couples_samples, layers_after_norms
 from meanfield_jax.empirical.lanczos import top_eigenvalues
@@ -30,7 +31,7 @@ from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.network import Network, normalizes_over_batch
 from meanfield_jax.pytree import pytree, static
-from meanfield_jax.theory.after_norms import after_norms
+from meanfield_jax.theory.after_norms import AfterNorms, after_norms
 from meanfield_jax.theory.analyze import analyze
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.rates import (
@@ -137,7 +138,7 @@ class LearningRate(Number):
         lambda_max: The largest eigenvalue of the Fisher matrix.
         lambda_after_norms: That of its part for the parameters that no normalization follows.
         loss: ``"squared"``, ``"cross_entropy"`` or ``"bernoulli"``.
-        source: ``"theory"`` or ``"measured"``.
+        source: ``"theory"``, ``"measured"`` or, for example, ``"8 drawn networks"``.
         num_outputs: C.
         decisive: Paths of the layers that no normalization follows.
         products: The number of products with the Fisher matrix, 0 for theory.
@@ -228,6 +229,7 @@ def learning_rate(
     loss: str = "squared",
     statistics: str = "batch",
     num_samples: int | None = None,
+    draws: int = 0,
     fraction: float = 1.0,
 ) -> LearningRate:
     r"""The learning rate with which to train a network, or any model, from a random start.
@@ -261,6 +263,8 @@ def learning_rate(
             mean over samples of -log softmax(f)[y]; or ``"bernoulli"``, summed over outputs.
         statistics: As in :func:`analyze` for a network, :func:`fisher_operator` for a model.
         num_samples: The batch size where ``x`` is left out; None for large batches.
+        draws: For a network, the number of networks to draw: eigenvalues are then those of the
+            median draw instead of the wide limit, see :func:`drawn_eigenvalues`.
         fraction: ``recommended`` is this fraction of the rate to start from.
 
     Returns:
@@ -291,7 +295,7 @@ def learning_rate(
     start = time.perf_counter()
     rule = _rule(optimizer, momentum)
     if isinstance(model, Network):
-        found = _predicted(model, x, rule, loss, statistics, num_samples)
+        found = _predicted(model, x, rule, loss, statistics, num_samples, draws)
     else:
         found = _measured(model, params, x, y, rule, loss, statistics)
     seconds = time.perf_counter() - start
@@ -320,10 +324,17 @@ def _is_adam(state: Any) -> bool:
 
 
 def _predicted(
-    network: Network, x: Any, rule: Rule | None, loss: str, statistics: str, num_samples: Any
+    network: Network,
+    x: Any,
+    rule: Rule | None,
+    loss: str,
+    statistics: str,
+    num_samples: Any,
+    draws: int,
 ) -> LearningRate:
-    """The rates of a specification, by theory."""
-    theory = analyze(network, data=x, statistics=statistics, num_samples=num_samples)
+    """The rates of a specification, by theory or from drawn networks."""
+    given: dict[str, Any] = dict(data=x, statistics=statistics, num_samples=num_samples)
+    theory = analyze(network, **given, draws=draws)
     if not isinstance(theory.status, Tracer):
         theory.raise_if_failed()
     dtype = theory.kernel.dtype
@@ -331,7 +342,8 @@ def _predicted(
     after = after_norms(network, batch, statistics, num_samples)
     information = INFORMATION[loss](network.num_outputs)
     lambda_max = information * theory.fisher.lambda_max
-    lambda_after = information * decisive_eigenvalue(theory, after)
+    drawn = _drawn_after(network, after, draws, given) if draws else None
+    lambda_after = information * decisive_eigenvalue(theory, after, drawn)
     over_batch = statistics == "batch" and normalizes_over_batch(network.body)
     found = (lambda_max, lambda_after, over_batch)
     rates = _rates(rule, loss, *found, lambda: sign_descent(theory))
@@ -342,11 +354,20 @@ def _predicted(
         lambda_max=lambda_max,
         lambda_after_norms=lambda_after,
         loss=loss,
-        source="theory",
+        source=f"{draws} drawn networks" if draws else "theory",
         num_outputs=network.num_outputs,
         decisive=() if traced else after.paths,
         reasons=() if traced else (*reasons(theory, after), *_cautions(rule, loss)),
     )
+
+
+def _drawn_after(network: Network, after: AfterNorms, draws: int, given: dict[str, Any]) -> Array:
+    """The largest eigenvalue of the median draw for the parameters after the norms."""
+    if isinstance(after.followed, Tracer):
+        cause, remedy = "which layers count is not known while tracing", "leave it out under jit"
+        raise problem(SpecError, "draws", draws, cause, remedy)
+    found = drawn_eigenvalues(network, **given, draws=draws, layers=after.paths)
+    return found.raise_if_failed().lambda_max.astype(after.lambda_max.dtype)
 
 
 def _measured(

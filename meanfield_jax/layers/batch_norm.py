@@ -11,7 +11,7 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import PUBLISHED, Projection
 from meanfield_jax.kernel.sphere import SphereAverages
 from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer
-from meanfield_jax.layers.norm import Norm, normalize, statistics_dtype
+from meanfield_jax.layers.norm import Norm, constant, normalize, statistics_dtype
 from meanfield_jax.pytree import static
 
 
@@ -177,7 +177,7 @@ class BatchNormModule(nnx.Module):
         self.scale, self.bias = spec.parameters(shape)
         self.mean = nnx.BatchStat(jnp.zeros(size))
         self.var = nnx.BatchStat(jnp.ones(size))
-        self.eps = float(spec.eps)
+        self.eps = constant(spec.eps)
         self.momentum = 0.99
         self.axis_name: str | None = None
         self.use_running_average = False

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel import safe
@@ -129,7 +130,12 @@ class FlaxNorm(nnx.Module):
 def flax_options(spec: Norm, rngs: nnx.Rngs) -> dict[str, Any]:
     """The options of a Flax norm inside a :class:`FlaxNorm`."""
     options: dict[str, Any] = dict(use_scale=False, use_bias=False, use_fast_variance=False)
-    return dict(epsilon=float(spec.eps), rngs=rngs, **options)
+    return dict(epsilon=constant(spec.eps), rngs=rngs, **options)
+
+
+def constant(value: float | Array) -> float | Array:
+    """A number in the form in which a module holds it."""
+    return nnx.data(value) if isinstance(value, Tracer) else float(value)
 
 
 def check_gaussian(name: str, signal: Signal) -> None:

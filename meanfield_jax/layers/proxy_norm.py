@@ -30,7 +30,7 @@ from meanfield_jax.layers.base import (
 )
 from meanfield_jax.layers.combine import joined, located
 from meanfield_jax.layers.layer_norm import LayerNorm
-from meanfield_jax.layers.norm import Norm, normalize, of_rank, statistics_dtype
+from meanfield_jax.layers.norm import Norm, constant, normalize, of_rank, statistics_dtype
 from meanfield_jax.pytree import static
 
 NUM_QUANTILES = 256
@@ -225,7 +225,7 @@ class ProxyNormModule(nnx.Module):
         variable = nnx.Param if spec.trainable else nnx.Variable
         size = spec.norm.parameter_shape(shape)
         self.beta_tilde, self.gamma_tilde = variable(jnp.zeros(size)), variable(jnp.zeros(size))
-        self.eps = float(spec.eps)
+        self.eps = constant(spec.eps)
 
     def __call__(self, x: Array) -> Array:
         """Maps x of shape (samples, *positions, channels) to the same shape and dtype."""

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked, network_or_model
 from meanfield_jax.checks import check_choice, check_data
+from meanfield_jax.empirical.draws import drawn_eigenvalues
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel
 from meanfield_jax.kernel.sphere import LEAST_VALUES
@@ -24,7 +25,7 @@ from meanfield_jax.status import Status, first_failure
 from meanfield_jax.theory.compiled import known_numbers, number_of_samples, without_widths
 from meanfield_jax.theory.fisher import Fisher
 from meanfield_jax.theory.learning_rate import eta_max
-from meanfield_jax.theory.likelihood import class_information, mean_information
+from meanfield_jax.theory.likelihood import check_likelihood, of_outputs
 from meanfield_jax.theory.memory_plan import check_iid, modulus_for
 from meanfield_jax.theory.order_parameters import OrderParameters
 from meanfield_jax.theory.passes import iid, on_data
@@ -113,6 +114,10 @@ class Theory:
         for name in Fisher.STATISTICS:
             data[name] = xr.Variable((), np.asarray(getattr(fisher, name)))
         data["eta_max"] = xr.Variable((), np.asarray(self.eta_max(momentum)))
+        if fisher.drawn is not None:
+            low, high = map(np.asarray, fisher.drawn.interval)
+            data["lambda_max_interval"] = ("bound", np.stack([low, high]))
+            data["lambda_max_drawn"] = ("draw", np.asarray(fisher.drawn.eigenvalues[:, 0]))
         attributes = dict(
             network=self.network.to_json(indent=None),
             status=Status(int(self.status)).label,
@@ -133,6 +138,7 @@ def analyze(
     num_samples: int | Array | None = None,
     likelihood: str = "gaussian",
     probabilities: Array | None = None,
+    draws: int = 0,
     throw: bool = True,
 ) -> Theory:
     """Mean-field theory of a network, in one pass, on i.i.d. inputs or on a batch of data.
@@ -157,7 +163,13 @@ def analyze(
         likelihood: ``"gaussian"``, as above, or ``"categorical"``, the F of softmax outputs p and
             the cross-entropy: (1/n) sum_i J_i^T (diag p_i - p_i p_i^T) J_i.
         probabilities: The p of a categorical likelihood, (n, C), such as those of a draw,
-            ``jax.nn.softmax(model(x))``. None: uniform, 1/C.
+            ``jax.nn.softmax(model(x))``. None: those of random networks, whose logits are Gaussian
+            with the covariance that the theory predicts; spectra are averaged over 16 such networks
+            with fixed random numbers (on data over 4).
+        draws: The number of networks to draw. Then ``theory.fisher.lambda_max``, and ``eta_max``,
+            are those of the median draw instead of the wide limit, by :func:`drawn_eigenvalues`,
+            which holds for narrow, deep and convolutional networks and takes seconds. All else is
+            theory.
         throw: Whether a batch that cannot be normalized raises an error. Under jit, or if False,
             only ``status`` reports it, and the numbers are NaN.
 
@@ -206,22 +218,26 @@ def analyze(
     dtype = result_type(float, *jax.tree.leaves(network))
     if data is not None:
         x = _checked_data(network, data, num_samples).astype(dtype)
-        classes = class_information(network, likelihood, probabilities, len(x))
-        outputs, information = mean_information(num_outputs, classes, dtype)
+        check_likelihood(network, likelihood, probabilities, len(x))
         modulus = modulus_for(body, widths, x, statistics)
-        found = on_data(body, widths, x, outputs, classes, statistics, modulus)
+        found = on_data(body, widths, x, statistics, modulus)
     else:
         check_num_samples(network.body, num_samples)
         check_iid(network.body, network.input_shape, num_outputs)
-        classes = class_information(network, likelihood, probabilities, None)
-        outputs, information = mean_information(num_outputs, classes, dtype)
+        check_likelihood(network, likelihood, probabilities, None)
         *positions, channels = network.input_shape
         samples, inputs = number_of_samples(num_samples), float(channels)
-        found = iid(body, widths, samples, inputs, outputs, tuple(positions), statistics)
+        found = iid(body, widths, samples, inputs, tuple(positions), statistics)
     if throw:
         _check_status(network, found.status, data)
-    sizes = dict(num_parameters=network.num_parameters, **information)
-    fisher = dataclasses.replace(found.fisher, **sizes)
+    drawn = None
+    if draws:
+        options = dict(draws=draws, statistics=statistics, likelihood=likelihood)
+        drawn = drawn_eigenvalues(network, data, num_samples=num_samples, **options)
+        if throw and not isinstance(drawn.status, Tracer):
+            drawn.raise_if_failed()
+    fisher = of_outputs(found, num_outputs, likelihood, probabilities)
+    fisher = dataclasses.replace(fisher, num_parameters=network.num_parameters, drawn=drawn)
     return Theory(fisher, found.order_parameters, found.kernel, network, found.status)
 
 

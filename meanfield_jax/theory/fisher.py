@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from meanfield_jax.empirical.draws import DrawnEigenvalues
 from meanfield_jax.pytree import pytree, static
 
 MOST_FLUCTUATION = 5 / 3
@@ -60,6 +61,8 @@ class Fisher:
         variance_fluctuation: The largest E[1 / variance] E[variance], over random weights, of the
             values that are normalized over a batch of data: r / (r - 2) if they vary equally in r
             directions.
+        drawn: The largest eigenvalues of drawn networks, if ``analyze`` was given ``draws``; they
+            take the place of ``lambda_max`` of the wide limit.
 
     Accuracy:
         Where the S_i differ, ``eigenvalues`` couples the largest 1000 / C eigenvectors of T. The
@@ -96,6 +99,7 @@ class Fisher:
     multiplicity: int = static()
     eigenvalues: Float[Array, "*batch n"] | None = None
     variance_fluctuation: Float[Array, "*batch"] | float = 1.0
+    drawn: DrawnEigenvalues | None = None
 
     @property
     def outlier(self) -> Float[Array, "*batch"]:
@@ -166,16 +170,21 @@ class Fisher:
             times the prediction. It is false for FC 3072-500x3-10 on 400 CIFAR-10 images, where the
             measured lambda_max was 1.16 times the prediction.
         """
+        if self.drawn is not None:
+            return jnp.ones(self.tangent_same.shape, bool)
         within = [fraction <= most for fraction, most, _ in self._domain]
         return functools.reduce(operator.and_, within)
 
     def domain_reason(self) -> str:
         """The reason why ``lambda_max`` cannot be trusted, for one network; "" if it can."""
-        return "; ".join(
+        found = [
             text.format(float(fraction), most)
             for fraction, most, text in self._domain
             if not bool(fraction <= most)
-        )
+        ]
+        if self.drawn is not None or not found:
+            return ""
+        return "; ".join([*found, "or draw networks, analyze(..., draws=8)"])
 
     @property
     def _domain(self) -> list[tuple[Array, float, str]]:
@@ -216,8 +225,10 @@ class Fisher:
     def lambda_max(self) -> Float[Array, "*batch"]:
         """The largest eigenvalue of one draw: the larger of ``outlier_high`` and ``bulk_high``.
 
-        See ``within_domain`` for its domain.
+        See ``within_domain`` for its domain. With ``draws`` it is that of the median draw.
         """
+        if self.drawn is not None:
+            return self.drawn.lambda_max.astype(self.tangent_same.dtype)
         return jnp.maximum(self.outlier_high, self.bulk_high)
 
     @property

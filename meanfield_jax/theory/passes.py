@@ -24,18 +24,26 @@ from meanfield_jax.precise import matmul
 from meanfield_jax.status import Status
 from meanfield_jax.theory.compiled import compiled, with_widths
 from meanfield_jax.theory.fisher import Contributions, Fisher
-from meanfield_jax.theory.likelihood import Outputs, of_outputs
 from meanfield_jax.theory.memory_plan import couples_positions, records_on_data
 from meanfield_jax.theory.order_parameters import OrderParameters
 
 
 class Found(NamedTuple):
-    """The results of a pass; ``fisher`` does not yet have what depends on sizes alone."""
+    """The results of a pass for one output.
+
+    Attributes:
+        fisher: Statistics for one output, without what depends on sizes alone.
+        order_parameters: By layer.
+        kernel: Kernel of the outputs.
+        status: A :class:`Status` as an integer.
+        vectors: On data, the eigenvectors of T in the order of ascending eigenvalues, as columns.
+    """
 
     fisher: Fisher
     order_parameters: OrderParameters
     kernel: Kernel[Any]
     status: Int[Array, ""]
+    vectors: Float[Array, "n n"] | None = None
 
 
 class Pass(NamedTuple, Generic[M]):
@@ -59,7 +67,6 @@ def _iid(
     widths: tuple[Array | float, ...],
     num_samples: Array | float,
     channels: Array | float,
-    outputs: Outputs,
     positions: tuple[int, ...],
     statistics: str,
 ) -> Found:
@@ -82,15 +89,13 @@ def _iid(
         inverse_samples=fraction,
     )
     outlier = fraction * tangent.same + (1 - fraction) * tangent.other
-    return _found(body, kernel, records, backs, fisher, outlier, outputs)
+    return _found(body, kernel, records, backs, fisher, outlier)
 
 
 def _on_data(
     body: Layer,
     widths: tuple[Array | float, ...],
     x: Float[Array, "n ..."],
-    outputs: Outputs,
-    classes: Float[Array, "n_or_1 outputs outputs"] | None,
     statistics: str,
     modulus: int,
 ) -> Found:
@@ -111,9 +116,10 @@ def _on_data(
         tangent_same=jnp.sum(same * matrix),
         tangent_other=jnp.sum(other * matrix),
         inverse_samples=jnp.asarray(1 / num_samples, x.dtype),
-        eigenvalues=of_outputs(eigenvalues, vectors, classes)[::-1],
+        eigenvalues=eigenvalues[::-1],
     )
-    return _found(body, kernel, records, backs, fisher, eigenvalues[-1], outputs)
+    found = _found(body, kernel, records, backs, fisher, eigenvalues[-1])
+    return found._replace(vectors=vectors)
 
 
 iid = compiled(_iid, ("positions", "statistics"))
@@ -184,7 +190,6 @@ def _found(
     backs: Rows,
     fisher: dict[str, Any],
     outlier: Float[Array, ""],
-    outputs: Outputs,
 ) -> Found:
     """The results of the passes; ``backs`` are the derivatives of T_same, T_other, outlier."""
     rows = body.rows(records, _read)
@@ -194,10 +199,10 @@ def _found(
     linear = np.array([inner.is_weights for _, inner in labels])
     paths = np.array([path for path, _ in labels])
     after = _widths_after(body, records, kernel.dtype)
-    kinds = {name: outputs.largest * backs[name][2] for name in ("weights", "biases", "norm")}
+    kinds = {name: backs[name][2] for name in ("weights", "biases", "norm")}
     # the factor of the derivatives of (T_same - outlier) / (n - 1)
     fraction = fisher["inverse_samples"]
-    small = outputs.mean * fraction / jnp.where(fraction < 1, 1 - fraction, 1)
+    small = fraction / jnp.where(fraction < 1, 1 - fraction, 1)
     total = backs["weights"] + backs["biases"] + backs["norm"]
     order = OrderParameters(
         **{name: rows[name][linear] for name in rows if name.startswith("q")},
@@ -215,7 +220,7 @@ def _found(
         variance_fluctuation=1.0 if kernel.fluctuation is None else kernel.fluctuation,
         contributions=Contributions(**kinds, layers=tuple(paths.tolist())),
         bulk_contributions=small * (total[0] - total[2]),
-        draw_width=jnp.sqrt(outputs.number * jnp.maximum(after, 0)),
+        draw_width=jnp.sqrt(jnp.maximum(after, 0)),
         information=jnp.zeros(1),
         num_parameters=0,
         multiplicity=0,

@@ -125,8 +125,13 @@ def rates(
     return dict(quadratic=rule.limit / lambda_max, no_spike=no_spike, bounded=bounded)
 
 
-def decisive_eigenvalue(theory: Theory, after: AfterNorms) -> Array:
+def decisive_eigenvalue(theory: Theory, after: AfterNorms, drawn: Array | None = None) -> Array:
     """The eigenvalue that decides from a random start.
+
+    Args:
+        theory: Theory of the network.
+        after: That of the parameters after the norms.
+        drawn: Their largest eigenvalue in drawn networks; None: in the wide limit.
 
     Returns:
         ``after.lambda_max`` for the largest of the C outliers in a draw, (). Without a
@@ -134,11 +139,13 @@ def decisive_eigenvalue(theory: Theory, after: AfterNorms) -> Array:
         tanh, large steps align them: then it is half of what F has for a single sample.
     """
     fisher, kept = theory.fisher, 1 - after.followed
-    parts = fisher.contributions
-    contributions = kept * (parts.weights + parts.biases + parts.norm)
-    widened = (contributions * (1 + fisher.draw_width) ** 2).sum(-1) / contributions.sum(-1)
+    if drawn is None:
+        parts = fisher.contributions
+        contributions = kept * (parts.weights + parts.biases + parts.norm)
+        widened = (contributions * (1 + fisher.draw_width) ** 2).sum(-1) / contributions.sum(-1)
+        drawn = widened * after.lambda_max
     aligned = jnp.maximum(after.lambda_max, ALIGNED * after.tangent_same)
-    found = jnp.where(common(theory) < LEAST_COMMON, aligned, widened * after.lambda_max)
+    found = jnp.where(common(theory) < LEAST_COMMON, aligned, drawn)
     return jnp.where(kept.all(-1), fisher.lambda_max, found)
 
 
