@@ -93,6 +93,23 @@ def domain(record: dict[str, Any]) -> list[Rows]:
     return [Rows("", columns, rows)]
 
 
+def finite_width(record: dict[str, Any]) -> list[Rows]:
+    """lambda_max at the width of a network, by theory and by drawn networks."""
+    rows = [
+        [
+            row["network"],
+            mark(row["within_domain"]),
+            f"{row['wide_ratio']:.2f}",
+            f"{row['drawn_ratio']:.2f}",
+            f"{row['inside']:.0%}",
+            f"{row['one_draw_warm_s']:.2g}",
+        ]
+        for row in record["rows"]
+    ]
+    columns = ("network", "in its domain", "theory", "drawn", "inside", "seconds a draw")
+    return [Rows("", columns, rows)]
+
+
 def rate_groups(record: dict[str, Any]) -> list[Rows]:
     """Measured over predicted rates from a random start, by kind of network."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -294,6 +311,7 @@ OWN: dict[str, Callable[[Any], list[Rows]]] = dict(
     fig1=figure1,
     fig2=figure2,
     domain=domain,
+    finite_width=finite_width,
     tuning_pays=tuning,
     tune_speed=tuning_seconds,
     sweep_speed=sweep_speed,

@@ -57,8 +57,8 @@ def test_derivatives_are_those_of_differences():
         (float(of_numbers(at + step * one)) - float(of_numbers(at - step * one))) / (2 * step)
         for one in np.eye(3)
     ]
-    # the step's own error, of order step^2, is below 1e-3
-    np.testing.assert_allclose(slope, differences, rtol=4e-3)
+    # the step's own error, of order step^2, is below 1e-3; nothing depends on biases before a norm
+    np.testing.assert_allclose(slope, differences, rtol=4e-3, atol=1e-3)
 
 
 def test_jit_and_vmap_give_the_numbers_of_single_calls():
@@ -133,7 +133,7 @@ def test_analyze_and_learning_rate_use_them():
     [
         networks.SMALL_NORM,
         networks.CNN_NORM,
-        mf.preact_resnet([4, 8], 1, inputs=(8, 8, 3), outputs=3, norm=mf.BatchNorm()),
+        mf.preact_resnet([4, 8], blocks=1, inputs=(8, 8, 3), outputs=3, norm=mf.BatchNorm()),
     ],
     ids=["dense", "convolutions", "residual"],
 )

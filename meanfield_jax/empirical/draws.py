@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +31,9 @@ from meanfield_jax.status import Status, first_failure
 
 INSIDE = 0.9
 """The fraction of all draws that ``interval`` is meant to hold."""
+
+
+Found = tuple[Array, Array, Array]
 
 
 @pytree
@@ -150,6 +154,7 @@ def drawn_eigenvalues(
             cause, remedy = "drawn networks need a batch", "pass a positive integer, or data"
             raise problem(SpecError, "num_samples", num_samples, cause, remedy)
         shape = (num_samples, *network.input_shape)
+        within("MEMORY", "num_samples", num_samples, 4.0 * math.prod(shape))
     else:
         data = check_data(data).astype(jnp.float32)
         shape = data.shape
@@ -160,13 +165,13 @@ def drawn_eigenvalues(
     options = (shape, k, tuple(layers), statistics, likelihood)
     keys = jax.random.split(jax.random.key(seed), draws)
     if loops_on_host(network, data, tol, keys):
-        found = [_one(network, data, key, tol, *options) for key in keys]
-        return jax.tree.map(lambda *each: jnp.stack(each), *found)
-    return _all(network, data, keys, tol, *options)
+        each = [_one(network, data, key, tol, *options) for key in keys]
+        return DrawnEigenvalues(*map(jnp.stack, zip(*each, strict=True)))
+    return DrawnEigenvalues(*_all(network, data, keys, tol, *options))
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
-def _all(network: Network, data: Array | None, keys: Array, tol: Any, *options: Any) -> Any:
+def _all(network: Network, data: Array | None, keys: Array, tol: Any, *options: Any) -> Found:
     """All draws in one program, one after the other, with the memory of one."""
     return jax.lax.map(lambda key: _one(network, data, key, tol, *options), keys)
 
@@ -181,14 +186,14 @@ def _one(
     layers: tuple[str, ...],
     statistics: str,
     likelihood: str,
-) -> DrawnEigenvalues:
-    """The eigenvalues of one draw."""
+) -> Found:
+    """The eigenvalues of one draw, the number of products and the status."""
     apply, params, x = _drawn(network, data, key, shape, statistics)
     op = FisherOperator(apply, params, x, likelihood)
     dual = (op.block(*layers) if layers else op).dual
     found = top_eigenvalues(jax.lax.stop_gradient(dual), k, tol=tol, key=key, vectors=True)
     values = _along(dual, found.eigenvectors)
-    return DrawnEigenvalues(values, found.num_matvecs, found.status)
+    return values, found.num_matvecs, found.status
 
 
 def _drawn(
