@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import scipy.stats
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked
@@ -34,6 +35,25 @@ INSIDE = 0.9
 
 
 Found = tuple[Array, Array, Array]
+"""Eigenvalues, number of products and status of a draw."""
+
+
+class Asked(NamedTuple):
+    """What is asked of every draw.
+
+    Attributes:
+        shape: Shape of the batch.
+        k: The number of eigenvalues.
+        layers: Paths of the layers whose parameters count; (): all.
+        statistics: ``"batch"`` or ``"frozen"``.
+        likelihood: ``"gaussian"`` or ``"categorical"``.
+    """
+
+    shape: tuple[int, ...]
+    k: int
+    layers: tuple[str, ...]
+    statistics: str
+    likelihood: str
 
 
 @pytree
@@ -162,50 +182,54 @@ def drawn_eigenvalues(
             remedy = f"pass (samples, {', '.join(map(str, network.input_shape))})"
             raise problem(DataError, "data.shape", shape, "does not fit the network", remedy)
     within("MEMORY", "draws", draws, 8.0 * draws * k)
-    options = (shape, k, tuple(layers), statistics, likelihood)
+    asked = Asked(shape, k, tuple(layers), statistics, likelihood)
     keys = jax.random.split(jax.random.key(seed), draws)
-    if loops_on_host(network, data, tol, keys):
-        each = [_one(network, data, key, tol, *options) for key in keys]
-        return DrawnEigenvalues(*map(jnp.stack, zip(*each, strict=True)))
-    return DrawnEigenvalues(*_all(network, data, keys, tol, *options))
+    if not loops_on_host(network, data, tol, keys):
+        return DrawnEigenvalues(*_all(network, data, keys, tol, asked))
+    each, op = [], None
+    for key in keys:
+        op = _operator(network, data, key, asked, op)
+        each.append(_eigenvalues(op, key, tol, asked))
+    return DrawnEigenvalues(*map(jnp.stack, zip(*each, strict=True)))
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
-def _all(network: Network, data: Array | None, keys: Array, tol: Any, *options: Any) -> Found:
+@partial(jax.jit, static_argnames="asked")
+def _all(network: Network, data: Array | None, keys: Array, tol: Any, asked: Asked) -> Found:
     """All draws in one program, one after the other, with the memory of one."""
-    return jax.lax.map(lambda key: _one(network, data, key, tol, *options), keys)
+
+    def one(key: Array) -> Found:
+        return _eigenvalues(_operator(network, data, key, asked, None), key, tol, asked)
+
+    return jax.lax.map(one, keys)
 
 
-def _one(
+def _operator(
     network: Network,
     data: Array | None,
     key: Array,
-    tol: float | Array,
-    shape: tuple[int, ...],
-    k: int,
-    layers: tuple[str, ...],
-    statistics: str,
-    likelihood: str,
-) -> Found:
-    """The eigenvalues of one draw, the number of products and the status."""
-    apply, params, x = _drawn(network, data, key, shape, statistics)
-    op = FisherOperator(apply, params, x, likelihood)
-    dual = (op.block(*layers) if layers else op).dual
-    found = top_eigenvalues(jax.lax.stop_gradient(dual), k, tol=tol, key=key, vectors=True)
-    values = _along(dual, found.eigenvectors)
-    return values, found.num_matvecs, found.status
-
-
-def _drawn(
-    network: Network, data: Array | None, key: Array, shape: tuple[int, ...], statistics: str
-) -> tuple[Any, Any, Array]:
-    """A draw as a function of its parameters, the parameters, and the inputs."""
+    asked: Asked,
+    like: FisherOperator | None,
+) -> FisherOperator:
+    """The operator of a draw; what is known of that of another draw is not found out again."""
     weights, inputs = jax.random.split(key)
-    x = jax.random.normal(inputs, shape) if data is None else data
+    x = jax.random.normal(inputs, asked.shape) if data is None else data
     model = build(network, rngs=nnx.Rngs(weights))
-    if statistics == "frozen":
+    if asked.statistics == "frozen":
         nnx.update(model, batch_statistics(model, x))
-    return *functional(in_mode(model, statistics)), x
+    apply, params = functional(in_mode(model, asked.statistics))
+    if like is None:
+        op = FisherOperator(apply, params, x, asked.likelihood)
+        return op.block(*asked.layers) if asked.layers else op
+    return like.unchecked(apply=apply, params=params, x=x, outputs=like.outputs)
+
+
+def _eigenvalues(op: FisherOperator, key: Array, tol: float | Array, asked: Asked) -> Found:
+    """The eigenvalues of one draw, the number of products and the status."""
+    fixed = op
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(op)):
+        fixed = jax.lax.stop_gradient(op)  # the search is not differentiated
+    found = top_eigenvalues(fixed.dual, asked.k, tol=tol, key=key, vectors=True)
+    return _along(op.dual, found.eigenvectors), found.num_matvecs, found.status
 
 
 @jax.jit
