@@ -69,9 +69,12 @@ def vgg(norm: mf.Layer | None) -> mf.Network:
 
 def pooled(pool: mf.Layer) -> mf.Network:
     """The convolutional network of Flax's MNIST example, a quarter as wide."""
-    layers = (*unit(8, norm=None), pool, *unit(16, norm=None), pool, mf.Flatten())
+    # a rectifier may come after the maximum
+    rest = (pool, RELU) if isinstance(pool, mf.MaxPool) else (RELU, pool)
+    convs = (mf.Conv(channels, weight_var=2.0, bias_var=0.0) for channels in (8, 16))
+    layers = [layer for conv in convs for layer in (conv, *rest)]
     dense = (mf.Dense(64, 1.0, 0.0), RELU, mf.Dense(10, 1.0, 0.0))
-    return mf.Network((14, 14, 1), (*layers, *dense))
+    return mf.Network((14, 14, 1), (*layers, mf.Flatten(), *dense))
 
 
 def depthwise() -> mf.Network:

@@ -55,7 +55,23 @@ def test_analyze_shows_network_and_tables(capsys):
     shown = capsys.readouterr().out
     assert "Conv(width=30" in shown
     assert "BatchNorm" not in shown
-    assert "eta_max" in shown
+    assert shown.startswith("eta_max = ")
+    assert "trust it" in shown.partition("Network:")[0]
+
+
+def test_analyze_draws_networks(capsys):
+    options = ["analyze", "--widths", "16", "--num-samples", "20", "--draws", "3"]
+    assert main([*options, "--json"]) == 0
+    values = parsed("analyze", capsys.readouterr().out)["variables"]
+    net = mf.mlp([16], inputs=784, outputs=10, norm=mf.BatchNorm())
+    found = mf.drawn_eigenvalues(net, num_samples=20, draws=3)
+    drawn = np.asarray(found.eigenvalues[:, 0])
+    np.testing.assert_allclose(values["lambda_max_drawn"]["values"], drawn, rtol=1e-4)
+    assert main(options) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    low, high = found.interval
+    assert "median of 3 drawn networks" in shown
+    assert f"between {low:.4g} and {high:.4g}" in shown
 
 
 @pytest.mark.slow

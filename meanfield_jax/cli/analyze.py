@@ -55,17 +55,29 @@ class Analyze:
             print_json("analyze", dataset)
             return
         console = Console()
+        console.print(_answer(dataset, self.draws), highlight=False)
         console.print(repr(network), highlight=False)
-        console.print(_order_table(dataset))
         console.print(_fisher_table(theory, dataset))
-        if self.draws:
-            low, high = dataset.lambda_max_interval.values
-            console.print(
-                f"lambda_max is the median of {self.draws} drawn networks; nine in ten lie between "
-                f"{low:.4g} and {high:.4g}."
-            )
-        if dataset.domain != "within":
-            console.print(f"Outside the theory's domain: {dataset.domain}.")
+        console.print(_order_table(dataset))
+
+
+def _answer(dataset: xr.Dataset, draws: int) -> str:
+    """The largest stable learning rate, and whether to trust it."""
+    first = (
+        f"[bold]eta_max = {float(dataset.eta_max):.4g}[/bold]: near a minimum of the squared loss, "
+        f"larger learning rates of the heavy ball (momentum {dataset.momentum:g}) diverge."
+    )
+    if draws:
+        low, high = dataset.lambda_max_interval.values
+        trust = (
+            f"It is that of the median of {draws} drawn networks; lambda_max of nine in ten lies "
+            f"between {low:.4g} and {high:.4g}."
+        )
+    elif dataset.domain == "within":
+        trust = "The network is within the theory's domain: trust it."
+    else:
+        trust = f"Do not trust it: {dataset.domain}."
+    return f"{first}\n{trust}\n"
 
 
 def _order_table(dataset: xr.Dataset) -> Table:

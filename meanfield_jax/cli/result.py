@@ -154,6 +154,12 @@ _ANALYZE = Result(
             eta_max="largest stable learning rate",
         ),
         within_domain=Variable("", "whether lambda_max can be trusted", TRUTH),
+        **_over(
+            "bound",
+            optional=True,
+            lambda_max_interval="with --draws: bounds for lambda_max of nine draws in ten",
+        ),
+        **_over("draw", optional=True, lambda_max_drawn="with --draws: lambda_max of each draw"),
     ),
 )
 

@@ -212,7 +212,7 @@ def _operator(
 ) -> FisherOperator:
     """The operator of a draw; what is known of that of another draw is not found out again."""
     weights, inputs = jax.random.split(key)
-    x = jax.random.normal(inputs, asked.shape) if data is None else data
+    x = jax.random.normal(inputs, asked.shape, jnp.float32) if data is None else data
     model = build(network, rngs=nnx.Rngs(weights))
     if asked.statistics == "frozen":
         nnx.update(model, batch_statistics(model, x))

@@ -5,6 +5,7 @@ the values that a model has: scales of 0, a readout of zeros, two equal samples.
 close to them it is visible with probability 1.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -35,6 +36,13 @@ NUM_SAMPLES = 8
 """Number of samples in the small batch on which layers are tested."""
 
 
+def _at_once() -> AbstractContextManager[None]:
+    """The context in which functions are evaluated even where their caller is being traced."""
+    # elsewhere nothing is changed: inside of it, what jit traces is compiled operation by operation
+    traced = isinstance(jnp.zeros(()), Tracer)
+    return jax.ensure_compile_time_eval() if traced else nullcontext()
+
+
 def couples_samples(op: "FisherOperator") -> bool | None:
     """Whether one sample's outputs, or their derivatives, depend on the others in its batch.
 
@@ -63,20 +71,20 @@ def _apart(first: list[np.ndarray], second: list[np.ndarray]) -> bool | None:
 
 def _response(op: "FisherOperator", seed: int) -> list[np.ndarray]:
     """The first sample's outputs and a derivative of them; the seed draws the other samples."""
-    with jax.ensure_compile_time_eval():
-        found = _response_to(_small(op, 4), jax.random.key(seed, impl="unsafe_rbg"))
+    small = _small(op, 4)
+    first, others = (_near_data(small.x, np.random.default_rng(each)) for each in (0, seed))
+    x = jax.tree.map(lambda a, b: np.concatenate([a[:1], b[1:]]), first, others)
+    rng = np.random.default_rng(0)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), small.params)
+    near, direction = _near(small.params, rng), _near(ones, rng)
+    with _at_once():
+        found = _response_to(small.unchecked(params=near, x=x), direction)
         return [np.asarray(part) for part in found]
 
 
 @jax.jit
-def _response_to(op: "FisherOperator", key: Array) -> tuple[Array, Array]:
-    fixed = jax.random.key(0, impl="unsafe_rbg")
-    params = _near(op.params, fixed)
-    direction = jax.tree.map(jnp.ones_like, op.params)
-    direction = _near(direction, jax.random.fold_in(fixed, 1))
-    first, others = _near_data(op.x, fixed), _near_data(op.x, key)
-    x = jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b[1:]]), first, others)
-    outputs, slope = jax.jvp(lambda p: op.evaluate(p, x), (params,), (direction,))
+def _response_to(op: "FisherOperator", direction: Any) -> tuple[Array, Array]:
+    outputs, slope = jax.jvp(lambda p: op.evaluate(p, op.x), (op.params,), (direction,))
     return outputs[0], slope[0]
 
 
@@ -105,9 +113,11 @@ def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
         held = sum(sizes[f"{layer}/kernel"] for layer in layers)
         if held <= LEAST_FRACTION * op.num_parameters:
             return ()
-        with jax.ensure_compile_time_eval():
-            small = _small(op, NUM_SAMPLES).unchecked(dense=layers)
-            plain, apart = (np.asarray(part, float) for part in _products(small))
+        small, rng = _near_operator(op)
+        u = rng.standard_normal((NUM_SAMPLES, *op.output_shape[1:])).astype(op.dtype)
+        with _at_once():
+            found = _products(small.unchecked(dense=layers), u)
+            plain, apart = (np.asarray(part, float) for part in found)
     except jax.errors.UnexpectedTracerError:  # used inside a remat, scan or vmap
         return ()
     error, scale = np.abs(plain - apart).max(), np.abs(plain).max()
@@ -116,13 +126,10 @@ def dense_layers(op: "FisherOperator") -> tuple[str, ...]:
 
 
 @jax.jit
-def _products(op: "FisherOperator") -> tuple[Array, Array]:
-    """The plain product and the one that treats dense layers apart, for one random vector."""
+def _products(op: "FisherOperator", u: Array) -> tuple[Array, Array]:
+    """The plain product and the one that treats dense layers apart."""
     from meanfield_jax.empirical.products import outer
 
-    key = jax.random.key(0, impl="unsafe_rbg")
-    op = op.unchecked(params=_near(op.params, key), x=_near_data(op.x, key))
-    u = jax.random.normal(jax.random.fold_in(key, 1), op.output_shape, op.dtype)
     return outer(op.unchecked(dense=()))[1](u), outer(op)[1](u)
 
 
@@ -136,7 +143,7 @@ def layers_after_norms(op: "FisherOperator") -> tuple[str, ...]:
         Paths of the layers: the parameters' paths without their last name.
     """
     paths = [path_name(path) for path, _ in tree_leaves_with_path(op.params)]
-    small, found = _small(op, NUM_SAMPLES), []
+    small, found = _near_operator(op)[0], []
     for layer in dict.fromkeys(path.rpartition("/")[0] or path for path in paths):
         inside = np.array([path == layer or path.startswith(layer + "/") for path in paths])
         first, last = (float(_size(small, np.where(inside, f, 1.0))) for f in FACTORS)
@@ -149,12 +156,11 @@ def layers_after_norms(op: "FisherOperator") -> tuple[str, ...]:
 @jax.jit
 def _size(op: "FisherOperator", factors: Array) -> Array:
     """The outputs' root mean square, with each array of parameters multiplied by a factor."""
-    key = jax.random.key(0, impl="unsafe_rbg")
-    leaves, treedef = jax.tree.flatten(_near(op.params, key))
+    leaves, treedef = jax.tree.flatten(op.params)
     scaled = [
         leaf * factor.astype(leaf.dtype) for leaf, factor in zip(leaves, factors, strict=True)
     ]
-    outputs = op.evaluate(treedef.unflatten(scaled), _near_data(op.x, key))
+    outputs = op.evaluate(treedef.unflatten(scaled), op.x)
     return jnp.sqrt(jnp.mean(outputs**2))
 
 
@@ -190,39 +196,50 @@ def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":
     )
 
 
-def _near(tree: Any, key: Array) -> Any:
-    """Random arrays near those of a tree; where these are 0, of size 1/sqrt(fan-in)."""
-    leaves, treedef = jax.tree.flatten(tree)
-
-    def moved(leaf: Array, key: Array) -> Array:
-        size = SIZE * jnp.sqrt(jnp.mean(jnp.square(leaf.astype(jnp.float32))))
-        fan_in = max(1, int(np.prod(leaf.shape[:-1])))
-        size = jnp.where(size > 0, size, fan_in**-0.5)
-        noise = jax.random.normal(key, leaf.shape)
-        return leaf + (size * noise).astype(leaf.dtype)
-
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten(map(moved, leaves, keys))
+def _near_operator(op: "FisherOperator") -> tuple["FisherOperator", np.random.Generator]:
+    """The operator at random parameters and a few random inputs, and where these came from."""
+    small, rng = _small(op, NUM_SAMPLES), np.random.default_rng(0)
+    near = small.unchecked(params=_near(small.params, rng), x=_near_data(small.x, rng))
+    return near, rng
 
 
-def _near_data(x: Any, key: Array) -> Any:
+def _near(tree: Any, rng: np.random.Generator) -> Any:
+    """Random arrays near those of a tree; where these are 0, of size 1/sqrt(fan-in).
+
+    They are NumPy's, because JAX's random numbers would take seconds to compile.
+
+    Returns:
+        A tree of the same structure, shapes and dtypes.
+    """
+
+    def moved(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        size = SIZE * np.sqrt(np.mean(np.square(leaf.astype(np.float32))))
+        if not size > 0:
+            size = max(1, int(np.prod(leaf.shape[:-1]))) ** -0.5
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        return leaf + (np.float32(size) * noise).astype(leaf.dtype)
+
+    return jax.tree.map(moved, tree)
+
+
+def _near_data(x: Any, rng: np.random.Generator) -> Any:
     """Random inputs like x: numbers within its range, masks unchanged."""
-    leaves, treedef = jax.tree.flatten(x)
 
-    def moved(leaf: Array, key: Array) -> Array:
+    def moved(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
         if leaf.size == 0 or leaf.dtype == bool:
             return leaf
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            low, high = leaf.min().astype(jnp.int32), leaf.max().astype(jnp.int32)
-            above = jnp.where(high > low, high, low + 1) + 1
-            return jax.random.randint(key, leaf.shape, low, above).astype(leaf.dtype)
+            low, high = int(leaf.min()), int(leaf.max())
+            return rng.integers(low, max(high, low + 1) + 1, leaf.shape).astype(leaf.dtype)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        size = SIZE * leaf.astype(jnp.float32).std()
-        noise = jax.random.normal(key, leaf.shape)
-        near = leaf + (jnp.where(size > 0, size, 1.0) * noise).astype(leaf.dtype)
+        size = SIZE * leaf.astype(np.float32).std()
+        scale = size if size > 0 else np.float32(1)
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        near = leaf + (scale * noise).astype(leaf.dtype)
         # a model may not be defined outside the range of its data
-        return jnp.where(size > 0, jnp.clip(near, leaf.min(), leaf.max()), near)
+        return np.clip(near, leaf.min(), leaf.max()) if size > 0 else near
 
-    keys = jax.random.split(key, max(1, len(leaves)))
-    return treedef.unflatten(map(moved, leaves, keys))
+    return jax.tree.map(moved, x)

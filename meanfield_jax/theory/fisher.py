@@ -184,7 +184,7 @@ class Fisher:
         ]
         if self.drawn is not None or not found:
             return ""
-        return "; ".join([*found, "or draw networks, analyze(..., draws=8)"])
+        return "; ".join([*found, "or draw networks with draws=8"])
 
     @property
     def _domain(self) -> list[tuple[Array, float, str]]:
