@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked
-from meanfield_jax.checks import check_choice, check_data
+from meanfield_jax.checks import check_choice, check_data, whole
 from meanfield_jax.empirical.fisher import FisherDual, FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.likelihood import likelihood_factor
@@ -109,7 +109,7 @@ def drawn_eigenvalues(
     network: Network,
     data: Array | None = None,
     *,
-    num_samples: int | None = None,
+    num_samples: int | Array | None = None,
     k: int = 1,
     draws: int = 8,
     layers: Sequence[str] = (),
@@ -170,10 +170,10 @@ def drawn_eigenvalues(
     if draws < 1:
         raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
     if data is None:
-        if not isinstance(num_samples, int) or num_samples < 1:
+        if num_samples is None or isinstance(num_samples, Tracer):
             cause, remedy = "drawn networks need a batch", "pass a positive integer, or data"
             raise problem(SpecError, "num_samples", num_samples, cause, remedy)
-        shape = (num_samples, *network.input_shape)
+        shape = (whole("num_samples", num_samples, 1), *network.input_shape)
         within("MEMORY", "num_samples", num_samples, 4.0 * math.prod(shape))
     else:
         data = check_data(data).astype(jnp.float32)
@@ -228,7 +228,8 @@ def _eigenvalues(op: FisherOperator, key: Array, tol: float | Array, asked: Aske
     fixed = op
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(op)):
         fixed = jax.lax.stop_gradient(op)  # the search is not differentiated
-    found = top_eigenvalues(fixed.dual, asked.k, tol=tol, key=key, vectors=True)
+    tolerance: Any = tol  # a number, or one that is being traced
+    found = top_eigenvalues(fixed.dual, asked.k, tol=tolerance, key=key, vectors=True)
     return _along(op.dual, found.eigenvectors), found.num_matvecs, found.status
 
 
@@ -240,7 +241,7 @@ def _along(dual: FisherDual, vectors: Float[Array, "k size"]) -> Float[Array, " 
     factor, _ = likelihood_factor(op.likelihood, outputs)
 
     def one(u: Array) -> Array:
-        gradient = backward(factor(u.reshape(outputs.shape)))
-        return sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)) / op.num_samples
+        gradient = op.flat(backward(factor(u.reshape(outputs.shape))))
+        return jnp.vdot(gradient, gradient, precision="highest") / op.num_samples
 
     return jax.lax.map(one, vectors)

@@ -181,7 +181,7 @@ def of_rank(value: Array | float, ndim: int) -> Array:
 
 
 def normalize(
-    x: Array, mean: Array, var: Array, scale: Array | float, bias: Array | float, eps: float
+    x: Array, mean: Array, var: Array, scale: Array | float, bias: Array | float, eps: Array | float
 ) -> Array:
     """Computes scale (x - mean) / sqrt(var + eps) + bias by broadcasting, in the dtype of x."""
     mean, var, scale, bias = (of_rank(value, x.ndim) for value in (mean, var, scale, bias))

@@ -247,7 +247,7 @@ def proxy_normalize(
     bias: Array,
     beta_tilde: Array,
     gamma_tilde: Array,
-    eps: float,
+    eps: Array | float,
 ) -> Array:
     """(phi(y) - mean) / sqrt(variance + eps), with those of phi(scale Y + bias), in y's dtype."""
     mean, var = proxy_statistics(function, scale, bias, beta_tilde, gamma_tilde)

@@ -232,8 +232,8 @@ def analyze(
         _check_status(network, found.status, data)
     drawn = None
     if draws:
-        options = dict(draws=draws, statistics=statistics, likelihood=likelihood)
-        drawn = drawn_eigenvalues(network, data, num_samples=num_samples, **options)
+        options: dict[str, Any] = dict(statistics=statistics, likelihood=likelihood)
+        drawn = drawn_eigenvalues(network, data, num_samples=num_samples, draws=draws, **options)
         if throw and not isinstance(drawn.status, Tracer):
             drawn.raise_if_failed()
     fisher = of_outputs(found, num_outputs, likelihood, probabilities)
