@@ -33,8 +33,8 @@ def vectors(data_dir: str | None) -> jax.Array:
 
 
 def images(name: str, data_dir: str | None) -> jax.Array:
-    """32 images, averaged over squares to 14x14 (MNIST) or 16x16 (CIFAR-10), standardized."""
-    x, _ = mf.data.load(name, num_samples=32, data_dir=data_dir)
+    """16 images, averaged over squares to 14x14 (MNIST) or 16x16 (CIFAR-10), standardized."""
+    x, _ = mf.data.load(name, num_samples=16, data_dir=data_dir)
     x = jnp.asarray(x)
     side = x.shape[1] // 2
     x = x.reshape(len(x), side, 2, side, 2, -1).mean((2, 4))

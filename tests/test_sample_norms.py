@@ -368,3 +368,16 @@ def test_the_derivative_of_the_deviation_vanishes_with_the_width():
         errors.append(np.abs(values.mean(0) / expected - 1))
         assert (errors[-1] < 1.5 / width + 4 * standard_error(values) / expected).all()
     assert errors[0].max() > 0.05
+
+
+def test_small_groups_are_outside_the_domain():
+    def few(norm, side):
+        network = mf.Network((side, side, 8), (mf.Conv(16), norm, RELU, mf.Flatten(), mf.Dense(2)))
+        return mf.analyze(network, num_samples=50).fisher
+
+    # three of four numbers that sum to 0 are free: 3 / (3 - 2)
+    assert_close(few(mf.InstanceNorm(), 2).variance_fluctuation, 3.0, "rounding", dtype=np.float32)
+    assert not few(mf.InstanceNorm(), 2).within_domain
+    assert "vary in more directions" in few(mf.InstanceNorm(), 2).domain_reason()
+    assert few(mf.GroupNorm(num_groups=1), 4).variance_fluctuation < 1.1
+    assert few(mf.BatchNorm(), 4).variance_fluctuation == 1

@@ -112,8 +112,9 @@ class Kernel(Generic[M]):
             ``covariance``.
         tangent_deviation: The same for ``tangent``.
         status: A :class:`Status` as an integer: CONVERGED unless a normalization failed.
-        fluctuation: On a batch, the largest E[1 / variance] E[variance] of the values normalized
-            over it; None for i.i.d. samples, for which it depends only on their number.
+        fluctuation: The largest E[1 / variance] E[variance] of the values that were normalized
+            over a batch, or within a sample. Over i.i.d. samples it depends only on their number,
+            and is left out.
         channels: Units per position (width), a number.
         statistics: ``"batch"``, ``"frozen"`` or ``"wei2019"``.
     """
@@ -127,7 +128,7 @@ class Kernel(Generic[M]):
     deviation: M | None
     tangent_deviation: M | None
     status: Int[Array, ""]
-    fluctuation: Float[Array, ""] | None
+    fluctuation: Float[Array, ""]
     channels: Float[Array, ""] | float
     statistics: str = static()
 
@@ -240,25 +241,17 @@ class Kernel(Generic[M]):
         lost = jnp.where(rounding > LOSS * (jnp.mean(var) + eps), Status.CANCELLATION, 0)
         return self.replace(status=first_failure_of(self.status, lost))
 
-    def with_fluctuation(
-        self, factor: Float[Array, "..."], var: Float[Array, "..."], eps: Array | float
-    ) -> Self:
-        """The kernel, with status FEW_DIRECTIONS if a variance over the batch fluctuates too much.
+    def with_fluctuation(self, factor: Float[Array, ""]) -> Self:
+        """The kernel, with status FEW_DIRECTIONS if a variance fluctuates too much.
 
         Args:
             factor: E[1 / variance] E[variance] over random weights.
-            var: The variance.
-            eps: The constant added to it; where it is far above the variance, nothing is random.
 
         Returns:
-            The kernel; unchanged for i.i.d. samples, whose number was already checked.
+            The kernel.
         """
-        if self.fluctuation is None:
-            return self
-        random = jnp.mean(var) > LOSS * eps
-        fluctuation = jnp.where(random, jnp.mean(factor), 1.0)
-        few = jnp.where(fluctuation < MOST_FLUCTUATION, 0, Status.FEW_DIRECTIONS)
-        largest = jnp.maximum(self.fluctuation, fluctuation)
+        few = jnp.where(factor < MOST_FLUCTUATION, 0, Status.FEW_DIRECTIONS)
+        largest = jnp.maximum(self.fluctuation, factor)
         return self.replace(status=first_failure_of(self.status, few), fluctuation=largest)
 
     def activated(self, phi: Nonlinearity) -> Self:
@@ -362,9 +355,7 @@ def batch_inputs(x: Float[Array, "n ..."], statistics: str, modulus: int) -> Ker
         deviation = gram(x - x.mean(0, keepdims=True), None)
     else:
         covariance, deviation = dataclasses.replace(covariance, images=x), None
-    fluctuation = jnp.ones((), x.dtype)
-    kernel = _inputs(covariance, zero, x.shape[-1], statistics)
-    return kernel.replace(deviation=deviation, fluctuation=fluctuation)
+    return _inputs(covariance, zero, x.shape[-1], statistics).replace(deviation=deviation)
 
 
 def _inputs(covariance: M, zero: M, channels: Array | float, statistics: str) -> Kernel[M]:
@@ -378,7 +369,7 @@ def _inputs(covariance: M, zero: M, channels: Array | float, statistics: str) ->
         deviation=None,
         tangent_deviation=None,
         status=jnp.asarray(Status.CONVERGED, jnp.int32),
-        fluctuation=None,
+        fluctuation=jnp.ones((), covariance.dtype),
         channels=jnp.asarray(channels, covariance.dtype),
         statistics=statistics,
     )

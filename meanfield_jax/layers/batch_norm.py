@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.kernel.kernel import PUBLISHED, Projection
+from meanfield_jax.kernel.kernel import LOSS, PUBLISHED, Projection
 from meanfield_jax.kernel.sphere import SphereAverages
 from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, layer
 from meanfield_jax.layers.norm import Norm, constant, normalize, statistics_dtype
@@ -110,7 +110,10 @@ def batch_rule(
             *(_mixed(a, b, fraction) for a, b in zip(expected, sphere, strict=True))
         )
         correlation, gain = sphere.first, gain * sphere.factor
-        kernel = kernel.with_fluctuation(sphere.factor, var, norm.eps)
+        if not covariance.iid:  # the number of i.i.d. samples was already checked
+            # where eps is far above the variance, nothing is random
+            random = jnp.mean(var) > LOSS * jnp.asarray(norm.eps)
+            kernel = kernel.with_fluctuation(jnp.where(random, jnp.mean(sphere.factor), 1.0))
         if kernel.statistics == "batch":
             projection = sphere
     # scale and shift

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import Projection
@@ -108,6 +110,9 @@ def group_rule(
         As :meth:`meanfield_jax.Layer.rule`.
 
     Accuracy:
+        The kernel's ``fluctuation`` tells where a group varies in so few directions that the rule
+        is not to be trusted, such as one channel on maps of 2x2: lambda_max was a quarter of that
+        of drawn networks there.
         With a ReLU-like function after it, to first order in 1/D, where D = m PR is the effective
         number of values in a group and PR the participation ratio of the positions' covariance;
         with other functions, T of two samples is exact to zeroth order only. Predicted / measured
@@ -125,6 +130,7 @@ def group_rule(
     gain = spec.gain(centred, centred.sample_mean(centred.diagonal()))
     tangent = _centred(kernel.effective_tangent, fraction) * gain
     correlation, on_tangent, on_products = _own_deviation(centred * gain, fraction)
+    kernel = kernel.with_fluctuation(_fluctuation(centred * gain, fraction))
     after, injection = spec.affine(kernel, correlation, tangent * on_tangent)
     _, own, weight = (correlation * after.tangent).position_means()
     cross = correlation.own_product(after.tangent)
@@ -136,6 +142,14 @@ def _centred(matrix: Matrix, fraction: Array | float) -> Matrix:
     """The matrix of the values minus their mean over positions and 1/fraction channels."""
     row, column, both = matrix.position_means()
     return matrix - (row + column - both) * fraction
+
+
+def _fluctuation(correlation: Matrix, fraction: Array | float) -> Float[Array, ""]:
+    """The largest E[1 / s^2] E[s^2] of a sample, from below."""
+    # to second order; and that of r free values, r / (r - 2)
+    second = 1 + 2 * fraction * jnp.max((correlation * correlation).position_means()[2].diagonal())
+    size = math.prod(correlation.positions) / fraction - 1
+    return jnp.maximum(second, size / jnp.maximum(size - 2, 1e-3))
 
 
 def _own_deviation(correlation: Matrix, fraction: Array | float) -> tuple[Matrix, Matrix, Matrix]:

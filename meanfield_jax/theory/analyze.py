@@ -38,7 +38,7 @@ CAUSES = {
     Status.FEW_DIRECTIONS: (
         "the batch varies in too few directions to be normalized over, so the mean of 1 / variance "
         "over random weights is infinite; pass more features and samples, none of which outweighs "
-        "all others, or measure a draw with fisher_operator"
+        "all others, or draw networks with drawn_eigenvalues"
     ),
     Status.CANCELLATION: (
         "the batch is so nearly constant that its variance is lost to rounding; "

@@ -59,8 +59,8 @@ class Fisher:
             T/n has a large eigenvalue and n - 1 equal to (T_same - T_other)/n.
         multiplicity: How many times F has each of ``eigenvalues``.
         variance_fluctuation: The largest E[1 / variance] E[variance], over random weights, of the
-            values that are normalized over a batch of data: r / (r - 2) if they vary equally in r
-            directions.
+            values that are normalized over a batch of data, or over positions and a group of
+            channels: r / (r - 2) if they vary equally in r directions.
         drawn: The largest eigenvalues of drawn networks, if ``analyze`` was given ``draws``; they
             take the place of ``lambda_max`` of the wide limit.
 
@@ -200,7 +200,7 @@ class Fisher:
                 jnp.asarray(self.variance_fluctuation),
                 MOST_FLUCTUATION,
                 "E[1 / variance] E[variance] of a normalization is {:.2f} (trusted up to {:.2f}): "
-                "use data that vary in more directions",
+                "use data that vary in more directions, or larger groups",
             ),
         ]
         if self.eigenvalues is not None:

@@ -217,7 +217,7 @@ def _found(
             fisher[name] = hole * fisher[name]
     statistics = Fisher(
         **fisher,
-        variance_fluctuation=1.0 if kernel.fluctuation is None else kernel.fluctuation,
+        variance_fluctuation=kernel.fluctuation,
         contributions=Contributions(**kinds, layers=tuple(paths.tolist())),
         bulk_contributions=small * (total[0] - total[2]),
         draw_width=jnp.sqrt(jnp.maximum(after, 0)),
