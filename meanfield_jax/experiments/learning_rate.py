@@ -9,7 +9,7 @@ import dataclasses
 import html
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ from jax import Array
 from jax.core import Tracer
 
 from meanfield_jax.arguments import as_given, checked, momenta
-from meanfield_jax.checks import check_choice, check_data, targets
+from meanfield_jax.checks import check_choice, check_data
 from meanfield_jax.empirical.draws import drawn_eigenvalues
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import couples_samples, layers_after_norms
 from meanfield_jax.empirical.lanczos import top_eigenvalues
+from meanfield_jax.empirical.loss import LOSSES, checked_targets, mean_loss
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
@@ -51,9 +52,6 @@ from meanfield_jax.theory.rates import (
     sign_descent,
 )
 from meanfield_jax.theory.stability import of_rate_1
-
-LOSSES = {"squared": "gaussian", "cross_entropy": "categorical", "bernoulli": "bernoulli"}
-"""The likelihood whose Fisher matrix is the curvature of each loss."""
 
 MEANINGS = dict(
     quadratic="stable where the loss is quadratic, near a minimum",
@@ -293,7 +291,7 @@ def learning_rate(
     """
     check_choice("loss", loss, tuple(LOSSES))
     start = time.perf_counter()
-    rule = _rule(optimizer, momentum)
+    rule = rule_of(optimizer, momentum)
     if isinstance(model, Network):
         found = _predicted(model, x, rule, loss, statistics, num_samples, draws)
     else:
@@ -305,7 +303,7 @@ def learning_rate(
     return dataclasses.replace(found, recommended=recommended, seconds=seconds)
 
 
-def _rule(optimizer: Any, momentum: float | Array) -> Rule | None:
+def rule_of(optimizer: Any, momentum: float | Array) -> Rule | None:
     """The rule of a linear optimizer; None for Adam."""
     if isinstance(optimizer, str):
         check_choice("optimizer", optimizer, ("heavy_ball", "adam"))
@@ -376,46 +374,112 @@ def _measured(
     """The rates of a model, by Lanczos."""
     if x is None:
         raise problem(DataError, "x", x, "a model is measured on data", "pass a training batch")
-    operator = _operator(model, params, x, LOSSES[loss], statistics)
+    operator = operator_of(model, params, x, loss, statistics)
     layers = layers_after_norms(operator)
     whole = top_eigenvalues(operator, tol=TOLERANCE).raise_if_failed()
-    products, lambda_max = int(whole.num_matvecs), whole.eigenvalues[0]
+    lambda_max = whole.eigenvalues[0]
     eta_max(lambda_max)  # refuses 0
-    everything = all(any(_inside(path, layer) for layer in layers) for path in operator.paths)
-    lambda_after, notes = lambda_max, (NO_NORM,)
-    if not everything:
-        block = operator.block(*layers)
-        part = top_eigenvalues(block, tol=TOLERANCE, vectors=True).raise_if_failed()
-        products, lambda_after = products + int(part.num_matvecs), part.eigenvalues[0]
-        assert part.eigenvectors is not None
-        notes = ()
-        if _common(block, part.eigenvectors[0]) < 0.5:
-            aligned = trace(block, num_probes=PROBES).raise_if_failed()
-            outputs = np.prod(operator.output_shape[1:])
-            lambda_after = jnp.maximum(lambda_after, ALIGNED * aligned.value / outputs)
-            products, notes = products + int(aligned.num_matvecs), (LITTLE_IN_COMMON,)
-    if float(lambda_after) <= 0:
-        cause = "no curvature: the outputs do not depend on the last layers' parameters"
-        raise problem(SpecError, "model", type(model).__name__, cause, "check for weights of 0")
 
     def by_signs() -> Array:
         scaled = _preconditioned(operator, layers, y, loss)
         return 2 / top_eigenvalues(scaled, tol=TOLERANCE).raise_if_failed().eigenvalues[0]
 
-    over_batch = bool(couples_samples(operator))
-    found = _rates(rule, loss, lambda_max, lambda_after, over_batch, by_signs)
-    rough = LITTLE_IN_COMMON in notes
+    after = _after_norms(operator, layers, lambda_max)
     return LearningRate(
-        recommended=(CAREFUL if rough else 1.0) * found["no_spike"],
-        **found,
+        **_rates_of(operator, rule, loss, lambda_max, after, by_signs),
         lambda_max=lambda_max,
-        lambda_after_norms=lambda_after,
         loss=loss,
         source="measured",
         num_outputs=int(np.prod(operator.output_shape[1:])),
         decisive=layers,
-        products=products,
-        reasons=(*notes, *_cautions(rule, loss)),
+        products=int(whole.num_matvecs) + after.products,
+    )
+
+
+class _After(NamedTuple):
+    """What is measured of the parameters that no normalization follows.
+
+    Attributes:
+        lambda_max: The eigenvalue that decides from a random start, ().
+        products: How many products that took.
+        notes: Why the rates may be wrong.
+    """
+
+    lambda_max: Array
+    products: int
+    notes: tuple[str, ...]
+
+
+def _after_norms(
+    operator: FisherOperator, layers: tuple[str, ...], lambda_max: Array | None
+) -> _After:
+    """Measures the eigenvalue that decides; without a norm it is ``lambda_max``, if known."""
+    everything = all(any(_inside(path, layer) for layer in layers) for path in operator.paths)
+    if everything and lambda_max is not None:
+        return _After(lambda_max, 0, (NO_NORM,))
+    block = operator.block(*layers)
+    part = top_eigenvalues(block, tol=TOLERANCE, vectors=True).raise_if_failed()
+    found = _After(part.eigenvalues[0], int(part.num_matvecs), (NO_NORM,) * everything)
+    assert part.eigenvectors is not None
+    if not everything and _common(block, part.eigenvectors[0]) < 0.5:
+        aligned = trace(block, num_probes=PROBES).raise_if_failed()
+        outputs = np.prod(operator.output_shape[1:])
+        largest = jnp.maximum(found.lambda_max, ALIGNED * aligned.value / outputs)
+        products = found.products + int(aligned.num_matvecs)
+        found = _After(largest, products, (LITTLE_IN_COMMON,))
+    if float(found.lambda_max) <= 0:
+        cause = "no curvature: the outputs do not depend on the last layers' parameters"
+        value = float(found.lambda_max)
+        raise problem(SpecError, "lambda_after_norms", value, cause, "check for weights of 0")
+    return found
+
+
+def _rates_of(
+    operator: FisherOperator,
+    rule: Rule | None,
+    loss: str,
+    lambda_max: Array,
+    after: _After,
+    by_signs: Callable[[], Array] | None = None,
+) -> dict[str, Any]:
+    """The fields of a result that follow from what was measured of a model."""
+    over_batch = bool(couples_samples(operator))
+    found = _rates(rule, loss, lambda_max, after.lambda_max, over_batch, by_signs)
+    return dict(
+        **found,
+        recommended=(CAREFUL if LITTLE_IN_COMMON in after.notes else 1.0) * found["no_spike"],
+        lambda_after_norms=after.lambda_max,
+        reasons=(*after.notes, *_cautions(rule, loss)),
+    )
+
+
+def measured_again(
+    rate: LearningRate, operator: FisherOperator, rule: Rule, steps: int
+) -> LearningRate:
+    """The rates of a model whose parameters have changed.
+
+    Only the parameters after the norms are measured: ``lambda_max`` and ``quadratic`` stay as they
+    were, unless there is no norm.
+
+    Args:
+        rate: What :func:`learning_rate` returned before.
+        operator: The operator of the model as it is now.
+        rule: That of the optimizer.
+        steps: The number of steps since then.
+
+    Returns:
+        The rates of the model as it is now, with a fraction of 1.
+    """
+    start = time.perf_counter()
+    after = _after_norms(operator, rate.decisive, None)
+    lambda_max = after.lambda_max if NO_NORM in after.notes else rate.lambda_max
+    return dataclasses.replace(
+        rate,
+        **_rates_of(operator, rule, rate.loss, lambda_max, after),
+        lambda_max=lambda_max,
+        source=f"measured after {steps} steps",
+        products=rate.products + after.products,
+        seconds=rate.seconds + time.perf_counter() - start,
     )
 
 
@@ -425,11 +489,12 @@ def _rates(
     lambda_max: Array,
     lambda_after: Array,
     over_batch: bool,
-    by_signs: Callable[[], Array],
+    by_signs: Callable[[], Array] | None,
 ) -> dict[str, Any]:
     """The three rates; NaN where there is no rule."""
     unknown = jnp.full_like(lambda_after, jnp.nan)
     if rule is None:
+        assert by_signs is not None
         factor = 1.0 if over_batch else SIGNS_WITHIN_SAMPLES
         return dict(quadratic=unknown, no_spike=factor * by_signs(), bounded=unknown)
     found = rates(rule, lambda_max, lambda_after, over_batch)
@@ -456,8 +521,9 @@ def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _operator(model: Any, params: Any, x: Any, likelihood: str, statistics: str) -> FisherOperator:
-    """The model's Fisher matrix."""
+def operator_of(model: Any, params: Any, x: Any, loss: str, statistics: str) -> FisherOperator:
+    """The curvature of the loss of a model."""
+    likelihood = LOSSES[loss]
     if params is None:
         if not isinstance(model, nnx.Module):
             cause = "neither a Network nor a Flax NNX module, and there are no params"
@@ -494,17 +560,10 @@ def _preconditioned(
     if y is None:
         remedy = "pass the batch's targets"
         raise problem(SpecError, "y", y, "Adam's first steps depend on the gradient", remedy)
-    shape = operator.output_shape
-    if loss == "squared":
-        y = targets("y", y, operator.num_samples, shape[-1], operator.dtype)
+    y = checked_targets(loss, y, operator.output_shape, operator.dtype)
 
     def value(params: Any) -> Array:
-        outputs = operator.evaluate(params, operator.x)
-        if loss == "squared":
-            return jnp.sum((outputs - y.reshape(shape)) ** 2) / (2 * shape[0])
-        if loss == "bernoulli":
-            return optax.sigmoid_binary_cross_entropy(outputs, y).sum() / shape[0]
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+        return mean_loss(loss, operator.evaluate(params, operator.x), y)
 
     slopes = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(value))(operator.params))
     sizes = {path_name(path): jnp.sqrt(jnp.mean(slope**2)) for path, slope in slopes}
