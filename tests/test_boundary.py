@@ -171,6 +171,26 @@ def test_spectra_are_compared_given_the_inputs():
     assert_close(mean, predicted, "monte_carlo", 0, standard_error=np.hypot(error, signs))
 
 
+def test_eta_max_means_the_same_in_validate_and_in_analyze():
+    x, _ = samples(20, 5, 2)
+    found = mf.validate(SMALL_NORM, x, gammas=GAMMAS, draws=2, momentum=0.5)
+    for gamma in (None, *GAMMAS):
+        network = without_norms(SMALL_NORM) if gamma is None else with_gamma(SMALL_NORM, gamma)
+        at = found.sel(network="vanilla" if gamma is None else f"gamma={gamma:g}")
+        for statistics in ("batch", "frozen"):
+            with jax.enable_x64():
+                theory = mf.analyze(network, num_samples=20, statistics=statistics)
+                expected = float(theory.eta_max(0.5))
+            own = at.sel(statistics=statistics)
+            assert_close(own.eta_max, expected, "rounding", dtype=np.float32)
+            assert_close(own.lambda_max, 3 / expected, "rounding", dtype=np.float32)
+            # the largest of the outliers is above their mean
+            assert float(own.lambda_max) > float(own.predicted)
+    largest = found.measured.max("outlier").median("draw")
+    assert_close(found.eta_max_measured, 3 / largest, "rounding", dtype=np.float32)
+    assert np.all(found.curve_lambda_max > found.curve)
+
+
 @pytest.mark.parametrize("number", [0, 21])
 def test_more_eigenvalues_than_there_are_is_refused(number):
     with pytest.raises(mf.SpecError, match=f"num_eigenvalues={number}: the kernel has 20"):

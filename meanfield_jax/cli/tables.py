@@ -103,8 +103,9 @@ def spectrum_table(dataset: xr.Dataset) -> Table:
 def validation_table(dataset: xr.Dataset) -> Table:
     """The result of :func:`validate` as a table.
 
-    "ratio" is predicted / measured, "paper" is the prediction of ``"wei2019"``, and "top" is the
-    largest measured eigenvalue.
+    "predicted" and "measured" are the outliers' mean, "ratio" is predicted / measured, "paper" is
+    the prediction of ``"wei2019"``, "top" is the largest measured eigenvalue, and "eta_max" is
+    predicted for that of one draw.
 
     Returns:
         A Rich table with one row for each network in training mode, and one in evaluation mode if
@@ -130,7 +131,7 @@ def validation_table(dataset: xr.Dataset) -> Table:
             f"{float(own.predicted / at.measured_mean):.2f}",
             f"{float(published.predicted):.4g}",
             f"{float(published.predicted / at.measured_mean):.2f}",
-            f"{float(at.largest):.4g}",
+            f"{float(at.lambda_max_measured):.4g}",
             f"{float(own.eta_max):.2g}",
         )
         name = mode if (label, MODES[1]) in rows else ""

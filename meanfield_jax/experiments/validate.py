@@ -74,10 +74,12 @@ def validate(
     Returns:
         A data set over ``network`` (its label), ``statistics`` (batch, frozen, wei2019: what the
         theory assumes), ``mode`` (batch, frozen: what was measured), ``draw`` and ``outlier``:
-        ``predicted``, ``measured`` (eigenvalues; NaN where Lanczos failed), ``measured_mean`` and
-        ``standard_error`` of the outliers' mean over draws, ``largest`` (median over draws),
-        ``eta_max``, ``eta_max_measured`` and ``ratio`` = predicted / measured in the mode that
-        corresponds to the statistics; with gammas also ``curve`` over ``curve_gamma``. With
+        ``predicted`` (the outliers' mean over draws), ``measured`` (the outliers; NaN where Lanczos
+        failed), ``measured_mean`` and ``standard_error`` of their mean over draws, ``ratio`` =
+        predicted / measured in the mode that corresponds to the statistics; ``lambda_max`` of one
+        draw and ``eta_max`` from it, as :func:`analyze` predicts them, ``lambda_max_measured``
+        (median over draws) and ``eta_max_measured``; with gammas also ``curve`` (predicted) and
+        ``curve_lambda_max`` over ``curve_gamma``. With
         ``num_eigenvalues``, over ``eigenvalue``: ``spectrum_predicted`` (theory for ``x``),
         ``spectrum_measured`` (by draw, means of C), its ``spectrum_error``, ``spectrum_ratio``, and
         ``trace_predicted``, ``trace_measured``, ``trace_ratio``.
@@ -92,8 +94,6 @@ def validate(
         >>> bool(abs(mf.validate(net, x, draws=2).ratio.sel(statistics="batch") - 1) < 0.1)
         True
     """
-    import xarray as xr
-
     x = check_data(x)
     if draws < 1:
         raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
@@ -112,11 +112,11 @@ def validate(
     traces = np.full(shape, np.nan)
     seconds = _seconds(variants.values(), num_samples, draws, num_eigenvalues is not None)
     with Stages("Measuring", seconds, progress) as stages:
-        predicted = np.empty((len(variants), len(STATISTICS)))
+        predicted = np.empty((2, len(variants), len(STATISTICS)))
         # the theory of a batch has the dtype of the batch
         with jax.enable_x64(theory == "iid"):
             for row, variant in enumerate(variants.values()):
-                predicted[row] = [_outlier(variant, name, given) for name in STATISTICS]
+                predicted[:, row] = _predictions(variant, given)
                 stages.finished()
             curve = None if theory == "data" else _curve(network, gammas, given)
         for row, variant in enumerate(variants.values()):
@@ -131,8 +131,7 @@ def validate(
     if gammas and theory == "data":
         # each point costs seconds here, so the curve connects those already computed
         coords = dict(curve_gamma=list(map(float, gammas)), statistics=list(STATISTICS))
-        joined = xr.DataArray(predicted[1:], coords, ("curve_gamma", "statistics"))
-        curve = joined.sortby("curve_gamma")
+        curve = _as_curve(predicted[:, 1:], coords).sortby("curve_gamma")
     outliers = measured[..., : network.num_outputs]
     labels = list(variants)
     dataset = _dataset(labels, predicted, outliers, curve, momentum, num_samples, network)
@@ -241,41 +240,49 @@ def _in_both_modes(
     return np.stack([batch, frozen])
 
 
-def _outlier(network: Network, statistics: str, given: dict[str, Any]) -> float:
-    return float(analyze(network, statistics=statistics, **given).fisher.outlier)
+def _predictions(network: Network, given: dict[str, Any]) -> np.ndarray:
+    """The outliers' mean and the largest eigenvalue of one draw, (2, statistics)."""
+    fishers = [analyze(network, statistics=name, **given).fisher for name in STATISTICS]
+    found = [[float(fisher.outlier), float(fisher.lambda_max)] for fisher in fishers]
+    return np.array(found).T
 
 
-def _curve(network: Network, gammas: Sequence[float], given: dict[str, Any]) -> xr.DataArray | None:
-    """Predicted outliers on a finer grid of gamma, (curve_gamma, statistics)."""
+def _as_curve(values: np.ndarray, coords: dict[str, Any]) -> xr.Dataset:
+    """What :func:`_predictions` returns for several gammas, (2, curve_gamma, statistics)."""
     import xarray as xr
 
+    dims = ("curve_gamma", "statistics")
+    return xr.Dataset(dict(curve=(dims, values[0]), curve_lambda_max=(dims, values[1])), coords)
+
+
+def _curve(network: Network, gammas: Sequence[float], given: dict[str, Any]) -> xr.Dataset | None:
+    """Predictions on a finer grid of gamma."""
     if not gammas:
         return None
     low, high = min(map(abs, gammas)), max(map(abs, gammas))
     grid = np.geomspace(max(low, 1e-3) * 0.8, max(high, 1e-3) * 1.25, CURVE_POINTS)
-    values = [
-        [_outlier(with_gamma(network, float(gamma)), name, given) for name in STATISTICS]
-        for gamma in grid
-    ]
+    values = [_predictions(with_gamma(network, float(gamma)), given) for gamma in grid]
     coords = dict(curve_gamma=grid, statistics=list(STATISTICS))
-    return xr.DataArray(values, coords, ("curve_gamma", "statistics"))
+    return _as_curve(np.stack(values, 1), coords)
 
 
-def _dataset(labels, predicted, measured, curve, momentum, num_samples, network) -> xr.Dataset:
+def _dataset(labels, predictions, measured, curve, momentum, num_samples, network) -> xr.Dataset:
     import xarray as xr
 
     means = measured.mean(-1)
     mean = means.mean(-1)
+    predicted, lambda_max = predictions
     spoken_of = [MODES.index("batch" if name == "batch" else "frozen") for name in STATISTICS]
     largest = np.median(measured.max(-1), axis=-1)
     data = dict(
         predicted=(("network", "statistics"), predicted),
-        eta_max=(("network", "statistics"), stable_rate(jnp.asarray(predicted), momentum)),
+        lambda_max=(("network", "statistics"), lambda_max),
+        eta_max=(("network", "statistics"), stable_rate(jnp.asarray(lambda_max), momentum)),
         ratio=(("network", "statistics"), predicted / mean[:, spoken_of]),
         measured=(("network", "mode", "draw", "outlier"), measured),
         measured_mean=(("network", "mode"), mean),
         standard_error=(("network", "mode"), standard_error(means, 2)),
-        largest=(("network", "mode"), largest),
+        lambda_max_measured=(("network", "mode"), largest),
         eta_max_measured=(("network", "mode"), stable_rate(jnp.asarray(largest), momentum)),
     )
     gammas = [float(name.partition("=")[2] or "nan") for name in labels]
@@ -287,7 +294,7 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
     )
     attributes = dict(num_samples=num_samples, momentum=momentum, spec=network.to_json(indent=None))
     dataset = xr.Dataset(data, coords, attributes)
-    return dataset if curve is None else dataset.assign(curve=curve)
+    return dataset if curve is None else dataset.assign(curve)
 
 
 def modes_measured(dataset: xr.Dataset) -> list[tuple[str, Mode]]:
