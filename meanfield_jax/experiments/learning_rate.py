@@ -25,7 +25,14 @@ from meanfield_jax.empirical.draws import drawn_eigenvalues
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import couples_samples, layers_after_norms
 from meanfield_jax.empirical.lanczos import top_eigenvalues
-from meanfield_jax.empirical.loss import LOSSES, checked_targets, mean_loss
+from meanfield_jax.empirical.loss import (
+    LOSSES,
+    Loss,
+    check_loss,
+    checked_targets,
+    curvature,
+    mean_loss,
+)
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
@@ -71,6 +78,11 @@ INFORMATION = dict(
     bernoulli=lambda num_outputs: 0.25,
 )
 """Curvature of each loss in units of the squared one's, where all outputs are equal."""
+
+OWN_LOSS = (
+    "the rules were tested on the squared loss; with another one they are those of its curvature "
+    "at the start: no_spike is a first rate, and no rate is a bound"
+)
 
 PROBES = 6
 """Number of probes of a trace, good to some 20 %."""
@@ -135,7 +147,7 @@ class LearningRate(Number):
         bounded: The rate above which training from a random start diverges.
         lambda_max: The largest eigenvalue of the Fisher matrix.
         lambda_after_norms: That of its part for the parameters that no normalization follows.
-        loss: ``"squared"``, ``"cross_entropy"`` or ``"bernoulli"``.
+        loss: ``"squared"``, ``"cross_entropy"`` or ``"bernoulli"``, or the formula of another.
         source: ``"theory"``, ``"measured"`` or, for example, ``"8 drawn networks"``.
         num_outputs: C.
         decisive: Paths of the layers that no normalization follows.
@@ -174,6 +186,10 @@ class LearningRate(Number):
         """
         return self.recommended * self.num_outputs
 
+    @property
+    def _formula(self) -> str:
+        return FORMULAS.get(self.loss, self.loss)
+
     def _rows(self) -> list[tuple[str, str, str]]:
         """Name, number and meaning of each rate."""
         named = dict(recommended="the rate to start from") | MEANINGS
@@ -195,7 +211,7 @@ class LearningRate(Number):
     def __repr__(self) -> str:
         if isinstance(self.recommended, Tracer) or jnp.ndim(self.recommended):
             return f"LearningRate({self.recommended})"
-        lines = [f"LearningRate {float(self):.4g} for the loss {FORMULAS[self.loss]}"]
+        lines = [f"LearningRate {float(self):.4g} for the loss {self._formula}"]
         lines += [f"  {name:<12} {number:>9}  {text}" for name, number, text in self._rows()[1:]]
         lines.append(f"  {self._about()}")
         lines += [f"  caution: {reason}" for reason in self.reasons]
@@ -207,7 +223,7 @@ class LearningRate(Number):
             for name, number, text in self._rows()
         )
         notes = [self._about(), *(f"caution: {reason}" for reason in self.reasons)]
-        head = f"Learning rate for the loss {FORMULAS[self.loss]}"
+        head = f"Learning rate for the loss {self._formula}"
         below = "<br>".join(html.escape(note) for note in notes)
         return f"<b>{html.escape(head)}</b><table>{cells}</table><small>{below}</small>"
 
@@ -224,7 +240,7 @@ def learning_rate(
     y: Array | None = None,
     optimizer: str | Optimizer = "heavy_ball",
     momentum: float | Array = 0.9,
-    loss: str = "squared",
+    loss: Loss = "squared",
     statistics: str = "batch",
     num_samples: int | None = None,
     draws: int = 0,
@@ -253,12 +269,15 @@ def learning_rate(
         x: A batch of the size used in training, (n, ...). A network may do without: then inputs are
             i.i.d. with unit variance.
         params: Parameters of ``apply``, any pytree.
-        y: Targets, (n, C), or labels (n,); only for a measurement with Adam.
+        y: Targets, (n, C), or labels (n,), for a measurement with Adam; whatever the loss takes, if
+            that is a function.
         optimizer: ``"heavy_ball"``, ``"adam"``, or any linear transformation of optax (or a
             function from a rate to one), made with a learning rate of 1.
         momentum: mu of the heavy ball; 0 for plain gradient descent.
         loss: ``"squared"``, (1/2n) sum ||f - y||^2, summed over outputs; ``"cross_entropy"``, the
-            mean over samples of -log softmax(f)[y]; or ``"bernoulli"``, summed over outputs.
+            mean over samples of -log softmax(f)[y]; ``"bernoulli"``, summed over outputs; or any
+            twice differentiable, convex function ``loss(outputs, y)``, which returns a loss for
+            each sample or their mean. For a network its curvature is that where all outputs are 0.
         statistics: As in :func:`analyze` for a network, :func:`fisher_operator` for a model.
         num_samples: The batch size where ``x`` is left out; None for large batches.
         draws: For a network, the number of networks to draw: eigenvalues are then those of the
@@ -289,11 +308,11 @@ def learning_rate(
         Near a minimum: Polyak 1964. Scale invariance: Arora, Li & Lyu 2018 (arXiv:1812.03981). The
         rule from a random start is this package's own.
     """
-    check_choice("loss", loss, tuple(LOSSES))
+    check_loss(loss)
     start = time.perf_counter()
     rule = rule_of(optimizer, momentum)
     if isinstance(model, Network):
-        found = _predicted(model, x, rule, loss, statistics, num_samples, draws)
+        found = _predicted(model, x, y, rule, loss, statistics, num_samples, draws)
     else:
         found = _measured(model, params, x, y, rule, loss, statistics)
     seconds = time.perf_counter() - start
@@ -324,8 +343,9 @@ def _is_adam(state: Any) -> bool:
 def _predicted(
     network: Network,
     x: Any,
+    y: Any,
     rule: Rule | None,
-    loss: str,
+    loss: Loss,
     statistics: str,
     num_samples: Any,
     draws: int,
@@ -338,7 +358,7 @@ def _predicted(
     dtype = theory.kernel.dtype
     batch = None if x is None else check_data(x).astype(dtype)
     after = after_norms(network, batch, statistics, num_samples)
-    information = INFORMATION[loss](network.num_outputs)
+    information = _information(loss, network.num_outputs, batch, y)
     lambda_max = information * theory.fisher.lambda_max
     drawn = _drawn_after(network, after, draws, given) if draws else None
     lambda_after = information * decisive_eigenvalue(theory, after, drawn)
@@ -351,12 +371,26 @@ def _predicted(
         **rates,
         lambda_max=lambda_max,
         lambda_after_norms=lambda_after,
-        loss=loss,
+        loss=_name(loss),
         source=f"{draws} drawn networks" if draws else "theory",
         num_outputs=network.num_outputs,
         decisive=() if traced else after.paths,
         reasons=() if traced else (*reasons(theory, after), *_cautions(rule, loss)),
     )
+
+
+def _information(loss: Loss, num_outputs: int, x: Array | None, y: Any) -> Any:
+    """The largest eigenvalue of the loss's mean curvature where all outputs are 0."""
+    if isinstance(loss, str):
+        return INFORMATION[loss](num_outputs)
+    for name, value in dict(x=x, y=y).items():
+        if value is None:
+            cause = "the curvature of a loss that is a function depends on the targets"
+            remedy = "pass a batch x and its targets y, or the name of a loss"
+            raise problem(SpecError, name, value, cause, remedy)
+    assert x is not None
+    mean = curvature(loss, jnp.zeros((len(x), num_outputs), x.dtype), y).mean(0)
+    return jnp.linalg.eigvalsh(mean)[-1]
 
 
 def _drawn_after(network: Network, after: AfterNorms, draws: int, given: dict[str, Any]) -> Array:
@@ -369,12 +403,12 @@ def _drawn_after(network: Network, after: AfterNorms, draws: int, given: dict[st
 
 
 def _measured(
-    model: Any, params: Any, x: Any, y: Any, rule: Rule | None, loss: str, statistics: str
+    model: Any, params: Any, x: Any, y: Any, rule: Rule | None, loss: Loss, statistics: str
 ) -> LearningRate:
     """The rates of a model, by Lanczos."""
     if x is None:
         raise problem(DataError, "x", x, "a model is measured on data", "pass a training batch")
-    operator = operator_of(model, params, x, loss, statistics)
+    operator = operator_of(model, params, x, y, loss, statistics)
     layers = layers_after_norms(operator)
     whole = top_eigenvalues(operator, tol=TOLERANCE).raise_if_failed()
     lambda_max = whole.eigenvalues[0]
@@ -388,12 +422,19 @@ def _measured(
     return LearningRate(
         **_rates_of(operator, rule, loss, lambda_max, after, by_signs),
         lambda_max=lambda_max,
-        loss=loss,
+        loss=_name(loss),
         source="measured",
         num_outputs=int(np.prod(operator.output_shape[1:])),
         decisive=layers,
         products=int(whole.num_matvecs) + after.products,
     )
+
+
+def _name(loss: Loss) -> str:
+    """What a result says of its loss: the name, or the formula of a function."""
+    if isinstance(loss, str):
+        return loss
+    return f"(1/n) sum {getattr(loss, '__name__', type(loss).__name__)}(f, y)"
 
 
 class _After(NamedTuple):
@@ -437,7 +478,7 @@ def _after_norms(
 def _rates_of(
     operator: FisherOperator,
     rule: Rule | None,
-    loss: str,
+    loss: Loss,
     lambda_max: Array,
     after: _After,
     by_signs: Callable[[], Array] | None = None,
@@ -454,7 +495,7 @@ def _rates_of(
 
 
 def measured_again(
-    rate: LearningRate, operator: FisherOperator, rule: Rule, steps: int
+    rate: LearningRate, operator: FisherOperator, rule: Rule, loss: Loss, steps: int
 ) -> LearningRate:
     """The rates of a model whose parameters have changed.
 
@@ -465,6 +506,7 @@ def measured_again(
         rate: What :func:`learning_rate` returned before.
         operator: The operator of the model as it is now.
         rule: That of the optimizer.
+        loss: The loss.
         steps: The number of steps since then.
 
     Returns:
@@ -475,7 +517,7 @@ def measured_again(
     lambda_max = after.lambda_max if NO_NORM in after.notes else rate.lambda_max
     return dataclasses.replace(
         rate,
-        **_rates_of(operator, rule, rate.loss, lambda_max, after),
+        **_rates_of(operator, rule, loss, lambda_max, after),
         lambda_max=lambda_max,
         source=f"measured after {steps} steps",
         products=rate.products + after.products,
@@ -485,7 +527,7 @@ def measured_again(
 
 def _rates(
     rule: Rule | None,
-    loss: str,
+    loss: Loss,
     lambda_max: Array,
     lambda_after: Array,
     over_batch: bool,
@@ -500,11 +542,13 @@ def _rates(
     found = rates(rule, lambda_max, lambda_after, over_batch)
     if loss == "squared":
         return found
+    if not isinstance(loss, str):
+        return found | dict(bounded=unknown)
     largest = CROSS_ENTROPY / rule.gain
     return found | dict(no_spike=jnp.minimum(largest, found["no_spike"]), bounded=unknown)
 
 
-def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
+def _cautions(rule: Rule | None, loss: Loss) -> tuple[str, ...]:
     """What is known of rules that are less certain."""
     found = []
     if rule is None:
@@ -513,6 +557,8 @@ def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
         )
         if loss != "squared":
             found.append("Adam's rule was tested on the squared loss only")
+    elif not isinstance(loss, str):
+        found.append(OWN_LOSS)
     elif loss != "squared":
         found.append(
             "with cross-entropy the growth of the last layer, scale and offset limits training, "
@@ -521,9 +567,20 @@ def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def operator_of(model: Any, params: Any, x: Any, loss: str, statistics: str) -> FisherOperator:
+def operator_of(
+    model: Any, params: Any, x: Any, y: Any, loss: Loss, statistics: str
+) -> FisherOperator:
     """The curvature of the loss of a model."""
-    likelihood = LOSSES[loss]
+    if isinstance(loss, str):
+        return _fisher(model, params, x, LOSSES[loss], statistics)
+    if y is None:
+        cause = "the curvature of a loss that is a function depends on the targets"
+        raise problem(SpecError, "y", y, cause, "pass those of the batch x")
+    return _fisher(model, params, x, "gaussian", statistics).with_loss(loss, y)
+
+
+def _fisher(model: Any, params: Any, x: Any, likelihood: str, statistics: str) -> FisherOperator:
+    """The Fisher matrix of a model."""
     if params is None:
         if not isinstance(model, nnx.Module):
             cause = "neither a Network nor a Flax NNX module, and there are no params"
@@ -554,7 +611,7 @@ def _inside(path: str, layer: str) -> bool:
 
 
 def _preconditioned(
-    operator: FisherOperator, layers: tuple[str, ...], y: Any, loss: str
+    operator: FisherOperator, layers: tuple[str, ...], y: Any, loss: Loss
 ) -> FisherOperator:
     """P^(-1/2) F P^(-1/2) for these layers, where P is the gradient's rms in each array."""
     if y is None:

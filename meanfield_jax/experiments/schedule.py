@@ -17,7 +17,7 @@ from meanfield_jax.arguments import as_given, checked, momenta
 from meanfield_jax.checks import pair, whole
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.inputs import check_batch
-from meanfield_jax.empirical.loss import checked_targets, mean_loss
+from meanfield_jax.empirical.loss import Loss, checked_targets, mean_loss
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.experiments.learning_rate import (
     LearningRate,
@@ -94,7 +94,7 @@ def suggest_schedule(
     y: Array | None = None,
     optimizer: str | Optimizer = "heavy_ball",
     momentum: float | Array = 0.9,
-    loss: str = "squared",
+    loss: Loss = "squared",
     statistics: str = "batch",
     num_samples: int | None = None,
     draws: int = 0,
@@ -122,7 +122,7 @@ def suggest_schedule(
             in turn. Targets are those of the loss: integer labels or arrays of the outputs' shape.
             (): the peak is the rate at the start.
         params: As in :func:`learning_rate`, like all that follow.
-        y: Targets; only for a measurement with Adam.
+        y: The targets of ``x``, for a measurement with Adam, or if the loss is a function.
         optimizer: The optimizer, made with a learning rate of 1.
         momentum: mu of the heavy ball.
         loss: The loss.
@@ -150,13 +150,15 @@ def suggest_schedule(
         Loshchilov & Hutter 2017 (arXiv:1608.03983), equation 5, for the cosine.
     """
     num_steps = whole("num_steps", num_steps, 1)
-    warmup = int(WARMUP * num_steps) if warmup is None else whole("warmup", warmup, 0)
-    if warmup >= num_steps:
+    rise: int = int(WARMUP * num_steps) if warmup is None else whole("warmup", warmup, 0)
+    if rise >= num_steps:
         cause, remedy = f"training has {num_steps} steps", "pass a smaller number"
-        raise problem(SpecError, "warmup", warmup, cause, remedy)
-    options = dict(optimizer=optimizer, momentum=momentum, loss=loss, statistics=statistics)
+        raise problem(SpecError, "warmup", rise, cause, remedy)
+    options: dict[str, Any] = dict(
+        optimizer=optimizer, momentum=momentum, loss=loss, statistics=statistics
+    )
     if len(batches) > 0:
-        _check_warmup(model, batches, optimizer, warmup)
+        _check_warmup(model, batches, optimizer, rise)
     rate = learning_rate(
         model,
         x,
@@ -167,16 +169,18 @@ def suggest_schedule(
         fraction=fraction,
         **options,
     )
-    schedule = Schedule(rate, warmup, num_steps)
+    schedule = Schedule(rate, rise, num_steps)
     if len(batches) == 0:
         return schedule
-    operator = operator_of(model, params, x, loss, statistics)
+    operator = operator_of(model, params, x, y, loss, statistics)
     warm = _warmed_up(operator, schedule, batches, loss, optimizer, momentum)
+    if not isinstance(loss, str):
+        warm = warm.with_loss(loss, y)
     rule = rule_of(optimizer, momentum)
     assert rule is not None
-    again = measured_again(rate, warm, rule, warmup)
+    again = measured_again(rate, warm, rule, loss, rise)
     again = dataclasses.replace(again, recommended=again.recommended * fraction)
-    return Schedule(again if float(again) < float(rate) else rate, warmup, num_steps)
+    return Schedule(again if float(again) < float(rate) else rate, rise, num_steps)
 
 
 def _check_warmup(model: Any, batches: Sequence[Any], optimizer: Any, warmup: int) -> None:
@@ -197,7 +201,7 @@ def _warmed_up(
     operator: FisherOperator,
     schedule: Schedule,
     batches: Sequence[Any],
-    loss: str,
+    loss: Loss,
     optimizer: Any,
     momentum: float | Array,
 ) -> FisherOperator:
@@ -220,7 +224,7 @@ def _warmed_up(
 
 
 def _checked(
-    operator: FisherOperator, item: Any, loss: str, index: int
+    operator: FisherOperator, item: Any, loss: Loss, index: int
 ) -> tuple[FisherOperator, Array]:
     """The operator on one batch, and its targets."""
     name = f"batches[{index}]"
@@ -241,7 +245,7 @@ def _step(
     rate: float,
     momentum: float | Array,
     *,
-    loss: str,
+    loss: Loss,
     optimizer: optax.GradientTransformation | None,
 ) -> tuple[Any, Any, Array]:
     """One step of training on the operator's batch: parameters, memory, and the loss before it."""
