@@ -53,18 +53,24 @@ LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
 
 @checked(dataset=dataset_of("mf.validate", "predicted", "measured", "curve_lambda_max"))
 def plot_validation(dataset: xr.Dataset) -> Figure:
-    """The outliers and eta_max over gamma: theory as curves, measurements as points.
+    """The outliers and learning rates over gamma: theory as curves, measurements as points.
 
     Args:
         dataset: What :func:`meanfield_jax.validate` returned for several gammas.
 
     Returns:
-        A figure with two panels; error bars are standard errors over the draws.
+        A figure with two panels, the outliers and eta_max, where error bars are standard errors
+        over the draws; if the networks were trained, with a third one, the largest rates without a
+        spike and with a bounded loss, where bars go from the smallest draw to the largest.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    draw_validation(figure.subplots(1, 2), dataset)
+    count = 3 if "rate_measured" in dataset else 2
+    figure = Figure(figsize=(5.25 * count, 4.4), layout="constrained")
+    panels = figure.subplots(1, count)
+    draw_validation(panels[:2], dataset)
+    if count == 3:
+        _draw_trained(panels[2], dataset)
     return figure
 
 
@@ -81,6 +87,30 @@ def draw_validation(panels, dataset: xr.Dataset, title: str = "") -> None:
     left.set(ylabel="largest eigenvalues of F (mean of the C outliers)")
     right.set(ylabel=f"eta_max, of lambda_max (momentum {dataset.momentum:g})")
     left.legend(fontsize=8, frameon=False)
+
+
+def _draw_trained(axes, dataset: xr.Dataset) -> None:
+    """The learning rates from a random start, predicted and measured by training."""
+    right = float(dataset.curve_gamma.max())
+    gammas = dataset.gamma.fillna(right)  # the network without norms stands at the right
+    scaled = np.isfinite(dataset.gamma.values)
+    kinds = (("no_spike", COLOR["batch"], "a spike"), ("bounded", COLOR["frozen"], "divergence"))
+    for event, color, name in kinds:
+        at = dataset.sel(event=event)
+        order = at.isel(network=scaled).sortby("gamma")
+        axes.plot(order.gamma, order.rate_predicted, color=color, label=f"predicted, until {name}")
+        measured = at.rate_measured
+        middle = measured.median("draw")
+        bars = np.stack([middle - measured.min("draw"), measured.max("draw") - middle])
+        style = dict(color=color, mfc="white", ms=6, capsize=3, lw=1)
+        axes.errorbar(gammas, middle, bars, fmt="o", label=f"measured, until {name}", **style)
+        if not scaled.all():
+            alone = at.rate_predicted.values[~scaled]
+            label = f"predicted, until {name}, no BatchNorm"
+            axes.plot(gammas[~scaled], alone, "x", color=color, ms=8, label=label)
+    _over_gamma(axes, dataset, "")
+    axes.set(ylabel=f"largest rate from a random start (momentum {dataset.momentum:g})")
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _outliers(dataset: xr.Dataset) -> xr.Dataset:

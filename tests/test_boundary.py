@@ -171,6 +171,24 @@ def test_spectra_are_compared_given_the_inputs():
     assert_close(mean, predicted, "monte_carlo", 0, standard_error=np.hypot(error, signs))
 
 
+@pytest.mark.slow
+def test_validate_trains_the_networks_that_it_measures():
+    x, y = samples(20, 5, 2)
+    options = dict(gammas=[1.0], draws=2, seed=3, num_steps=20)
+    found = mf.validate(SMALL_NORM, x, y=y, theory="data", **options)
+    for event in ("no_spike", "bounded"):
+        alone = mf.measured_boundary(SMALL_NORM, x, y, event=event, **options)
+        at = found.sel(event=event)
+        np.testing.assert_array_equal(at.rate_measured, alone.boundary)
+        rate = mf.learning_rate(with_gamma(SMALL_NORM, 1.0), x)
+        assert_close(at.rate_predicted[1], getattr(rate, event), "rounding", dtype=np.float32)
+        middle = np.median(alone.boundary, -1)
+        assert_close(at.rate_ratio, at.rate_predicted / middle, "rounding", dtype=np.float32)
+    assert [bool(text) for text in found.rate_domain.values] == [True, False]
+    without = mf.validate(SMALL_NORM, x, theory="data", draws=1)
+    assert "rate_measured" not in without
+
+
 def test_eta_max_means_the_same_in_validate_and_in_analyze():
     x, _ = samples(20, 5, 2)
     found = mf.validate(SMALL_NORM, x, gammas=GAMMAS, draws=2, momentum=0.5)

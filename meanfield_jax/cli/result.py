@@ -205,6 +205,22 @@ _VALIDATE = Result(
             trace_ratio="predicted / measured",
         ),
         trace_measured=Variable("network mode draw", "trace of F, measured", optional=True),
+        num_steps=Variable("", "steps of a training", WHOLE, optional=True),
+        event=Variable("event", "what a training is followed until", TEXT, optional=True),
+        **_over(
+            "network event",
+            optional=True,
+            rate_predicted="largest learning rate from a random start, predicted",
+            rate_ratio="predicted / median of the measured",
+        ),
+        rate_measured=Variable(
+            "network event draw",
+            "largest learning rate without the event, measured; null where none was found",
+            optional=True,
+        ),
+        rate_domain=Variable(
+            "network", "why the predicted rates may be wrong", TEXT, optional=True
+        ),
     ),
 )
 

@@ -100,6 +100,32 @@ def spectrum_table(dataset: xr.Dataset) -> Table:
     return result
 
 
+def rates_table(dataset: xr.Dataset) -> Table:
+    """The learning rates from a random start that :func:`validate` predicted and measured."""
+    reasons = [text for text in dict.fromkeys(map(str, dataset.rate_domain.values)) if text]
+    result = Table(
+        title=f"Largest learning rates from a random start, {int(dataset.num_steps)} steps",
+        caption="\n".join(f"?: {text}" for text in reasons) or None,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("gamma", "until"):
+        result.add_column(name, no_wrap=True)
+    for name in ("predicted", "measured", "from", "to", "ratio"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for label in dataset.network.values:
+        for event, said in dict(no_spike="a spike", bounded="divergence").items():
+            at = dataset.sel(network=label, event=event)
+            mark = "?" if str(at.rate_domain.values) else ""
+            measured = at.rate_measured
+            shown = (measured.median(), measured.min(), measured.max())
+            numbers = (f"{float(value):.3g}" for value in shown)
+            predicted = f"{float(at.rate_predicted):.3g}{mark}"
+            name = str(label).removeprefix("gamma=")
+            result.add_row(name, said, predicted, *numbers, f"{float(at.rate_ratio):.2f}")
+    return result
+
+
 def validation_table(dataset: xr.Dataset) -> Table:
     """The result of :func:`validate` as a table.
 

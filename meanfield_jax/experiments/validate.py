@@ -13,13 +13,15 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.arguments import checked
-from meanfield_jax.checks import check_choice, check_data
+from meanfield_jax.checks import check_choice, check_data, targets
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.boundary import measured_boundary
+from meanfield_jax.experiments.learning_rate import LearningRate, learning_rate
 from meanfield_jax.experiments.progress import PRODUCTS, Stages, seconds_of
 from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.limits import within
@@ -35,6 +37,9 @@ Mode = Literal["batch", "frozen"]
 MODES: tuple[Mode, ...] = ("batch", "frozen")
 """The modes in which a network is measured: training and evaluation."""
 
+RATES = ("no_spike", "bounded")
+"""The learning rates that are held against training: names of rates and of events alike."""
+
 CURVE_POINTS = 60
 PROBES = 30
 PROGRAMS = 4
@@ -46,10 +51,12 @@ def validate(
     network: Network,
     x: Array,
     *,
+    y: Array | None = None,
     gammas: Sequence[float] = (),
     theory: str = "iid",
     draws: int = 4,
     num_eigenvalues: int | None = None,
+    num_steps: int = 200,
     momentum: float = 0.9,
     tol: float = 1e-3,
     seed: int = 0,
@@ -60,13 +67,17 @@ def validate(
     Args:
         network: The specification.
         x: Inputs, (n, *input_shape).
+        y: Labels (n,) or targets (n, C). With them the networks are trained, too, to find the
+            largest learning rates without a spike and with a bounded loss, beside those that
+            :func:`learning_rate` predicts. None: no training.
         gammas: Scales to use in every norm; the network without its norms is included as well.
             Empty: the network as it is.
         theory: ``"iid"``: predictions for i.i.d. inputs with unit variance; ``"data"``: for ``x``.
         draws: Number of random draws of each network.
         num_eigenvalues: How many eigenvalues of the kernel to compare with the theory for ``x``; F
             has each of them C times. None: the outliers alone.
-        momentum: Momentum of ``eta_max``.
+        num_steps: Steps over which the loss of a training is followed.
+        momentum: Momentum of ``eta_max``, and of the training.
         tol: Relative accuracy of the measured eigenvalues.
         seed: Seed of the first draw.
         progress: Whether to show a progress bar on stderr.
@@ -82,7 +93,10 @@ def validate(
         ``curve_lambda_max`` over ``curve_gamma``. With
         ``num_eigenvalues``, over ``eigenvalue``: ``spectrum_predicted`` (theory for ``x``),
         ``spectrum_measured`` (by draw, means of C), its ``spectrum_error``, ``spectrum_ratio``, and
-        ``trace_predicted``, ``trace_measured``, ``trace_ratio``.
+        ``trace_predicted``, ``trace_measured``, ``trace_ratio``. With ``y``, over ``event``
+        (no_spike, bounded): ``rate_predicted``, ``rate_measured`` (by draw; NaN where
+        :func:`measured_boundary` found none), ``rate_ratio`` = predicted / median of the measured,
+        ``rate_domain``, why the predictions of a network may be wrong, and ``num_steps``.
 
     Raises:
         SpecError, DataError: if an option or the data are not valid.
@@ -98,6 +112,11 @@ def validate(
     if draws < 1:
         raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
     check_choice("theory", theory, ("iid", "data"))
+    if num_steps < 1:
+        cause, remedy = "must be at least 1", "pass a positive integer"
+        raise problem(SpecError, "num_steps", num_steps, cause, remedy)
+    if y is not None:
+        y = targets("y", y, len(x), network.num_outputs, x.dtype)
     variants = variants_of(network, gammas)
     num_samples = x.shape[0]
     given = dict(data=x) if theory == "data" else dict(num_samples=num_samples)
@@ -135,9 +154,35 @@ def validate(
     outliers = measured[..., : network.num_outputs]
     labels = list(variants)
     dataset = _dataset(labels, predicted, outliers, curve, momentum, num_samples, network)
-    if num_eigenvalues is None:
+    if num_eigenvalues is not None:
+        dataset = dataset.assign(_spectra(variants.values(), x, measured, traces, num_eigenvalues))
+    if y is None:
         return dataset
-    return dataset.assign(_spectra(variants.values(), x, measured, traces, num_eigenvalues))
+    options: dict[str, Any] = dict(draws=draws, num_steps=num_steps, seed=seed, progress=progress)
+    trained = {
+        event: measured_boundary(
+            network, x, y, gammas=gammas, momentum=momentum, event=event, **options
+        ).boundary.values
+        for event in RATES
+    }
+    options = dict(num_samples=given.get("num_samples"), momentum=momentum)
+    rates = [learning_rate(each, given.get("data"), **options) for each in variants.values()]
+    return dataset.assign(_trained(rates, trained)).assign(num_steps=num_steps)
+
+
+def _trained(rates: Sequence[LearningRate], trained: dict[str, np.ndarray]) -> xr.Dataset:
+    """The rates that were predicted and measured, by network and event."""
+    import xarray as xr
+
+    predicted = np.array([[float(getattr(rate, event)) for event in trained] for rate in rates])
+    measured = np.stack(list(trained.values()), 1)
+    data = dict(
+        rate_predicted=(("network", "event"), predicted),
+        rate_measured=(("network", "event", "draw"), measured),
+        rate_ratio=(("network", "event"), predicted / np.median(measured, -1)),
+        rate_domain=("network", [rate.domain for rate in rates]),
+    )
+    return xr.Dataset(data, dict(event=list(trained)))
 
 
 def _seconds(
