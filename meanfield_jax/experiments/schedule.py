@@ -138,12 +138,19 @@ def suggest_schedule(
         SpecError, DataError: if an option, the model or the data are not valid.
         RuntimeError: if the theory, a search for an eigenvalue, or the warm-up failed.
 
+    Accuracy:
+        The peak is the largest rate without a spike, not the one that learns most. On 1000 digits,
+        FC 64-100x2-10 with BatchNorm, 300 steps on batches of 100: half of the peak ends lower than
+        a twentieth in three of three draws (tests/test_schedule.py), all of it lower than a tenth
+        in two of three. In short full-batch training (FC 64-64-10, 60 steps on 200 digits) a tenth
+        learns more.
+
     Example:
         >>> import meanfield_jax as mf, optax
         >>> net = mf.mlp([200] * 10, inputs=64, outputs=10, norm=mf.BatchNorm())
         >>> schedule = mf.suggest_schedule(net, num_steps=1000, warmup=50)
         >>> schedule
-        Schedule(warm-up 50 steps, peak 0.06998 (theory), cosine to 0 at step 1000)
+        Schedule(warm-up 50 steps, peak 0.07089 (theory), cosine to 0 at step 1000)
         >>> optimizer = optax.sgd(schedule, momentum=0.9)
 
     Source:
