@@ -99,6 +99,20 @@ def test_the_peak_follows_the_network_down_and_not_up(digits, gamma, falls):
     assert float(found.rate.quadratic) == float(start.quadratic)
 
 
+def test_labels_and_one_hot_targets_train_alike(digits):
+    """With the cross-entropy; the scale is so small that the peak is that after the warm-up."""
+    x, labels = digits
+    model = mf.build(with_gamma(DIGITS, 0.05), rngs=nnx.Rngs(0))
+    options = dict(num_steps=60, warmup=15, loss="cross_entropy")
+    peaks = [
+        float(mf.suggest_schedule(model, x, batches=[(x, y)], **options).peak)
+        for y in (labels, jax.nn.one_hot(labels, 10))
+    ]
+    # the eigenvalue is measured to 1 %
+    assert peaks[0] == pytest.approx(peaks[1], rel=2e-2)
+    assert peaks[0] <= 2.5  # the largest first rate that is safe with this loss
+
+
 def test_a_function_of_parameters_has_one_too(digits, model):
     x, labels = digits
     apply, params = mf.functional(model)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-FORMAT = "meanfield_jax.result/1"
+FORMAT = "meanfield_jax.result/2"
 """Name and version of the form; the version changes when something is renamed or removed."""
 
 NUMBER, WHOLE, TRUTH, TEXT, OBJECT = "number", "integer", "boolean", "string", "object"

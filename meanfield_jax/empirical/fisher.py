@@ -50,6 +50,8 @@ class FisherOperator(SymmetricOperator):
     * ``"categorical"`` (cross-entropy): diag(p) - p p^T, p = softmax(f) over the last axis;
     * ``"bernoulli"`` (binary cross-entropy, independent logits): diag(p (1 - p)), p = sigmoid(f).
 
+    For any other convex loss it is the loss's Hessian, see :meth:`with_loss`.
+
     Outputs with further axes, such as (n, T, C) for T tokens, count as T C outputs per sample: F is
     a mean over samples and a sum over tokens.
 
