@@ -36,7 +36,10 @@ REFERENCE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "learning_rates": (
         "Learning rates",
-        ("learning_rate", "LearningRate", "theory.rates.rates", "eta_max", "stability_limit"),
+        (
+            *("learning_rate", "LearningRate", "suggest_schedule", "Schedule"),
+            *("theory.rates.rates", "eta_max", "stability_limit"),
+        ),
     ),
     "models": ("Flax models", ("build", "functional", "calibrate")),
     "measurement": (

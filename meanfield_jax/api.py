@@ -16,6 +16,7 @@ from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
 from meanfield_jax.experiments.compare import compare
 from meanfield_jax.experiments.learning_rate import LearningRate, learning_rate
+from meanfield_jax.experiments.schedule import Schedule, suggest_schedule
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.train import Training, train
@@ -49,6 +50,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "FixedPoint",
     "LearningRate",
     "Network",
+    "Schedule",
     "SpecError",
     "SpectralDensity",
     "Status",
@@ -86,6 +88,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "preact_resnet",
     "spectral_density",
     "stability_limit",
+    "suggest_schedule",
     "sweep",
     "sweep_page",
     "top_eigenvalues",

@@ -371,7 +371,7 @@ KINDS: dict[Check, str] = {
     """,
     integer: """
         batch_size chunk_cells draws epochs k max_steps num_batches num_draws num_eigenvalues
-        num_probes num_steps seed seeds
+        num_probes num_steps seed seeds warmup
     """,
     scalar: "min_output_variance output_variance tail_share value",
     positive: "fraction patience residual tol tolerance",
@@ -379,6 +379,7 @@ KINDS: dict[Check, str] = {
     number: "num_samples",
     numbers: "beta bias_var gamma lambda_max learning_rate weight_var",
     scalars: "gammas learning_rates",
+    sequence: "batches",
     sizes: "batch_sizes",
     shape: "shape",
     array: "data y probabilities",
@@ -398,7 +399,7 @@ KINDS: dict[Check, str] = {
     as_given: """
         blocks channels dataset event head init inputs
         kernel_size likelihood loss name norm outputs padding
-        params split statistics stride theory widths x output
+        params rate split statistics stride theory widths x output
     """,
 }
 """By check, the names of the arguments that it is for."""

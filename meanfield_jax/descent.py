@@ -208,7 +208,7 @@ def _descend_to(
     def evaluate(position: Position):
         values = setting.values(position)
         theory = setting.theory(setting.network_at(values), data)
-        value = setting.objective(theory)
+        value = setting.objective(theory, data)
         return value, dict(objective=value, lambda_max=theory.fisher.lambda_max, **values)
 
     def turn(state: State) -> State:
@@ -334,6 +334,6 @@ def _independent(setting: Problem, state: State, data: Array | None, tolerance: 
         change = math.log(factor) * jnp.cos(jnp.arange(start.size))
         moved = setting.values(unravel(start + change))
         network = setting.network_at({field: at.tolist() for field, at in moved.items()})
-        if abs(float(setting.objective(setting.theory(network, data))) - value) > flat:
+        if abs(float(setting.objective(setting.theory(network, data), data)) - value) > flat:
             return False
     return True

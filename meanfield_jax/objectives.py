@@ -14,9 +14,11 @@ import numpy as np
 from jax import Array
 
 from meanfield_jax.arguments import checked
+from meanfield_jax.checks import check_choice
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.theory.analyze import Theory
+from meanfield_jax.theory.rates import rates_of
 from meanfield_jax.variants import has_batch_norm
 
 MARGIN = 1e-3
@@ -26,6 +28,10 @@ HOLD = 1e3
 """Weight of the squared logarithm that holds the scale of the outputs."""
 
 
+RATES = ("quadratic", "no_spike", "bounded")
+"""The learning rates of :class:`LearningRate` that an objective may be about."""
+
+
 @pytree(repr=False)
 class Objective:
     """A scalar of a theory with its options; a pytree whose leaves are the options.
@@ -33,25 +39,101 @@ class Objective:
     All objectives with the same measure therefore use the same compiled code.
 
     Attributes:
-        measure: Maps a theory and the options to a scalar.
+        measure: Maps a theory and the options to a scalar; if the objective is about a learning
+            rate, its first argument is that rate and the second one the theory.
         options: Values by name.
+        rate: The learning rate that it is about, one of ``RATES``; None if it is about none.
     """
 
     measure: Callable[..., Array] = static()
     options: dict[str, float] = dataclasses.field(default_factory=dict)
+    rate: str | None = static(default=None)
 
-    def __call__(self, theory: Theory) -> Array:
-        """The objective's value, a scalar."""
-        return self.measure(theory, **self.options)
+    def __call__(self, theory: Theory, data: Array | None = None) -> Array:
+        """The objective's value.
+
+        Args:
+            theory: The theory of a network.
+            data: The batch that it is about, needed by objectives about ``no_spike`` and
+                ``bounded``.
+
+        Returns:
+            A scalar.
+        """
+        if self.rate is None:
+            return self.measure(theory, **self.options)
+        options = dict(self.options)
+        found = rates_of(theory, options.pop("momentum"), data)
+        return self.measure(found[self.rate], theory, **options)
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value:g}" for name, value in self.options.items())
-        return f"{self.measure.__name__.lstrip('_')}({options})"
+        options = [f"{name}={value:g}" for name, value in self.options.items()]
+        which = [] if self.rate is None else [f"rate={self.rate!r}"]
+        return f"{self.measure.__name__.lstrip('_')}({', '.join(options + which)})"
+
+
+@checked()
+def target_rate(value: float, rate: str = "no_spike", momentum: float = 0.9) -> Objective:
+    r"""Makes one of the learning rates of :func:`learning_rate` equal to ``value``.
+
+    .. math:: (\log \eta - \log value)^2
+
+    Args:
+        value: The learning rate.
+        rate: Which one: ``"no_spike"``, ``"bounded"`` (from a random start) or ``"quadratic"``
+            (near a minimum).
+        momentum: Momentum of the heavy ball, in [0, 1).
+
+    Returns:
+        The objective, a function of a theory; on data also of the batch.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> net = mf.mlp([1000] * 3, inputs=784, outputs=10, norm=mf.BatchNorm())
+        >>> tuned = mf.tune(net, mf.objectives.target_rate(0.1, "no_spike"), shared=True)
+        >>> round(float(mf.learning_rate(tuned.network).no_spike), 4)
+        0.1
+    """
+    check_choice("rate", rate, RATES)
+    options = dict(value=_positive("value", value), momentum=momentum)
+    return Objective(_target_rate, options, rate)
+
+
+def _target_rate(rate: Array, theory: Theory, value: float) -> Array:
+    return _log_square(rate / value)
+
+
+@checked()
+def max_rate(
+    min_output_variance: float = 1.0, rate: str = "no_spike", momentum: float = 0.9
+) -> Objective:
+    r"""Maximizes one of the learning rates while the outputs still vary over the inputs.
+
+    .. math:: -\log \eta + b(\log V - \log V_{min})
+
+    V is :func:`output_variance` and b the barrier of :func:`max_eta_max`, which is this objective
+    for the rate ``"quadratic"``.
+
+    Args:
+        min_output_variance: V_min, the smallest variance of the outputs.
+        rate: Which rate, as in :func:`target_rate`.
+        momentum: Momentum of the heavy ball, in [0, 1).
+
+    Returns:
+        The objective, a function of a theory; on data also of the batch.
+    """
+    check_choice("rate", rate, RATES)
+    floor = _positive("min_output_variance", min_output_variance)
+    return Objective(_max_rate, dict(min_output_variance=floor, momentum=momentum), rate)
+
+
+def _max_rate(rate: Array, theory: Theory, min_output_variance: float) -> Array:
+    return _above_floor(theory, min_output_variance) - jnp.log(rate)
 
 
 @checked()
 def target_eta_max(value: float, momentum: float = 0.9) -> Objective:
-    r"""Makes the largest stable learning rate equal to ``value``.
+    r"""Makes the largest rate that is stable near a minimum, ``"quadratic"``, equal to ``value``.
 
     .. math:: (\log \eta_{max} - \log value)^2
 
@@ -78,7 +160,7 @@ def _target_eta_max(theory: Theory, value: float, momentum: float) -> Array:
 
 @checked()
 def max_eta_max(min_output_variance: float = 1.0) -> Objective:
-    r"""Maximizes the largest stable learning rate while the outputs still vary over the inputs.
+    r"""Maximizes the rate ``"quadratic"`` while the outputs still vary over the inputs.
 
     .. math:: \log \lambda_{max} + b(\log V - \log V_{min})
 
@@ -102,8 +184,12 @@ def max_eta_max(min_output_variance: float = 1.0) -> Objective:
 
 
 def _max_eta_max(theory: Theory, min_output_variance: float) -> Array:
-    above = jnp.log(output_variance(theory) / min_output_variance)
-    return jnp.log(theory.fisher.lambda_max) + _barrier(above, MARGIN)
+    return _above_floor(theory, min_output_variance) + jnp.log(theory.fisher.lambda_max)
+
+
+def _above_floor(theory: Theory, min_output_variance: float) -> Array:
+    """The barrier that keeps the variance of the outputs above a floor."""
+    return _barrier(jnp.log(output_variance(theory) / min_output_variance), MARGIN)
 
 
 def _barrier(distance: Array, margin: float) -> Array:

@@ -51,66 +51,117 @@ MOST_TICKS = 12
 LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
 
 
-@checked(dataset=dataset_of("mf.validate", "predicted", "measured"))
+@checked(dataset=dataset_of("mf.validate", "predicted", "measured", "curve_lambda_max"))
 def plot_validation(dataset: xr.Dataset) -> Figure:
-    """lambda_max and eta_max over gamma: theory as curves, measurements as points.
+    """The outliers and learning rates over gamma: theory as curves, measurements as points.
 
     Args:
         dataset: What :func:`meanfield_jax.validate` returned for several gammas.
 
     Returns:
-        A figure with two panels; error bars are standard errors over the draws.
+        A figure with two panels, the outliers and eta_max, where error bars are standard errors
+        over the draws; if the networks were trained, with a third one, the largest rates without a
+        spike and with a bounded loss, where bars go from the smallest draw to the largest.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    draw_validation(figure.subplots(1, 2), dataset)
+    count = 3 if "rate_measured" in dataset else 2
+    figure = Figure(figsize=(5.25 * count, 4.4), layout="constrained")
+    panels = figure.subplots(1, count)
+    draw_validation(panels[:2], dataset)
+    if count == 3:
+        _draw_trained(panels[2], dataset)
     return figure
 
 
 def draw_validation(panels, dataset: xr.Dataset, title: str = "") -> None:
     """Draws :func:`plot_validation` into two matplotlib axes."""
     left, right = panels
-    rate = 2 * (1 + dataset.momentum)
-    for axes, transform in ((left, lambda value: value), (right, lambda value: rate / value)):
+    for axes, shown in ((left, _outliers(dataset)), (right, _stable_rates(dataset))):
         for name in ("batch", "frozen", "wei2019"):
-            values = transform(dataset.curve.sel(statistics=name))
-            axes.plot(dataset.curve_gamma, values, LINE[name], color=COLOR[name], label=LABEL[name])
-        _vanilla(axes, dataset, transform)
-        _points(axes, dataset, transform)
-        axes.set(xscale="log", yscale="log", xlabel="scale gamma of BatchNorm", title=title)
-        gammas = dataset.gamma.values[np.isfinite(dataset.gamma.values)]
-        axes.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.25)
+            values = shown.curve.sel(statistics=name)
+            axes.plot(shown.curve_gamma, values, LINE[name], color=COLOR[name], label=LABEL[name])
+        _vanilla(axes, shown)
+        _points(axes, shown)
+        _over_gamma(axes, dataset, title)
     left.set(ylabel="largest eigenvalues of F (mean of the C outliers)")
-    right.set(ylabel=f"largest stable learning rate (momentum {dataset.momentum:g})")
+    right.set(ylabel=f"eta_max, of lambda_max (momentum {dataset.momentum:g})")
     left.legend(fontsize=8, frameon=False)
 
 
-def _points(axes, dataset: xr.Dataset, transform) -> None:
-    normalized = dataset.sel(network=np.isfinite(dataset.gamma.values))
+def _draw_trained(axes, dataset: xr.Dataset) -> None:
+    """The learning rates from a random start, predicted and measured by training."""
+    right = float(dataset.curve_gamma.max())
+    gammas = dataset.gamma.fillna(right)  # the network without norms stands at the right
+    scaled = np.isfinite(dataset.gamma.values)
+    kinds = (("no_spike", COLOR["batch"], "a spike"), ("bounded", COLOR["frozen"], "divergence"))
+    for event, color, name in kinds:
+        at = dataset.sel(event=event)
+        order = at.isel(network=scaled).sortby("gamma")
+        axes.plot(order.gamma, order.rate_predicted, color=color, label=f"predicted, until {name}")
+        measured = at.rate_measured
+        middle = measured.median("draw")
+        bars = np.stack([middle - measured.min("draw"), measured.max("draw") - middle])
+        style = dict(color=color, mfc="white", ms=6, capsize=3, lw=1)
+        axes.errorbar(gammas, middle, bars, fmt="o", label=f"measured, until {name}", **style)
+        if not scaled.all():
+            alone = at.rate_predicted.values[~scaled]
+            label = f"predicted, until {name}, no BatchNorm"
+            axes.plot(gammas[~scaled], alone, "x", color=color, ms=8, label=label)
+    _over_gamma(axes, dataset, "")
+    axes.set(ylabel=f"largest rate from a random start (momentum {dataset.momentum:g})")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _outliers(dataset: xr.Dataset) -> xr.Dataset:
+    """The outliers' mean: ``curve``, ``predicted``, ``measured``, and ``error`` over draws."""
+    return dataset[["curve", "predicted"]].assign(
+        measured=dataset.measured_mean, error=dataset.standard_error
+    )
+
+
+def _stable_rates(dataset: xr.Dataset) -> xr.Dataset:
+    """The largest stable learning rate, in the same form."""
+    largest, draws = dataset.measured.max("outlier"), dataset.sizes["draw"]
+    # the relative error is the same for the eigenvalue and its inverse
+    error = largest.std("draw", ddof=1) / largest.mean("draw") / draws**0.5 if draws > 1 else np.nan
+    rate = float(stable_rate(1.0, dataset.momentum))
+    return dataset[[]].assign(
+        curve=rate / dataset.curve_lambda_max,
+        predicted=dataset.eta_max,
+        measured=dataset.eta_max_measured,
+        error=dataset.eta_max_measured * error,
+    )
+
+
+def _over_gamma(axes, dataset: xr.Dataset, title: str) -> None:
+    axes.set(xscale="log", yscale="log", xlabel="scale gamma of BatchNorm", title=title)
+    gammas = dataset.gamma.values[np.isfinite(dataset.gamma.values)]
+    axes.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.25)
+
+
+def _points(axes, shown: xr.Dataset) -> None:
+    normalized = shown.sel(network=np.isfinite(shown.gamma.values))
     for mode, marker, name in (("batch", "o", "training"), ("frozen", "s", "evaluation")):
         at = normalized.sel(mode=mode)
-        value = transform(at.measured_mean)
-        # the relative error is the same for the eigenvalue and its inverse
-        error = np.nan_to_num(value * at.standard_error / at.measured_mean)
         style = dict(color=COLOR[mode], mfc="white", ms=6, capsize=3, lw=1)
-        axes.errorbar(at.gamma, value, error, fmt=marker, label=f"measured, {name} mode", **style)
+        label = f"measured, {name} mode"
+        error = np.nan_to_num(at.error)
+        axes.errorbar(at.gamma, at.measured, error, fmt=marker, label=label, **style)
 
 
-def _vanilla(axes, dataset: xr.Dataset, transform) -> None:
-    if "vanilla" not in dataset.network.values:
+def _vanilla(axes, shown: xr.Dataset) -> None:
+    if "vanilla" not in shown.network.values:
         return
-    at = dataset.sel(network="vanilla", mode="batch")
+    at = shown.sel(network="vanilla", mode="batch")
     style = dict(color=COLOR["vanilla"])
-    predicted = float(transform(at.predicted.sel(statistics="batch")))
+    predicted = float(at.predicted.sel(statistics="batch"))
     axes.axhline(predicted, ls=":", label="theory, no BatchNorm", **style)
-    right = float(dataset.curve_gamma.max())
-    value = float(transform(at.measured_mean))
-    error = np.nan_to_num(value * float(at.standard_error / at.measured_mean))
-    label = "measured, no BatchNorm"
-    axes.errorbar(right, value, error, fmt="D", mfc="white", ms=6, capsize=3, label=label, **style)
+    right, error = float(shown.curve_gamma.max()), np.nan_to_num(float(at.error))
+    style |= dict(fmt="D", mfc="white", ms=6, capsize=3)
+    axes.errorbar(right, float(at.measured), error, label="measured, no BatchNorm", **style)
 
 
 @checked()

@@ -177,7 +177,7 @@ def tune(
         statistics=statistics,
     )
     before = setting.theory(network, data)
-    _check_scalar(objective, before)
+    _check_scalar(objective, setting.objective(before, data))
     start = setting.position(_start(setting))
     if tolerance is None:
         tolerance = max(TOLERANCE, math.sqrt(jnp.finfo(before.kernel.dtype).eps))
@@ -263,8 +263,7 @@ def _start(setting: Problem) -> dict[str, np.ndarray]:
     }
 
 
-def _check_scalar(objective: Callable[[Theory], Array], theory: Theory) -> None:
-    value = objective(theory)
+def _check_scalar(objective: Callable[[Theory], Array], value: Any) -> None:
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         cause, remedy = f"its value is {value!r}", "return one real number, such as a mean"
         raise problem(SpecError, "objective", objective, cause, remedy)

@@ -171,6 +171,44 @@ def test_spectra_are_compared_given_the_inputs():
     assert_close(mean, predicted, "monte_carlo", 0, standard_error=np.hypot(error, signs))
 
 
+@pytest.mark.slow
+def test_validate_trains_the_networks_that_it_measures():
+    x, y = samples(20, 5, 2)
+    options = dict(gammas=[1.0], draws=2, seed=3, num_steps=20)
+    found = mf.validate(SMALL_NORM, x, y=y, theory="data", **options)
+    for event in ("no_spike", "bounded"):
+        alone = mf.measured_boundary(SMALL_NORM, x, y, event=event, **options)
+        at = found.sel(event=event)
+        np.testing.assert_array_equal(at.rate_measured, alone.boundary)
+        rate = mf.learning_rate(with_gamma(SMALL_NORM, 1.0), x)
+        assert_close(at.rate_predicted[1], getattr(rate, event), "rounding", dtype=np.float32)
+        middle = np.median(alone.boundary, -1)
+        assert_close(at.rate_ratio, at.rate_predicted / middle, "rounding", dtype=np.float32)
+    assert [bool(text) for text in found.rate_domain.values] == [True, False]
+    without = mf.validate(SMALL_NORM, x, theory="data", draws=1)
+    assert "rate_measured" not in without
+
+
+def test_eta_max_means_the_same_in_validate_and_in_analyze():
+    x, _ = samples(20, 5, 2)
+    found = mf.validate(SMALL_NORM, x, gammas=GAMMAS, draws=2, momentum=0.5)
+    for gamma in (None, *GAMMAS):
+        network = without_norms(SMALL_NORM) if gamma is None else with_gamma(SMALL_NORM, gamma)
+        at = found.sel(network="vanilla" if gamma is None else f"gamma={gamma:g}")
+        for statistics in ("batch", "frozen"):
+            with jax.enable_x64():
+                theory = mf.analyze(network, num_samples=20, statistics=statistics)
+                expected = float(theory.eta_max(0.5))
+            own = at.sel(statistics=statistics)
+            assert_close(own.eta_max, expected, "rounding", dtype=np.float32)
+            assert_close(own.lambda_max, 3 / expected, "rounding", dtype=np.float32)
+            # the largest of the outliers is above their mean
+            assert float(own.lambda_max) > float(own.predicted)
+    largest = found.measured.max("outlier").median("draw")
+    assert_close(found.eta_max_measured, 3 / largest, "rounding", dtype=np.float32)
+    assert np.all(found.curve_lambda_max > found.curve)
+
+
 @pytest.mark.parametrize("number", [0, 21])
 def test_more_eigenvalues_than_there_are_is_refused(number):
     with pytest.raises(mf.SpecError, match=f"num_eigenvalues={number}: the kernel has 20"):

@@ -27,6 +27,7 @@ from meanfield_jax.cli.output import outputs
 from meanfield_jax.cli.program import COMMANDS
 from meanfield_jax.cli.result import RESULTS
 from meanfield_jax.cli.start import TRACEBACK
+from meanfield_jax.plots import plot_validation
 
 SMALL = ["--widths", "40", "--num-samples", "50"]
 
@@ -98,6 +99,32 @@ def test_validate_prints_json_only(capsys):
 
 
 @pytest.mark.slow
+def test_validate_holds_rates_against_training(folder, capsys):
+    command = ["validate", "--data", "digits", "--widths", "40", "--num-samples", "50"]
+    command += ["--gammas", "0.5", "1", "--draws", "1", "--train", "--num-steps", "40"]
+    assert main([*command, "--output", "t"]) == 0
+    shown = capsys.readouterr().out
+    assert "Largest learning rates from a random start, 40 steps" in shown
+    assert shown.count("divergence") == 3
+    assert "?: there is no normalization" in " ".join(shown.split())
+    with xr.open_dataset("t.nc") as dataset:
+        assert dataset.event.values.tolist() == ["no_spike", "bounded"]
+        for gamma in (0.5, 1.0):
+            net = mf.mlp([40], inputs=64, outputs=10, norm=mf.BatchNorm(gamma))
+            at = dataset.sel(network=f"gamma={gamma:g}")
+            expected = mf.learning_rate(net, num_samples=50)
+            for event in ("no_spike", "bounded"):
+                predicted = float(at.rate_predicted.sel(event=event))
+                assert predicted == pytest.approx(float(getattr(expected, event)), rel=1e-5)
+        assert np.all(dataset.rate_measured.sel(event="bounded") > 0)
+        assert len(plot_validation(dataset).axes) == 3
+    assert main([*command, "--json"]) == 0
+    printed = parsed("validate", capsys.readouterr().out)["variables"]
+    assert printed["num_steps"]["values"] == 40
+    assert printed["rate_measured"]["dims"] == ["network", "event", "draw"]
+
+
+@pytest.mark.slow
 def test_spectrum_writes_picture_and_lists_eigenvalues(folder, capsys):
     command = ["spectrum", *SMALL, "--top", "12", "--num-steps", "30", "--output", "s"]
     assert main(command) == 0
@@ -135,6 +162,7 @@ def test_a_saved_network_can_be_given(folder, capsys):
         (["analize"], ["analize"]),
         ([], ["meanfield-jax"]),
         (["validate", "--draws", "0"], ["draws=0", "at least 1"]),
+        (["validate", "--train", "--num-steps", "0"], ["num_steps=0", "at least 1"]),
         (["validate", "--data", "mnist", "--data-dir", "nowhere"], ["nowhere", "data"]),
         (["validate", "--output", "no/such/folder"], ["no/such/folder", "folder"]),
         (["spectrum", "--net", "cnn", "--data", "gaussian", "--num-samples", "0"], ["num_samples"]),
@@ -145,6 +173,7 @@ def test_a_saved_network_can_be_given(folder, capsys):
         (["compare", "--output", f"{'a' * 252}.png"], ["too long"]),
         (["phase", "--output", "no/a.png"], ["no/a.png", "folder"]),
         (["tune", "--save", "a.png"], ["--save='a.png'", ".json"]),
+        (["tune", "--rate", "bounded"], ["--rate='bounded'", "no rate to choose"]),
         (["phase", "--weight-var", f"1:2:{'9' * 30}"], ["2 to 1,000,000"]),
         (["sweep", ""], ["store=''", "empty"]),
         (["sweep", "s3://bucket/run"], ["s3://bucket/run", "local folder"]),

@@ -120,6 +120,15 @@ ENTRIES = {
     "validate": lambda turn: mf.validate(
         network(turn), inputs(turn), draws=1, gammas=[1.0 + turn], seed=turn
     ),
+    "validate, trained": lambda turn: mf.validate(
+        network(turn),
+        inputs(turn),
+        y=labels(turn),
+        theory="data",
+        draws=1,
+        num_steps=10 + turn,
+        seed=turn,
+    ),
     "measured_boundary": lambda turn: mf.measured_boundary(
         network(turn),
         inputs(turn),
@@ -146,11 +155,25 @@ ENTRIES = {
     "learning_rate of a model": lambda turn: mf.learning_rate(
         model(turn), inputs(turn), momentum=0.9 - turn / 10
     ),
+    "suggest_schedule": lambda turn: mf.suggest_schedule(
+        network(turn), num_steps=10 + turn, warmup=2 + turn
+    )(3 + turn),
+    "suggest_schedule of a model": lambda turn: mf.suggest_schedule(
+        model(turn),
+        inputs(turn),
+        batches=[samples(turn)],
+        num_steps=10 + turn,
+        warmup=2 + turn,
+        momentum=0.9 - turn / 10,
+    ),
     "train": lambda turn: mf.train(
         network(turn), samples(turn), learning_rate=0.1 + turn, epochs=2, batch_size=4, seed=turn
     ),
     "tune": lambda turn: mf.tune(
         network(turn), mf.objectives.target_eta_max(0.1 + turn / 10), max_steps=3 + turn
+    ),
+    "tune, a rate": lambda turn: mf.tune(
+        network(turn), mf.objectives.target_rate(0.1 + turn / 10), max_steps=3 + turn
     ),
     "tune, sharpness": lambda turn: mf.tune(
         network(turn),

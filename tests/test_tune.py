@@ -52,6 +52,10 @@ OBJECTIVES = {
     "sharpness": objectives.sharpness(1.0),
     "equal_shares": objectives.equal_shares(),
     "unit_growth": objectives.unit_growth(),
+    "target_rate, no_spike": objectives.target_rate(0.1),
+    "target_rate, bounded": objectives.target_rate(0.1, "bounded", momentum=0.5),
+    "target_rate, quadratic": objectives.target_rate(0.1, "quadratic"),
+    "max_rate": objectives.max_rate(0.1),
 }
 
 
@@ -106,6 +110,86 @@ def test_derivatives_on_data_are_those_of_differences(x64):
     slope = np.asarray(slopes(at))
     scale = np.maximum(np.abs(slope).max(1), np.maximum(1, np.abs(values(at))))
     assert_close(slope, differences(values, at), "difference", scale=scale[:, None])
+
+
+RATES = ("quadratic", "no_spike", "bounded")
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("norm", [mf.BatchNorm(0.7), mf.LayerNorm(), None], ids=repr)
+def test_objectives_speak_of_the_rates_of_learning_rate(norm, momentum, x64):
+    """For i.i.d. inputs, also infinitely many, and on data."""
+    net = mf.mlp([100] * 2, inputs=20, outputs=10, norm=norm)
+    x = np.random.default_rng(0).standard_normal((30, 20))
+    for given in (dict(), dict(num_samples=30), dict(data=x)):
+        theory, data = mf.analyze(net, **given), given.get("data")
+        options = dict(num_samples=given.get("num_samples"), momentum=momentum)
+        expected = mf.learning_rate(net, data, **options)
+        for rate in RATES:
+            objective = objectives.target_rate(1.0, rate, momentum=momentum)
+            value = np.log(float(getattr(expected, rate))) ** 2
+            assert_close(objective(theory, data), value, "rounding")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_data", [False, True])
+def test_derivatives_of_rates_in_training_mode_are_those_of_differences(on_data, x64):
+    chosen = [objectives.target_rate(0.1, rate) for rate in RATES] + [objectives.max_rate(0.3)]
+    x = np.random.default_rng(0).standard_normal((12, 50)) + 0.5 if on_data else None
+
+    def values(numbers):
+        gamma, other, weight_var = numbers
+        hidden = [
+            part
+            for scale in (gamma, other)
+            for part in (mf.Dense(300), mf.BatchNorm(scale), mf.Activation("relu"))
+        ]
+        net = mf.Network((50,), (*hidden, mf.Dense(10, weight_var)))
+        theory = mf.analyze(net, data=x, num_samples=None if on_data else 40)
+        return jnp.stack([objective(theory, x) for objective in chosen])
+
+    values, slopes = with_jacobian(values)
+    at = np.array([0.7, 1.3, 0.8])
+    slope = np.asarray(slopes(at))
+    scale = np.maximum(np.abs(slope).max(1), np.maximum(1, np.abs(values(at))))
+    # averages over a normalized batch are integrals
+    kind = "quadrature_edge" if on_data else "difference"
+    assert_close(slope, differences(values, at), kind, scale=scale[:, None])
+    # the last scale decides all rates
+    assert np.all(np.abs(slope[:, 1]) > 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", RATES)
+def test_each_rate_reaches_its_target(rate, x64):
+    tuned = mf.tune(network(), objectives.target_rate(0.3, rate), shared=True)
+    assert tuned.status == mf.Status.CONVERGED
+    found = mf.learning_rate(tuned.network)
+    assert float(getattr(found, rate)) == pytest.approx(0.3, rel=5e-6)
+    other = mf.learning_rate(network())
+    assert float(getattr(other, rate)) != pytest.approx(0.3, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_rate_reaches_its_target_on_data(x64):
+    x = load_digits().data[:60] / 16
+    net = mf.mlp([200], inputs=64, outputs=10, norm=mf.BatchNorm())
+    tuned = mf.tune(net, objectives.target_rate(0.3, "bounded"), data=x)
+    assert tuned.status == mf.Status.CONVERGED
+    assert float(mf.learning_rate(tuned.network, x).bounded) == pytest.approx(0.3, rel=5e-6)
+
+
+@pytest.mark.slow
+def test_the_largest_rate_without_a_spike_sits_on_the_floor_of_the_outputs(x64):
+    """With one scale, which the floor alone determines; more numbers raise the rate."""
+    one = mf.tune(network(1), objectives.max_rate(0.1))
+    two = mf.tune(network(1), objectives.max_rate(0.1), over=("gamma", "weight_var"))
+    for tuned in (one, two):
+        assert tuned.status == mf.Status.CONVERGED
+        above = float(objectives.output_variance(tuned.after)) / 0.1
+        assert 1 < above < 1 + 3 * objectives.MARGIN
+    alone, freer = (float(mf.learning_rate(t.network).no_spike) for t in (one, two))
+    assert freer > 1.2 * alone
 
 
 @pytest.mark.slow
@@ -320,10 +404,17 @@ def test_starts_and_objectives_that_make_no_sense():
         objectives.target_eta_max(-1)
     with pytest.raises(mf.SpecError, match="momentum=2: outside"):
         objectives.target_eta_max(0.1, momentum=2)
+    with pytest.raises(mf.SpecError, match="rate='stable': unknown; use one of quadratic"):
+        objectives.target_rate(0.1, "stable")
+    theory = mf.analyze(network(1), data=np.random.default_rng(0).standard_normal((9, 784)))
+    with pytest.raises(mf.SpecError, match="data=None: the theory is that of a batch"):
+        objectives.target_rate(0.1)(theory)
 
 
 def test_objectives_say_what_they_are():
     assert repr(objectives.target_eta_max(0.1)) == "target_eta_max(value=0.1, momentum=0.9)"
+    expected = "target_rate(value=0.1, momentum=0.9, rate='bounded')"
+    assert repr(objectives.target_rate(0.1, "bounded")) == expected
     assert objectives.equal_shares() == objectives.equal_shares()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-FORMAT = "meanfield_jax.result/1"
+FORMAT = "meanfield_jax.result/2"
 """Name and version of the form; the version changes when something is renamed or removed."""
 
 NUMBER, WHOLE, TRUTH, TEXT, OBJECT = "number", "integer", "boolean", "string", "object"
@@ -173,20 +173,26 @@ _VALIDATE = Result(
         mode=Variable("mode", "what was measured: training or evaluation mode", TEXT),
         **_over(
             "network statistics",
-            predicted="outliers of F, predicted",
-            eta_max="largest stable learning rate, predicted",
-            ratio="predicted / measured",
+            predicted="mean of the outliers of F, predicted",
+            ratio="predicted / measured_mean",
+            lambda_max="largest eigenvalue of F of one draw, predicted, as by analyze",
+            eta_max="largest stable learning rate, from lambda_max, as by analyze",
         ),
         measured=Variable("network mode draw outlier", "largest eigenvalues, measured"),
         **_over(
             "network mode",
             measured_mean="mean of the measured outliers",
             standard_error="its standard error over draws; null for one draw",
-            largest="largest measured eigenvalue, median over draws",
-            eta_max_measured="largest stable learning rate, measured",
+            lambda_max_measured="largest measured eigenvalue, median over draws",
+            eta_max_measured="largest stable learning rate, from lambda_max_measured",
         ),
         **_over("curve_gamma", optional=True, curve_gamma="scales of the curve"),
-        **_over("curve_gamma statistics", optional=True, curve="predicted outliers on the curve"),
+        **_over(
+            "curve_gamma statistics",
+            optional=True,
+            curve="mean of the outliers, predicted on the curve",
+            curve_lambda_max="lambda_max on the curve",
+        ),
         eigenvalue=Variable("eigenvalue", "rank of an eigenvalue", WHOLE, optional=True),
         **_over(
             "network mode eigenvalue",
@@ -205,6 +211,22 @@ _VALIDATE = Result(
             trace_ratio="predicted / measured",
         ),
         trace_measured=Variable("network mode draw", "trace of F, measured", optional=True),
+        num_steps=Variable("", "steps of a training", WHOLE, optional=True),
+        event=Variable("event", "what a training is followed until", TEXT, optional=True),
+        **_over(
+            "network event",
+            optional=True,
+            rate_predicted="largest learning rate from a random start, predicted",
+            rate_ratio="predicted / median of the measured",
+        ),
+        rate_measured=Variable(
+            "network event draw",
+            "largest learning rate without the event, measured; null where none was found",
+            optional=True,
+        ),
+        rate_domain=Variable(
+            "network", "why the predicted rates may be wrong", TEXT, optional=True
+        ),
     ),
 )
 

@@ -100,11 +100,38 @@ def spectrum_table(dataset: xr.Dataset) -> Table:
     return result
 
 
+def rates_table(dataset: xr.Dataset) -> Table:
+    """The learning rates from a random start that :func:`validate` predicted and measured."""
+    reasons = [text for text in dict.fromkeys(map(str, dataset.rate_domain.values)) if text]
+    result = Table(
+        title=f"Largest learning rates from a random start, {int(dataset.num_steps)} steps",
+        caption="\n".join(f"?: {text}" for text in reasons) or None,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("gamma", "until"):
+        result.add_column(name, no_wrap=True)
+    for name in ("predicted", "measured", "from", "to", "ratio"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for label in dataset.network.values:
+        for event, said in dict(no_spike="a spike", bounded="divergence").items():
+            at = dataset.sel(network=label, event=event)
+            mark = "?" if str(at.rate_domain.values) else ""
+            measured = at.rate_measured
+            shown = (measured.median(), measured.min(), measured.max())
+            numbers = (f"{float(value):.3g}" for value in shown)
+            predicted = f"{float(at.rate_predicted):.3g}{mark}"
+            name = str(label).removeprefix("gamma=")
+            result.add_row(name, said, predicted, *numbers, f"{float(at.rate_ratio):.2f}")
+    return result
+
+
 def validation_table(dataset: xr.Dataset) -> Table:
     """The result of :func:`validate` as a table.
 
-    "ratio" is predicted / measured, "paper" is the prediction of ``"wei2019"``, and "top" is the
-    largest measured eigenvalue.
+    "predicted" and "measured" are the outliers' mean, "ratio" is predicted / measured, "paper" is
+    the prediction of ``"wei2019"``, "top" is the largest measured eigenvalue, and "eta_max" is
+    predicted for that of one draw.
 
     Returns:
         A Rich table with one row for each network in training mode, and one in evaluation mode if
@@ -130,7 +157,7 @@ def validation_table(dataset: xr.Dataset) -> Table:
             f"{float(own.predicted / at.measured_mean):.2f}",
             f"{float(published.predicted):.4g}",
             f"{float(published.predicted / at.measured_mean):.2f}",
-            f"{float(at.largest):.4g}",
+            f"{float(at.lambda_max_measured):.4g}",
             f"{float(own.eta_max):.2g}",
         )
         name = mode if (label, MODES[1]) in rows else ""

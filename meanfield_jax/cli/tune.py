@@ -28,6 +28,8 @@ from meanfield_jax.variants import with_depth, with_gamma
 # each objective, and the default of its --value (None if it has none)
 OBJECTIVES: dict[str, tuple[Callable[..., objectives.Objective], float | None]] = {
     "target_eta_max": (objectives.target_eta_max, 0.1),
+    "target_rate": (objectives.target_rate, 0.1),
+    "max_rate": (objectives.max_rate, 1.0),
     "max_eta_max": (objectives.max_eta_max, 1.0),
     "unit_growth": (objectives.unit_growth, None),
     "equal_shares": (objectives.equal_shares, None),
@@ -46,12 +48,22 @@ class Tune:
         default_factory=DataOptions
     )
     objective: Literal[
-        "target_eta_max", "max_eta_max", "unit_growth", "equal_shares", "sharpness"
+        "target_eta_max",
+        "target_rate",
+        "max_rate",
+        "max_eta_max",
+        "unit_growth",
+        "equal_shares",
+        "sharpness",
     ] = "target_eta_max"
     """The objective to reach."""
     value: float | None = None
-    """Value of the objective: the learning rate of target_eta_max [0.1], the smallest variance of
-    the outputs for max_eta_max [1], or their variance for sharpness [1]."""
+    """Value of the objective: the learning rate of target_rate and target_eta_max [0.1], the
+    smallest variance of the outputs for max_rate and max_eta_max [1], or their variance for
+    sharpness [1]."""
+    rate: Literal["quadratic", "no_spike", "bounded"] | None = None
+    """The learning rate of target_rate and max_rate: stable near a minimum, without a spike from a
+    random start [no_spike], or the one above which training diverges."""
     over: tuple[str, ...] = ("gamma",)
     """Numbers to tune: gamma, beta, weight_var, bias_var."""
     shared: bool = False
@@ -118,8 +130,13 @@ class Tune:
 
     def _objective(self) -> objectives.Objective:
         make, default = OBJECTIVES[self.objective]
+        about_rate = self.objective in ("target_rate", "max_rate")
+        if self.rate is not None and not about_rate:
+            cause = f"the objective {self.objective} has no rate to choose"
+            raise problem(SpecError, "--rate", self.rate, cause, "leave it out")
         if default is not None:
-            return make(default if self.value is None else self.value)
+            options = dict(rate=self.rate or "no_spike") if about_rate else {}
+            return make(default if self.value is None else self.value, **options)
         if self.value is not None:
             cause = f"the objective {self.objective} has no value"
             raise problem(SpecError, "--value", self.value, cause, "leave it out")

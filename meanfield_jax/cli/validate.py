@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
 from meanfield_jax.cli.output import ComputationError, outputs, write, write_png
 from meanfield_jax.cli.result import print_json
-from meanfield_jax.cli.tables import spectrum_table, validation_table
+from meanfield_jax.cli.tables import rates_table, spectrum_table, validation_table
 from meanfield_jax.experiments.validate import validate
 from meanfield_jax.plots import plot_validation
 from meanfield_jax.variants import has_norm
@@ -37,6 +38,11 @@ class Validate:
     num_eigenvalues: int | None = None
     """Also compare this number of the kernel's eigenvalues, with the theory for the given
     inputs."""
+    train: bool = False
+    """Also train every network, by full-batch gradient descent on the squared loss, to find the
+    largest learning rates from a random start: without a spike, and with a bounded loss."""
+    num_steps: int = 200
+    """Steps of each training."""
     momentum: float = 0.9
     """Momentum of gradient descent."""
     output: Path = Path("meanfield-jax-validate")
@@ -48,14 +54,16 @@ class Validate:
         """Measures, prints the table and writes the files."""
         numbers, picture = outputs("--output", self.output, ".nc", ".png")
         network = self.network.network(self.inputs.shape(self.network.net))
-        x, _ = self.inputs.load(network)
+        x, labels = self.inputs.load(network)
         dataset = validate(
             network,
             x,
+            y=jnp.asarray(labels) if self.train else None,
             gammas=self.gammas if has_norm(network) else (),
             draws=self.draws,
             theory=self.theory,
             num_eigenvalues=self.num_eigenvalues,
+            num_steps=self.num_steps,
             momentum=self.momentum,
             seed=self.inputs.seed,
             progress=True,
@@ -70,6 +78,8 @@ class Validate:
             Console().print(validation_table(dataset))
             if self.num_eigenvalues is not None:
                 Console().print(spectrum_table(dataset))
+            if self.train:
+                Console().print(rates_table(dataset))
         print("wrote", *written, file=sys.stderr)
         if not np.isfinite(dataset.measured).all():
             raise ComputationError("validate: a measurement failed; see the NaN in the results")

@@ -238,7 +238,7 @@ def _along(dual: FisherDual, vectors: Float[Array, "k size"]) -> Float[Array, " 
     """u^T A u = |J^T B u|^2 / n for each unit vector u, with B B^T the likelihood's part."""
     op = dual.fisher
     outputs, _, backward = jacobian(op)
-    factor, _ = likelihood_factor(op.likelihood, outputs)
+    factor, _ = likelihood_factor(op.likelihood, outputs, op.root)
 
     def one(u: Array) -> Array:
         gradient = op.flat(backward(factor(u.reshape(outputs.shape))))

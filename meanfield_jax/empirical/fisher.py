@@ -29,6 +29,7 @@ from meanfield_jax.empirical.generic import couples_samples
 from meanfield_jax.empirical.inputs import check_batch, check_params
 from meanfield_jax.empirical.likelihood import LIKELIHOODS, likelihood_factor
 from meanfield_jax.empirical.linearized import Product
+from meanfield_jax.empirical.loss import curvature, square_root
 from meanfield_jax.empirical.mode import MODES, check_mode
 from meanfield_jax.empirical.model import Functional, path_name
 from meanfield_jax.empirical.operator import SymmetricOperator
@@ -49,6 +50,8 @@ class FisherOperator(SymmetricOperator):
     * ``"categorical"`` (cross-entropy): diag(p) - p p^T, p = softmax(f) over the last axis;
     * ``"bernoulli"`` (binary cross-entropy, independent logits): diag(p (1 - p)), p = sigmoid(f).
 
+    For any other convex loss it is the loss's Hessian, see :meth:`with_loss`.
+
     Outputs with further axes, such as (n, T, C) for T tokens, count as T C outputs per sample: F is
     a mean over samples and a sum over tokens.
 
@@ -67,6 +70,8 @@ class FisherOperator(SymmetricOperator):
             counts and 0 if it does not, see :meth:`block`, or any other, see :meth:`rescaled`.
         dense: Set by :func:`fisher_operator`: paths of the dense layers whose part of the product
             is computed from the Gram matrix of their inputs.
+        root: Set by :meth:`with_loss`: the square root of Lambda_i, (n, size, size), which replaces
+            that of the likelihood.
 
     Raises:
         SpecError: if an option cannot be used.
@@ -98,6 +103,7 @@ class FisherOperator(SymmetricOperator):
     output: Any = static(default=None)
     mask: dict[str, Array | np.float32] | None = None
     dense: tuple[str, ...] = static(default=())
+    root: Float[Array, "n size size"] | None = None
 
     def __post_init__(self):
         check_choice("likelihood", self.likelihood, LIKELIHOODS)
@@ -336,6 +342,36 @@ class FisherOperator(SymmetricOperator):
         mask = {name: jnp.asarray(factors.get(name, 0.0), self.dtype) for name in self.paths}
         return self.replace(mask=mask)
 
+    def with_loss(self, loss: Callable[[Any, Any], Any], y: Any) -> Self:
+        """The generalized Gauss-Newton matrix of any convex loss, (1/n) sum_i J_i^T H_i J_i.
+
+        H_i is the Hessian of the loss of sample i in its outputs, at the present outputs. For the
+        losses of the likelihoods this is F itself.
+
+        Args:
+            loss: A twice differentiable function of the outputs (n, ..., C) and ``y``, which
+                returns a loss for each sample, (n,), or their mean, ().
+            y: Targets, as the loss takes them.
+
+        Returns:
+            An operator of the same shape. Its H_i belong to the present parameters and inputs.
+
+        Raises:
+            SpecError: if the loss cannot be used, or is not convex at these outputs.
+
+        Example:
+            >>> import jax.numpy as jnp, meanfield_jax as mf, optax
+            >>> x, y = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[2.5], [9.0]])
+            >>> op = mf.FisherOperator(lambda w, x: x @ w, jnp.ones((2, 1)), x)
+            >>> def huber(outputs, y):
+            ...     return optax.huber_loss(outputs, y, delta=1.0).sum(-1)
+            >>> op.with_loss(huber, y).to_dense()  # the second sample has |f - y| > 1
+            Array([[0.5, 1. ],
+                   [1. , 2. ]], dtype=float32)
+        """
+        root = square_root(curvature(loss, _outputs(self), y))
+        return self.unchecked(outputs=self.outputs, root=root, likelihood="gaussian")
+
     def change(self, vector: Array) -> Array:
         """The change J v of the outputs, (n, ..., C), along a vector of parameters, (P,)."""
         return jacobian(self).forward(self._tree(vector))
@@ -373,7 +409,7 @@ class FisherOperator(SymmetricOperator):
 
     def _product(self) -> Callable[[Any], Any]:
         outputs, forward, backward = jacobian(self)
-        factor, transposed = likelihood_factor(self.likelihood, outputs)
+        factor, transposed = likelihood_factor(self.likelihood, outputs, self.root)
 
         def product(vector: Any) -> Any:
             vector = jax.tree.map(
@@ -404,7 +440,7 @@ class FisherOperator(SymmetricOperator):
             return f"{type(self).__name__}(...)"
         per_sample = "x".join(map(str, self.output_shape[1:])) or "1"
         parts = [f"P={self.num_parameters}", f"n={self.num_samples}", f"outputs={per_sample}"]
-        parts.append(f"likelihood={self.likelihood!r}")
+        parts.append(f"likelihood={self.likelihood!r}" if self.root is None else "with_loss")
         if self.batch_size is not None:
             parts.append(f"batch_size={self.batch_size}")
         if self.mask is not None:
@@ -437,7 +473,7 @@ class FisherDual(SymmetricOperator):
         """Evaluates the network once and returns the product u -> A u, from (n C,) to (n C,)."""
         op = self.fisher
         outputs, product = outer(op)
-        factor, transposed = likelihood_factor(op.likelihood, outputs)
+        factor, transposed = likelihood_factor(op.likelihood, outputs, op.root)
 
         def dual(u: Array) -> Array:
             moved = transposed(product(factor(u.reshape(outputs.shape))))
@@ -461,6 +497,11 @@ class FisherDual(SymmetricOperator):
 
 
 @jax.jit
+def _outputs(op: FisherOperator) -> Float[Array, "n ..."]:
+    return jacobian(op).outputs
+
+
+@jax.jit
 def _parameter_product(op: FisherOperator, vector: Any) -> Any:
     return op.parameter_product(vector)
 
@@ -469,7 +510,7 @@ def _parameter_product(op: FisherOperator, vector: Any) -> Any:
 def _to_parameters(dual: FisherDual, vectors: Float[Array, "k size"]) -> Float[Array, "k P"]:
     op = dual.fisher
     outputs, _, backward = jacobian(op)
-    factor, _ = likelihood_factor(op.likelihood, outputs)
+    factor, _ = likelihood_factor(op.likelihood, outputs, op.root)
 
     def one(u: Array) -> Array:
         gradient = op.flat(backward(factor(u.reshape(outputs.shape))))

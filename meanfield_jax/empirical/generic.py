@@ -192,6 +192,7 @@ def _small(op: "FisherOperator", num_samples: int) -> "FisherOperator":
         batch_size=None,
         mask=None,
         dense=(),
+        root=None,
         likelihood="gaussian",
     )
 

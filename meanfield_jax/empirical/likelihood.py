@@ -6,18 +6,35 @@ from jax import Array
 from jaxtyping import Float
 
 from meanfield_jax.empirical.linearized import Product
+from meanfield_jax.precise import einsum
 
 LIKELIHOODS = ("gaussian", "categorical", "bernoulli")
 
 
-def likelihood_factor(likelihood: str, outputs: Float[Array, "n ..."]) -> tuple[Product, Product]:
+def likelihood_factor(
+    likelihood: str,
+    outputs: Float[Array, "n ..."],
+    root: Float[Array, "n size size"] | None = None,
+) -> tuple[Product, Product]:
     """Products with B and with B^T, where B B^T = Lambda for every sample.
 
     Categorical: B = diag(s) (1 - s s^T), s = sqrt(p). Bernoulli: B = diag(sqrt(p (1 - p))).
 
+    Args:
+        likelihood: One of ``LIKELIHOODS``.
+        outputs: The outputs, (n, ..., C).
+        root: B itself, symmetric, which replaces the likelihood's; None for that.
+
     Returns:
         Two functions that act on arrays of the outputs' shape.
     """
+    if root is not None:
+        rows = root.shape[:2]
+
+        def rotate(u: Array) -> Array:
+            return einsum("nij,nj->ni", root, u.reshape(rows)).reshape(u.shape)
+
+        return rotate, rotate
     if likelihood == "gaussian":
         return (lambda u: u), (lambda u: u)
     if likelihood == "bernoulli":

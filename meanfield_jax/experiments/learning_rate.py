@@ -9,7 +9,7 @@ import dataclasses
 import html
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,19 @@ from jax import Array
 from jax.core import Tracer
 
 from meanfield_jax.arguments import as_given, checked, momenta
-from meanfield_jax.checks import check_choice, check_data, targets
+from meanfield_jax.checks import check_choice, check_data
 from meanfield_jax.empirical.draws import drawn_eigenvalues
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.generic import couples_samples, layers_after_norms
 from meanfield_jax.empirical.lanczos import top_eigenvalues
+from meanfield_jax.empirical.loss import (
+    LOSSES,
+    Loss,
+    check_loss,
+    checked_targets,
+    curvature,
+    mean_loss,
+)
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
@@ -52,9 +60,6 @@ from meanfield_jax.theory.rates import (
 )
 from meanfield_jax.theory.stability import of_rate_1
 
-LOSSES = {"squared": "gaussian", "cross_entropy": "categorical", "bernoulli": "bernoulli"}
-"""The likelihood whose Fisher matrix is the curvature of each loss."""
-
 MEANINGS = dict(
     quadratic="stable where the loss is quadratic, near a minimum",
     no_spike="from a random start, the loss stays below twice its first value",
@@ -73,6 +78,11 @@ INFORMATION = dict(
     bernoulli=lambda num_outputs: 0.25,
 )
 """Curvature of each loss in units of the squared one's, where all outputs are equal."""
+
+OWN_LOSS = (
+    "the rules were tested on the squared loss; with another one they are those of its curvature "
+    "at the start: no_spike is a first rate, and no rate is a bound"
+)
 
 PROBES = 6
 """Number of probes of a trace, good to some 20 %."""
@@ -137,7 +147,7 @@ class LearningRate(Number):
         bounded: The rate above which training from a random start diverges.
         lambda_max: The largest eigenvalue of the Fisher matrix.
         lambda_after_norms: That of its part for the parameters that no normalization follows.
-        loss: ``"squared"``, ``"cross_entropy"`` or ``"bernoulli"``.
+        loss: ``"squared"``, ``"cross_entropy"`` or ``"bernoulli"``, or the formula of another.
         source: ``"theory"``, ``"measured"`` or, for example, ``"8 drawn networks"``.
         num_outputs: C.
         decisive: Paths of the layers that no normalization follows.
@@ -176,6 +186,10 @@ class LearningRate(Number):
         """
         return self.recommended * self.num_outputs
 
+    @property
+    def _formula(self) -> str:
+        return FORMULAS.get(self.loss, self.loss)
+
     def _rows(self) -> list[tuple[str, str, str]]:
         """Name, number and meaning of each rate."""
         named = dict(recommended="the rate to start from") | MEANINGS
@@ -197,7 +211,7 @@ class LearningRate(Number):
     def __repr__(self) -> str:
         if isinstance(self.recommended, Tracer) or jnp.ndim(self.recommended):
             return f"LearningRate({self.recommended})"
-        lines = [f"LearningRate {float(self):.4g} for the loss {FORMULAS[self.loss]}"]
+        lines = [f"LearningRate {float(self):.4g} for the loss {self._formula}"]
         lines += [f"  {name:<12} {number:>9}  {text}" for name, number, text in self._rows()[1:]]
         lines.append(f"  {self._about()}")
         lines += [f"  caution: {reason}" for reason in self.reasons]
@@ -209,7 +223,7 @@ class LearningRate(Number):
             for name, number, text in self._rows()
         )
         notes = [self._about(), *(f"caution: {reason}" for reason in self.reasons)]
-        head = f"Learning rate for the loss {FORMULAS[self.loss]}"
+        head = f"Learning rate for the loss {self._formula}"
         below = "<br>".join(html.escape(note) for note in notes)
         return f"<b>{html.escape(head)}</b><table>{cells}</table><small>{below}</small>"
 
@@ -226,7 +240,7 @@ def learning_rate(
     y: Array | None = None,
     optimizer: str | Optimizer = "heavy_ball",
     momentum: float | Array = 0.9,
-    loss: str = "squared",
+    loss: Loss = "squared",
     statistics: str = "batch",
     num_samples: int | None = None,
     draws: int = 0,
@@ -255,12 +269,15 @@ def learning_rate(
         x: A batch of the size used in training, (n, ...). A network may do without: then inputs are
             i.i.d. with unit variance.
         params: Parameters of ``apply``, any pytree.
-        y: Targets, (n, C), or labels (n,); only for a measurement with Adam.
+        y: Targets, (n, C), or labels (n,), for a measurement with Adam; whatever the loss takes, if
+            that is a function.
         optimizer: ``"heavy_ball"``, ``"adam"``, or any linear transformation of optax (or a
             function from a rate to one), made with a learning rate of 1.
         momentum: mu of the heavy ball; 0 for plain gradient descent.
         loss: ``"squared"``, (1/2n) sum ||f - y||^2, summed over outputs; ``"cross_entropy"``, the
-            mean over samples of -log softmax(f)[y]; or ``"bernoulli"``, summed over outputs.
+            mean over samples of -log softmax(f)[y]; ``"bernoulli"``, summed over outputs; or any
+            twice differentiable, convex function ``loss(outputs, y)``, which returns a loss for
+            each sample or their mean. For a network its curvature is that where all outputs are 0.
         statistics: As in :func:`analyze` for a network, :func:`fisher_operator` for a model.
         num_samples: The batch size where ``x`` is left out; None for large batches.
         draws: For a network, the number of networks to draw: eigenvalues are then those of the
@@ -291,11 +308,11 @@ def learning_rate(
         Near a minimum: Polyak 1964. Scale invariance: Arora, Li & Lyu 2018 (arXiv:1812.03981). The
         rule from a random start is this package's own.
     """
-    check_choice("loss", loss, tuple(LOSSES))
+    check_loss(loss)
     start = time.perf_counter()
-    rule = _rule(optimizer, momentum)
+    rule = rule_of(optimizer, momentum)
     if isinstance(model, Network):
-        found = _predicted(model, x, rule, loss, statistics, num_samples, draws)
+        found = _predicted(model, x, y, rule, loss, statistics, num_samples, draws)
     else:
         found = _measured(model, params, x, y, rule, loss, statistics)
     seconds = time.perf_counter() - start
@@ -305,7 +322,7 @@ def learning_rate(
     return dataclasses.replace(found, recommended=recommended, seconds=seconds)
 
 
-def _rule(optimizer: Any, momentum: float | Array) -> Rule | None:
+def rule_of(optimizer: Any, momentum: float | Array) -> Rule | None:
     """The rule of a linear optimizer; None for Adam."""
     if isinstance(optimizer, str):
         check_choice("optimizer", optimizer, ("heavy_ball", "adam"))
@@ -326,8 +343,9 @@ def _is_adam(state: Any) -> bool:
 def _predicted(
     network: Network,
     x: Any,
+    y: Any,
     rule: Rule | None,
-    loss: str,
+    loss: Loss,
     statistics: str,
     num_samples: Any,
     draws: int,
@@ -340,7 +358,7 @@ def _predicted(
     dtype = theory.kernel.dtype
     batch = None if x is None else check_data(x).astype(dtype)
     after = after_norms(network, batch, statistics, num_samples)
-    information = INFORMATION[loss](network.num_outputs)
+    information = _information(loss, network.num_outputs, batch, y)
     lambda_max = information * theory.fisher.lambda_max
     drawn = _drawn_after(network, after, draws, given) if draws else None
     lambda_after = information * decisive_eigenvalue(theory, after, drawn)
@@ -353,12 +371,26 @@ def _predicted(
         **rates,
         lambda_max=lambda_max,
         lambda_after_norms=lambda_after,
-        loss=loss,
+        loss=_name(loss),
         source=f"{draws} drawn networks" if draws else "theory",
         num_outputs=network.num_outputs,
         decisive=() if traced else after.paths,
         reasons=() if traced else (*reasons(theory, after), *_cautions(rule, loss)),
     )
+
+
+def _information(loss: Loss, num_outputs: int, x: Array | None, y: Any) -> Any:
+    """The largest eigenvalue of the loss's mean curvature where all outputs are 0."""
+    if isinstance(loss, str):
+        return INFORMATION[loss](num_outputs)
+    for name, value in dict(x=x, y=y).items():
+        if value is None:
+            cause = "the curvature of a loss that is a function depends on the targets"
+            remedy = "pass a batch x and its targets y, or the name of a loss"
+            raise problem(SpecError, name, value, cause, remedy)
+    assert x is not None
+    mean = curvature(loss, jnp.zeros((len(x), num_outputs), x.dtype), y).mean(0)
+    return jnp.linalg.eigvalsh(mean)[-1]
 
 
 def _drawn_after(network: Network, after: AfterNorms, draws: int, given: dict[str, Any]) -> Array:
@@ -371,75 +403,152 @@ def _drawn_after(network: Network, after: AfterNorms, draws: int, given: dict[st
 
 
 def _measured(
-    model: Any, params: Any, x: Any, y: Any, rule: Rule | None, loss: str, statistics: str
+    model: Any, params: Any, x: Any, y: Any, rule: Rule | None, loss: Loss, statistics: str
 ) -> LearningRate:
     """The rates of a model, by Lanczos."""
     if x is None:
         raise problem(DataError, "x", x, "a model is measured on data", "pass a training batch")
-    operator = _operator(model, params, x, LOSSES[loss], statistics)
+    operator = operator_of(model, params, x, y, loss, statistics)
     layers = layers_after_norms(operator)
     whole = top_eigenvalues(operator, tol=TOLERANCE).raise_if_failed()
-    products, lambda_max = int(whole.num_matvecs), whole.eigenvalues[0]
+    lambda_max = whole.eigenvalues[0]
     eta_max(lambda_max)  # refuses 0
-    everything = all(any(_inside(path, layer) for layer in layers) for path in operator.paths)
-    lambda_after, notes = lambda_max, (NO_NORM,)
-    if not everything:
-        block = operator.block(*layers)
-        part = top_eigenvalues(block, tol=TOLERANCE, vectors=True).raise_if_failed()
-        products, lambda_after = products + int(part.num_matvecs), part.eigenvalues[0]
-        assert part.eigenvectors is not None
-        notes = ()
-        if _common(block, part.eigenvectors[0]) < 0.5:
-            aligned = trace(block, num_probes=PROBES).raise_if_failed()
-            outputs = np.prod(operator.output_shape[1:])
-            lambda_after = jnp.maximum(lambda_after, ALIGNED * aligned.value / outputs)
-            products, notes = products + int(aligned.num_matvecs), (LITTLE_IN_COMMON,)
-    if float(lambda_after) <= 0:
-        cause = "no curvature: the outputs do not depend on the last layers' parameters"
-        raise problem(SpecError, "model", type(model).__name__, cause, "check for weights of 0")
 
     def by_signs() -> Array:
         scaled = _preconditioned(operator, layers, y, loss)
         return 2 / top_eigenvalues(scaled, tol=TOLERANCE).raise_if_failed().eigenvalues[0]
 
-    over_batch = bool(couples_samples(operator))
-    found = _rates(rule, loss, lambda_max, lambda_after, over_batch, by_signs)
-    rough = LITTLE_IN_COMMON in notes
+    after = _after_norms(operator, layers, lambda_max)
     return LearningRate(
-        recommended=(CAREFUL if rough else 1.0) * found["no_spike"],
-        **found,
+        **_rates_of(operator, rule, loss, lambda_max, after, by_signs),
         lambda_max=lambda_max,
-        lambda_after_norms=lambda_after,
-        loss=loss,
+        loss=_name(loss),
         source="measured",
         num_outputs=int(np.prod(operator.output_shape[1:])),
         decisive=layers,
-        products=products,
-        reasons=(*notes, *_cautions(rule, loss)),
+        products=int(whole.num_matvecs) + after.products,
+    )
+
+
+def _name(loss: Loss) -> str:
+    """What a result says of its loss: the name, or the formula of a function."""
+    if isinstance(loss, str):
+        return loss
+    return f"(1/n) sum {getattr(loss, '__name__', type(loss).__name__)}(f, y)"
+
+
+class _After(NamedTuple):
+    """What is measured of the parameters that no normalization follows.
+
+    Attributes:
+        lambda_max: The eigenvalue that decides from a random start, ().
+        products: How many products that took.
+        notes: Why the rates may be wrong.
+    """
+
+    lambda_max: Array
+    products: int
+    notes: tuple[str, ...]
+
+
+def _after_norms(
+    operator: FisherOperator, layers: tuple[str, ...], lambda_max: Array | None
+) -> _After:
+    """Measures the eigenvalue that decides; without a norm it is ``lambda_max``, if known."""
+    everything = all(any(_inside(path, layer) for layer in layers) for path in operator.paths)
+    if everything and lambda_max is not None:
+        return _After(lambda_max, 0, (NO_NORM,))
+    block = operator.block(*layers)
+    part = top_eigenvalues(block, tol=TOLERANCE, vectors=True).raise_if_failed()
+    found = _After(part.eigenvalues[0], int(part.num_matvecs), (NO_NORM,) * everything)
+    assert part.eigenvectors is not None
+    if not everything and _common(block, part.eigenvectors[0]) < 0.5:
+        aligned = trace(block, num_probes=PROBES).raise_if_failed()
+        outputs = np.prod(operator.output_shape[1:])
+        largest = jnp.maximum(found.lambda_max, ALIGNED * aligned.value / outputs)
+        products = found.products + int(aligned.num_matvecs)
+        found = _After(largest, products, (LITTLE_IN_COMMON,))
+    if float(found.lambda_max) <= 0:
+        cause = "no curvature: the outputs do not depend on the last layers' parameters"
+        value = float(found.lambda_max)
+        raise problem(SpecError, "lambda_after_norms", value, cause, "check for weights of 0")
+    return found
+
+
+def _rates_of(
+    operator: FisherOperator,
+    rule: Rule | None,
+    loss: Loss,
+    lambda_max: Array,
+    after: _After,
+    by_signs: Callable[[], Array] | None = None,
+) -> dict[str, Any]:
+    """The fields of a result that follow from what was measured of a model."""
+    over_batch = bool(couples_samples(operator))
+    found = _rates(rule, loss, lambda_max, after.lambda_max, over_batch, by_signs)
+    return dict(
+        **found,
+        recommended=(CAREFUL if LITTLE_IN_COMMON in after.notes else 1.0) * found["no_spike"],
+        lambda_after_norms=after.lambda_max,
+        reasons=(*after.notes, *_cautions(rule, loss)),
+    )
+
+
+def measured_again(
+    rate: LearningRate, operator: FisherOperator, rule: Rule, loss: Loss, steps: int
+) -> LearningRate:
+    """The rates of a model whose parameters have changed.
+
+    Only the parameters after the norms are measured: ``lambda_max`` and ``quadratic`` stay as they
+    were, unless there is no norm.
+
+    Args:
+        rate: What :func:`learning_rate` returned before.
+        operator: The operator of the model as it is now.
+        rule: That of the optimizer.
+        loss: The loss.
+        steps: The number of steps since then.
+
+    Returns:
+        The rates of the model as it is now, with a fraction of 1.
+    """
+    start = time.perf_counter()
+    after = _after_norms(operator, rate.decisive, None)
+    lambda_max = after.lambda_max if NO_NORM in after.notes else rate.lambda_max
+    return dataclasses.replace(
+        rate,
+        **_rates_of(operator, rule, loss, lambda_max, after),
+        lambda_max=lambda_max,
+        source=f"measured after {steps} steps",
+        products=rate.products + after.products,
+        seconds=rate.seconds + time.perf_counter() - start,
     )
 
 
 def _rates(
     rule: Rule | None,
-    loss: str,
+    loss: Loss,
     lambda_max: Array,
     lambda_after: Array,
     over_batch: bool,
-    by_signs: Callable[[], Array],
+    by_signs: Callable[[], Array] | None,
 ) -> dict[str, Any]:
     """The three rates; NaN where there is no rule."""
     unknown = jnp.full_like(lambda_after, jnp.nan)
     if rule is None:
+        assert by_signs is not None
         factor = 1.0 if over_batch else SIGNS_WITHIN_SAMPLES
         return dict(quadratic=unknown, no_spike=factor * by_signs(), bounded=unknown)
     found = rates(rule, lambda_max, lambda_after, over_batch)
     if loss == "squared":
         return found
+    if not isinstance(loss, str):
+        return found | dict(bounded=unknown)
     largest = CROSS_ENTROPY / rule.gain
     return found | dict(no_spike=jnp.minimum(largest, found["no_spike"]), bounded=unknown)
 
 
-def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
+def _cautions(rule: Rule | None, loss: Loss) -> tuple[str, ...]:
     """What is known of rules that are less certain."""
     found = []
     if rule is None:
@@ -448,6 +557,8 @@ def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
         )
         if loss != "squared":
             found.append("Adam's rule was tested on the squared loss only")
+    elif not isinstance(loss, str):
+        found.append(OWN_LOSS)
     elif loss != "squared":
         found.append(
             "with cross-entropy the growth of the last layer, scale and offset limits training, "
@@ -456,8 +567,20 @@ def _cautions(rule: Rule | None, loss: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _operator(model: Any, params: Any, x: Any, likelihood: str, statistics: str) -> FisherOperator:
-    """The model's Fisher matrix."""
+def operator_of(
+    model: Any, params: Any, x: Any, y: Any, loss: Loss, statistics: str
+) -> FisherOperator:
+    """The curvature of the loss of a model."""
+    if isinstance(loss, str):
+        return _fisher(model, params, x, LOSSES[loss], statistics)
+    if y is None:
+        cause = "the curvature of a loss that is a function depends on the targets"
+        raise problem(SpecError, "y", y, cause, "pass those of the batch x")
+    return _fisher(model, params, x, "gaussian", statistics).with_loss(loss, y)
+
+
+def _fisher(model: Any, params: Any, x: Any, likelihood: str, statistics: str) -> FisherOperator:
+    """The Fisher matrix of a model."""
     if params is None:
         if not isinstance(model, nnx.Module):
             cause = "neither a Network nor a Flax NNX module, and there are no params"
@@ -488,23 +611,16 @@ def _inside(path: str, layer: str) -> bool:
 
 
 def _preconditioned(
-    operator: FisherOperator, layers: tuple[str, ...], y: Any, loss: str
+    operator: FisherOperator, layers: tuple[str, ...], y: Any, loss: Loss
 ) -> FisherOperator:
     """P^(-1/2) F P^(-1/2) for these layers, where P is the gradient's rms in each array."""
     if y is None:
         remedy = "pass the batch's targets"
         raise problem(SpecError, "y", y, "Adam's first steps depend on the gradient", remedy)
-    shape = operator.output_shape
-    if loss == "squared":
-        y = targets("y", y, operator.num_samples, shape[-1], operator.dtype)
+    y = checked_targets(loss, y, operator.output_shape, operator.dtype)
 
     def value(params: Any) -> Array:
-        outputs = operator.evaluate(params, operator.x)
-        if loss == "squared":
-            return jnp.sum((outputs - y.reshape(shape)) ** 2) / (2 * shape[0])
-        if loss == "bernoulli":
-            return optax.sigmoid_binary_cross_entropy(outputs, y).sum() / shape[0]
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+        return mean_loss(loss, operator.evaluate(params, operator.x), y)
 
     slopes = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(value))(operator.params))
     sizes = {path_name(path): jnp.sqrt(jnp.mean(slope**2)) for path, slope in slopes}

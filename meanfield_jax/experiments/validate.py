@@ -13,13 +13,15 @@ from flax import nnx
 from jax import Array
 
 from meanfield_jax.arguments import checked
-from meanfield_jax.checks import check_choice, check_data
+from meanfield_jax.checks import check_choice, check_data, targets
 from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
 from meanfield_jax.empirical.model import build, calibrate
 from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.boundary import measured_boundary
+from meanfield_jax.experiments.learning_rate import LearningRate, learning_rate
 from meanfield_jax.experiments.progress import PRODUCTS, Stages, seconds_of
 from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.limits import within
@@ -35,6 +37,9 @@ Mode = Literal["batch", "frozen"]
 MODES: tuple[Mode, ...] = ("batch", "frozen")
 """The modes in which a network is measured: training and evaluation."""
 
+RATES = ("no_spike", "bounded")
+"""The learning rates that are held against training: names of rates and of events alike."""
+
 CURVE_POINTS = 60
 PROBES = 30
 PROGRAMS = 4
@@ -46,10 +51,12 @@ def validate(
     network: Network,
     x: Array,
     *,
+    y: Array | None = None,
     gammas: Sequence[float] = (),
     theory: str = "iid",
     draws: int = 4,
     num_eigenvalues: int | None = None,
+    num_steps: int = 200,
     momentum: float = 0.9,
     tol: float = 1e-3,
     seed: int = 0,
@@ -60,13 +67,17 @@ def validate(
     Args:
         network: The specification.
         x: Inputs, (n, *input_shape).
+        y: Labels (n,) or targets (n, C). With them the networks are trained, too, to find the
+            largest learning rates without a spike and with a bounded loss, beside those that
+            :func:`learning_rate` predicts. None: no training.
         gammas: Scales to use in every norm; the network without its norms is included as well.
             Empty: the network as it is.
         theory: ``"iid"``: predictions for i.i.d. inputs with unit variance; ``"data"``: for ``x``.
         draws: Number of random draws of each network.
         num_eigenvalues: How many eigenvalues of the kernel to compare with the theory for ``x``; F
             has each of them C times. None: the outliers alone.
-        momentum: Momentum of ``eta_max``.
+        num_steps: Steps over which the loss of a training is followed.
+        momentum: Momentum of ``eta_max``, and of the training.
         tol: Relative accuracy of the measured eigenvalues.
         seed: Seed of the first draw.
         progress: Whether to show a progress bar on stderr.
@@ -74,13 +85,18 @@ def validate(
     Returns:
         A data set over ``network`` (its label), ``statistics`` (batch, frozen, wei2019: what the
         theory assumes), ``mode`` (batch, frozen: what was measured), ``draw`` and ``outlier``:
-        ``predicted``, ``measured`` (eigenvalues; NaN where Lanczos failed), ``measured_mean`` and
-        ``standard_error`` of the outliers' mean over draws, ``largest`` (median over draws),
-        ``eta_max``, ``eta_max_measured`` and ``ratio`` = predicted / measured in the mode that
-        corresponds to the statistics; with gammas also ``curve`` over ``curve_gamma``. With
+        ``predicted`` (the outliers' mean over draws), ``measured`` (the outliers; NaN where Lanczos
+        failed), ``measured_mean`` and ``standard_error`` of their mean over draws, ``ratio`` =
+        predicted / measured in the mode that corresponds to the statistics; ``lambda_max`` of one
+        draw and ``eta_max`` from it, as :func:`analyze` predicts them, ``lambda_max_measured``
+        (median over draws) and ``eta_max_measured``; with gammas also ``curve`` (predicted) and
+        ``curve_lambda_max`` over ``curve_gamma``. With
         ``num_eigenvalues``, over ``eigenvalue``: ``spectrum_predicted`` (theory for ``x``),
         ``spectrum_measured`` (by draw, means of C), its ``spectrum_error``, ``spectrum_ratio``, and
-        ``trace_predicted``, ``trace_measured``, ``trace_ratio``.
+        ``trace_predicted``, ``trace_measured``, ``trace_ratio``. With ``y``, over ``event``
+        (no_spike, bounded): ``rate_predicted``, ``rate_measured`` (by draw; NaN where
+        :func:`measured_boundary` found none), ``rate_ratio`` = predicted / median of the measured,
+        ``rate_domain``, why the predictions of a network may be wrong, and ``num_steps``.
 
     Raises:
         SpecError, DataError: if an option or the data are not valid.
@@ -92,12 +108,15 @@ def validate(
         >>> bool(abs(mf.validate(net, x, draws=2).ratio.sel(statistics="batch") - 1) < 0.1)
         True
     """
-    import xarray as xr
-
     x = check_data(x)
     if draws < 1:
         raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
     check_choice("theory", theory, ("iid", "data"))
+    if num_steps < 1:
+        cause, remedy = "must be at least 1", "pass a positive integer"
+        raise problem(SpecError, "num_steps", num_steps, cause, remedy)
+    if y is not None:
+        y = targets("y", y, len(x), network.num_outputs, x.dtype)
     variants = variants_of(network, gammas)
     num_samples = x.shape[0]
     given = dict(data=x) if theory == "data" else dict(num_samples=num_samples)
@@ -112,11 +131,11 @@ def validate(
     traces = np.full(shape, np.nan)
     seconds = _seconds(variants.values(), num_samples, draws, num_eigenvalues is not None)
     with Stages("Measuring", seconds, progress) as stages:
-        predicted = np.empty((len(variants), len(STATISTICS)))
+        predicted = np.empty((2, len(variants), len(STATISTICS)))
         # the theory of a batch has the dtype of the batch
         with jax.enable_x64(theory == "iid"):
             for row, variant in enumerate(variants.values()):
-                predicted[row] = [_outlier(variant, name, given) for name in STATISTICS]
+                predicted[:, row] = _predictions(variant, given)
                 stages.finished()
             curve = None if theory == "data" else _curve(network, gammas, given)
         for row, variant in enumerate(variants.values()):
@@ -131,14 +150,39 @@ def validate(
     if gammas and theory == "data":
         # each point costs seconds here, so the curve connects those already computed
         coords = dict(curve_gamma=list(map(float, gammas)), statistics=list(STATISTICS))
-        joined = xr.DataArray(predicted[1:], coords, ("curve_gamma", "statistics"))
-        curve = joined.sortby("curve_gamma")
+        curve = _as_curve(predicted[:, 1:], coords).sortby("curve_gamma")
     outliers = measured[..., : network.num_outputs]
     labels = list(variants)
     dataset = _dataset(labels, predicted, outliers, curve, momentum, num_samples, network)
-    if num_eigenvalues is None:
+    if num_eigenvalues is not None:
+        dataset = dataset.assign(_spectra(variants.values(), x, measured, traces, num_eigenvalues))
+    if y is None:
         return dataset
-    return dataset.assign(_spectra(variants.values(), x, measured, traces, num_eigenvalues))
+    options: dict[str, Any] = dict(draws=draws, num_steps=num_steps, seed=seed, progress=progress)
+    trained = {
+        event: measured_boundary(
+            network, x, y, gammas=gammas, momentum=momentum, event=event, **options
+        ).boundary.values
+        for event in RATES
+    }
+    options = dict(num_samples=given.get("num_samples"), momentum=momentum)
+    rates = [learning_rate(each, given.get("data"), **options) for each in variants.values()]
+    return dataset.assign(_trained(rates, trained)).assign(num_steps=num_steps)
+
+
+def _trained(rates: Sequence[LearningRate], trained: dict[str, np.ndarray]) -> xr.Dataset:
+    """The rates that were predicted and measured, by network and event."""
+    import xarray as xr
+
+    predicted = np.array([[float(getattr(rate, event)) for event in trained] for rate in rates])
+    measured = np.stack(list(trained.values()), 1)
+    data = dict(
+        rate_predicted=(("network", "event"), predicted),
+        rate_measured=(("network", "event", "draw"), measured),
+        rate_ratio=(("network", "event"), predicted / np.median(measured, -1)),
+        rate_domain=("network", [rate.domain for rate in rates]),
+    )
+    return xr.Dataset(data, dict(event=list(trained)))
 
 
 def _seconds(
@@ -241,41 +285,49 @@ def _in_both_modes(
     return np.stack([batch, frozen])
 
 
-def _outlier(network: Network, statistics: str, given: dict[str, Any]) -> float:
-    return float(analyze(network, statistics=statistics, **given).fisher.outlier)
+def _predictions(network: Network, given: dict[str, Any]) -> np.ndarray:
+    """The outliers' mean and the largest eigenvalue of one draw, (2, statistics)."""
+    fishers = [analyze(network, statistics=name, **given).fisher for name in STATISTICS]
+    found = [[float(fisher.outlier), float(fisher.lambda_max)] for fisher in fishers]
+    return np.array(found).T
 
 
-def _curve(network: Network, gammas: Sequence[float], given: dict[str, Any]) -> xr.DataArray | None:
-    """Predicted outliers on a finer grid of gamma, (curve_gamma, statistics)."""
+def _as_curve(values: np.ndarray, coords: dict[str, Any]) -> xr.Dataset:
+    """What :func:`_predictions` returns for several gammas, (2, curve_gamma, statistics)."""
     import xarray as xr
 
+    dims = ("curve_gamma", "statistics")
+    return xr.Dataset(dict(curve=(dims, values[0]), curve_lambda_max=(dims, values[1])), coords)
+
+
+def _curve(network: Network, gammas: Sequence[float], given: dict[str, Any]) -> xr.Dataset | None:
+    """Predictions on a finer grid of gamma."""
     if not gammas:
         return None
     low, high = min(map(abs, gammas)), max(map(abs, gammas))
     grid = np.geomspace(max(low, 1e-3) * 0.8, max(high, 1e-3) * 1.25, CURVE_POINTS)
-    values = [
-        [_outlier(with_gamma(network, float(gamma)), name, given) for name in STATISTICS]
-        for gamma in grid
-    ]
+    values = [_predictions(with_gamma(network, float(gamma)), given) for gamma in grid]
     coords = dict(curve_gamma=grid, statistics=list(STATISTICS))
-    return xr.DataArray(values, coords, ("curve_gamma", "statistics"))
+    return _as_curve(np.stack(values, 1), coords)
 
 
-def _dataset(labels, predicted, measured, curve, momentum, num_samples, network) -> xr.Dataset:
+def _dataset(labels, predictions, measured, curve, momentum, num_samples, network) -> xr.Dataset:
     import xarray as xr
 
     means = measured.mean(-1)
     mean = means.mean(-1)
+    predicted, lambda_max = predictions
     spoken_of = [MODES.index("batch" if name == "batch" else "frozen") for name in STATISTICS]
     largest = np.median(measured.max(-1), axis=-1)
     data = dict(
         predicted=(("network", "statistics"), predicted),
-        eta_max=(("network", "statistics"), stable_rate(jnp.asarray(predicted), momentum)),
+        lambda_max=(("network", "statistics"), lambda_max),
+        eta_max=(("network", "statistics"), stable_rate(jnp.asarray(lambda_max), momentum)),
         ratio=(("network", "statistics"), predicted / mean[:, spoken_of]),
         measured=(("network", "mode", "draw", "outlier"), measured),
         measured_mean=(("network", "mode"), mean),
         standard_error=(("network", "mode"), standard_error(means, 2)),
-        largest=(("network", "mode"), largest),
+        lambda_max_measured=(("network", "mode"), largest),
         eta_max_measured=(("network", "mode"), stable_rate(jnp.asarray(largest), momentum)),
     )
     gammas = [float(name.partition("=")[2] or "nan") for name in labels]
@@ -287,7 +339,7 @@ def _dataset(labels, predicted, measured, curve, momentum, num_samples, network)
     )
     attributes = dict(num_samples=num_samples, momentum=momentum, spec=network.to_json(indent=None))
     dataset = xr.Dataset(data, coords, attributes)
-    return dataset if curve is None else dataset.assign(curve=curve)
+    return dataset if curve is None else dataset.assign(curve)
 
 
 def modes_measured(dataset: xr.Dataset) -> list[tuple[str, Mode]]:

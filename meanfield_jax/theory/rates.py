@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -11,8 +12,8 @@ from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.layers.dense import Dense
 from meanfield_jax.layers.norm import Norm
-from meanfield_jax.network import walk
-from meanfield_jax.theory.after_norms import AfterNorms
+from meanfield_jax.network import normalizes_over_batch, walk
+from meanfield_jax.theory.after_norms import AfterNorms, after_norms
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.stability import Maker, first_step, stability_limit
@@ -123,6 +124,34 @@ def rates(
         first, bounded = jnp.minimum(MOST_HIDDEN * first, hidden), WITHIN_SAMPLES * bounded
     no_spike = jnp.minimum(rule.limit, OVERSHOOT / rule.gain) / first
     return dict(quadratic=rule.limit / lambda_max, no_spike=no_spike, bounded=bounded)
+
+
+def rates_of(
+    theory: Theory, momentum: float | Array = 0.9, data: Array | None = None
+) -> dict[str, Array]:
+    """The rates of the heavy ball on the squared loss, as ``learning_rate`` predicts them.
+
+    Args:
+        theory: Theory of the network.
+        momentum: The momentum mu.
+        data: The batch, if the theory is that of one.
+
+    Returns:
+        ``quadratic``, ``no_spike`` and ``bounded``, () each.
+
+    Raises:
+        SpecError: if the theory is that of a batch that is not given.
+    """
+    on_data, statistics = theory.fisher.eigenvalues is not None, theory.kernel.statistics
+    if on_data and data is None:
+        cause, remedy = "the theory is that of a batch", "pass this batch"
+        raise problem(SpecError, "data", data, cause, remedy)
+    x = jnp.asarray(data, theory.kernel.dtype) if on_data else None
+    num_samples = jax.lax.stop_gradient(1 / theory.fisher.inverse_samples)
+    after = after_norms(theory.network, x, statistics, num_samples)
+    over_batch = statistics == "batch" and normalizes_over_batch(theory.network.body)
+    lambda_after = decisive_eigenvalue(theory, after)
+    return rates(heavy_ball(momentum), theory.fisher.lambda_max, lambda_after, over_batch)
 
 
 def decisive_eigenvalue(theory: Theory, after: AfterNorms, drawn: Array | None = None) -> Array:

@@ -286,7 +286,7 @@ def functions() -> dict[str, Callable]:
     for module in (mf.diagnostics, mf.objectives, mf.data):
         names = getattr(module, "__all__", ["load", "shape_of"])
         if module is mf.objectives:
-            names = ["target_eta_max", "max_eta_max", "sharpness"]
+            names = ["target_rate", "max_rate", "target_eta_max", "max_eta_max", "sharpness"]
         found |= {name: getattr(module, name) for name in names}
     return {name: value for name, value in found.items() if inspect.isfunction(value)}
 
@@ -308,11 +308,12 @@ def given():
         learning_rate=0.1, seed=0, objective=mf.objectives.unit_growth(), name="gaussian",
         value=0.1, dataset=xr.Dataset(), density=spectrum, num_eigenvalues=2, tuning=None,
         grads={"a": X}, activations={"a": X}, used=(X, X**2), full=(X[0], X[0] ** 2),
-        batch_sizes=[4],
+        batch_sizes=[4], num_steps=20,
     )  # fmt: skip
     own: dict[str, dict[str, Any]] = dict(
         analyze=dict(data=X),
         learning_rate=dict(model=SMALL),
+        suggest_schedule=dict(model=SMALL),
         tune=dict(data=X),
         power=dict(activation=X),
         mlp=dict(weight_var=1.0, bias_var=0.1),
