@@ -76,6 +76,21 @@ EXAMPLES = {
     "Scale": lambda width: vector(
         dense(width), mf.Residual(mf.Sequential((dense(width), mf.Scale(0.7)))), RELU
     ),
+    "Concat": lambda width: vector(
+        dense(width), mf.Concat((dense(width), mf.Sequential((RELU, dense(2 * width))))), RELU
+    ),
+    "Product": lambda width: vector(
+        dense(width), mf.Product(dense(width), mf.Sequential((dense(width), mf.Activation("erf"))))
+    ),
+    "MixPositions": lambda width: image(
+        width,
+        conv(width),
+        RELU,
+        mf.MixPositions((5, 3), WEIGHT_VAR, BIAS_VAR),
+        RELU,
+        mf.MixPositions((4, 4), WEIGHT_VAR, BIAS_VAR),
+        mf.Flatten(),
+    ),
     "Repeat": lambda width: vector(
         dense(width), mf.Repeat(mf.Sequential((RELU, dense(width))), times=3)
     ),

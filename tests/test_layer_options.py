@@ -31,6 +31,12 @@ def image(*layers) -> mf.Network:
     return mf.Network((4, 4, 12), (*layers, dense(2)))
 
 
+def grown(*layers) -> mf.Concat:
+    """The block of a DenseNet: what comes in, and beside it what these layers make of it."""
+    return mf.Concat((mf.Sequential(), mf.Sequential(layers)))
+
+
+SILU = mf.Activation("silu")
 PROJECTION = mf.Residual(mf.Sequential((RELU, dense())), mf.Sequential((dense(),)))
 NETWORKS = {
     "no bias": vector(dense(use_bias=False), RELU),
@@ -57,6 +63,43 @@ NETWORKS = {
     "constant factor": vector(dense(), RELU, mf.Scale(-1.5, "none")),
     "RMSNorm after ReLU": vector(dense(), RELU, mf.RMSNorm(1.2)),
     "padded pools": image(conv(), mf.AvgPool(3, 2, "SAME"), RELU, mf.AvgPool(2, 1), mf.Flatten()),
+    "dense blocks": image(
+        conv(),
+        grown(RELU, conv(2 * WIDTH)),
+        grown(RELU, conv()),
+        RELU,
+        conv(stride=2),
+        mf.Flatten(),
+    ),
+    "dense blocks with LayerNorm": vector(
+        dense(),
+        *(grown(mf.LayerNorm(1.2), RELU, dense()),) * 2,
+        *(mf.RMSNorm(0.8), RELU),
+    ),
+    "a sum after a concatenation": vector(
+        dense(), grown(dense()), mf.Residual(mf.Sequential((RELU, dense(2 * WIDTH)))), RELU
+    ),
+    "a sum of concatenations": vector(
+        dense(),
+        grown(dense()),
+        mf.Residual(mf.Concat((dense(), mf.Sequential((RELU, dense()))))),
+        RELU,
+    ),
+    "parts that are pooled": image(
+        conv(), grown(conv()), mf.MaxPool(2, 2), RELU, mf.AvgPool(2, 1), mf.GlobalMeanPool()
+    ),
+    "repeated parts": vector(
+        dense(),
+        grown(RELU, dense()),
+        mf.Repeat(mf.Residual(mf.Sequential((RELU, dense(2 * WIDTH)))), times=2),
+        RELU,
+    ),
+    "SwiGLU": vector(
+        dense(), mf.RMSNorm(), mf.Product(mf.Sequential((dense(), SILU)), dense()), dense(), RELU
+    ),
+    "a gate of the inputs themselves": image(
+        conv(), RELU, mf.Product(mf.Sequential(), mf.Sequential((conv(), RELU))), mf.Flatten()
+    ),
     "dropout": vector(dense(), RELU, mf.Dropout(0.0), dense(), RELU),
 }
 APPROXIMATE = {

@@ -13,7 +13,7 @@ from meanfield_jax.conversion.record import by_path, record
 from meanfield_jax.conversion.translate import Translation
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers import Layer, Norm, Scale
+from meanfield_jax.layers import Layer, MixPositions, Norm, Scale
 from meanfield_jax.network import walk
 
 VARIANCES = "initial", "measured"
@@ -45,7 +45,7 @@ def applied(network: Any, model: Any) -> Any:
             changes = dict(scale=layer.gamma, bias=layer.beta)
         elif isinstance(layer, Scale):
             changed[path] = _filled(params, path, layer.value)
-        elif layer.is_weights:
+        elif isinstance(layer, MixPositions) or layer.is_weights:
             changes = _rescaled(params, path, layer, *variances)
         for name, value in changes.items():
             if f"{path}/{name}" in params:

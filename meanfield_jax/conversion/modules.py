@@ -21,6 +21,7 @@ from meanfield_jax.layers import (
     InstanceNorm,
     Layer,
     LayerNorm,
+    MixPositions,
     RMSNorm,
 )
 from meanfield_jax.layers.conv import PADDINGS
@@ -104,11 +105,26 @@ def as_layer(part: Part, variances: str) -> Layer:
     return _TRANSLATIONS[part.kind](part, variances)
 
 
-def _dense(part: Part, variances: str) -> Dense:
+def over_positions(part: Part, variances: str, positions: tuple[int, ...]) -> Layer:
+    """The layer if positions are the last axis; ``positions``: (height, width) after it."""
+    if part.kind == "Dropout":
+        return _dropout(part, variances)
+    if part.kind not in ("Linear", "Dense"):
+        raise part.refuse("axis", f"{part.kind} over positions has no theory")
+    options = _checked_dense(part, variances)
+    return MixPositions((positions[0], positions[1]), **options)
+
+
+def _dense(part: Part, variances: str) -> Layer:
+    options, width = _checked_dense(part, variances), _shape(part, "kernel")[-1]
+    # on a map, the same weights at every position
+    return Conv(width, 1, **options) if part.is_map else Dense(width, **options)
+
+
+def _checked_dense(part: Part, variances: str) -> dict[str, Any]:
     if part.options.get("dot_general") not in (None, jax.lax.dot_general):
         raise part.refuse("dot_general", "a product of one's own has no theory")
-    shape = _shape(part, "kernel")
-    return Dense(shape[-1], **_variances(part, shape[0], variances))
+    return _variances(part, _shape(part, "kernel")[0], variances)
 
 
 def _conv(part: Part, variances: str) -> Conv:

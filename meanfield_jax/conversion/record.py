@@ -93,7 +93,7 @@ def _watched(paths: dict[int, str], own: dict[str, Any], parts: dict[str, Part])
                 out = original(self, *args, **kwargs)
             finally:
                 depth[0] -= 1
-            _add(parts, path, nnx_part(path, kind, own[path], args[0].ndim == 4))
+            _add(parts, path, nnx_part(path, kind, own[path], args[0].ndim > 2))
             return _marked(path, args[0], out)
 
         return call
@@ -133,7 +133,7 @@ def _record_linen(module: nn.Module, variables: Any, x: Any, call: dict[str, Any
         own = variables["params"]
         for name in inner.path:
             own = own.get(name, {})
-        _add(parts, path, linen_part(path, inner, own, value.ndim == 4))
+        _add(parts, path, linen_part(path, inner, own, value.ndim > 2))
         return _marked(path, value, out)
 
     def run(params: Any, constants: Any, x: Any) -> Any:

@@ -215,6 +215,14 @@ class Matrix(ABC):
         """
 
     @abstractmethod
+    def spread(self, positions: tuple[int, ...]) -> Self:
+        """The average over equal positions, at all equal positions of another map; elsewhere 0."""
+
+    @abstractmethod
+    def at_equal_positions(self, value: Number) -> Self:
+        """The matrix with this number for pairs of equal positions, 0 for others."""
+
+    @abstractmethod
     def flattened(self) -> Self:
         """The average over equal positions."""
 

@@ -37,6 +37,7 @@ class LayerNorm(Norm):
 
     norm_name: ClassVar[str | None] = "layer"
     abbreviation: ClassVar[str] = "LN"
+    on_parts: ClassVar[str | None] = "each"
 
     over_positions: bool = static(default=True)
 
@@ -45,8 +46,11 @@ class LayerNorm(Norm):
         return signal
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
+        return self.rule_of_part(kernel, kernel)
+
+    def rule_of_part(self, kernel: Kernel, whole: Kernel) -> tuple[Kernel, Injection | None]:
         covariance = kernel.around_means().covariance
-        var = covariance.diagonal()
+        var = whole.around_means().covariance.diagonal()
         gain = self.gain(covariance, covariance.sample_mean(var) if self.over_positions else var)
         return self.affine(kernel, covariance * gain, kernel.effective_tangent * gain)
 

@@ -43,6 +43,7 @@ class Scale(Layer):
     """
 
     linear: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "each"
 
     value: float | Array = tunable(1.0, positive=False)
     per: str = static(default="channel", choices=PER)
