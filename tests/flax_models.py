@@ -392,6 +392,29 @@ def gated_mlp(w: int = 16) -> mf.Network:
     return mf.Network((6,), (linear(w), branch, linear(4)))
 
 
+class GatedCNN(nn.Module):
+    """Gated convolutions: the two factors are the halves of one convolution's channels."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.glu(nn.Conv(2 * self.width, (3, 3))(x))
+        x = nn.Dense(2 * self.width)(x)
+        x = x[..., : self.width] * nn.tanh(x[..., self.width :])
+        return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+def gated_cnn(w: int = 8) -> mf.Network:
+    def gated(size: int, activation: str) -> mf.Product:
+        gate = mf.Sequential((conv(w, size), mf.Activation(activation)))
+        return mf.Product(mf.Sequential((conv(w, size),)), gate)
+
+    gates = gated(3, "sigmoid"), gated(3, "sigmoid"), gated(1, "tanh")
+    return mf.Network((8, 8, 3), (*gates, mf.GlobalMeanPool(), dense(10)))
+
+
 class MLPMixer(nn.Module):
     """MLP-Mixer as published: patches, token mixing, channel mixing."""
 
@@ -430,6 +453,7 @@ CASES = {
     "DenseNet": (lambda: DenseNet(nnx.Rngs(0)), dense_net),
     "Inception": (lambda: Inception(), inception),
     "GatedMLP": (lambda: GatedMLP(nnx.Rngs(0)), gated_mlp),
+    "GatedCNN": (lambda: GatedCNN(), gated_cnn),
     "MLPMixer": (lambda: MLPMixer(), mlp_mixer),
     "MnistCNN": (lambda: MnistCNN(), mnist_cnn),
     "ResNetV1": (lambda: ResNetV1(), resnet_v1),
@@ -464,6 +488,14 @@ class NormOfPositions(nn.Module):
         x = nn.Conv(8, (2, 2), (2, 2))(x).reshape(x.shape[0], -1, 8)
         x = nn.LayerNorm()(jnp.swapaxes(x, 1, 2))
         return nn.Dense(10)(x.mean(2))
+
+
+class PartOfNorm(nn.Module):
+    """Half of a norm's values."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.LayerNorm()(nn.Dense(8)(x))[:, :4])
 
 
 class Stacked(nn.Module):
@@ -546,6 +578,7 @@ REFUSED = {
     "attention": (lambda: Attention(nnx.Rngs(0)), (5, 6), "attention=.*self-attention"),
     "norm of positions": (lambda: NormOfPositions(), (8, 8, 3), "LayerNorm_0.*over positions"),
     "concatenated positions": (lambda: Stacked(), (8, 8, 3), "concatenation along axis 1"),
+    "part of a norm": (lambda: PartOfNorm(), (6,), "LayerNorm_0.features=.*part of its values"),
     "branch used twice": (lambda: UsedTwice(nnx.Rngs(0)), (6,), "first=.*several branches go on"),
     "tied": (lambda: Tied(nnx.Rngs(0)), (6,), "layer=.*used twice"),
     "embedding": (lambda: Positions(nnx.Rngs(0)), (6,), "table=.*parameter outside"),

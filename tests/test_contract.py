@@ -91,6 +91,14 @@ EXAMPLES = {
         mf.MixPositions((4, 4), WEIGHT_VAR, BIAS_VAR),
         mf.Flatten(),
     ),
+    "SelfAttention": lambda width: image(
+        width,
+        conv(width),
+        mf.LayerNorm(over_positions=False),
+        mf.SelfAttention(4, *(WEIGHT_VAR,) * 4),
+        RELU,
+        mf.Flatten(),
+    ),
     "Repeat": lambda width: vector(
         dense(width), mf.Repeat(mf.Sequential((RELU, dense(width))), times=3)
     ),

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax_models import mlp_mixer
 from tolerance import standard_error
 
 import meanfield_jax as mf
@@ -111,6 +112,7 @@ APPROXIMATE = {
         0.05,
         vector(dense(), RELU, mf.Residual(dense()), mf.LayerNorm(), RELU),
     ),
+    "MLP-Mixer": (0.12, mlp_mixer(WIDTH, blocks=1)),
     "overlapping maxima": (0.10, image(conv(), mf.MaxPool(3, 2, "SAME"), RELU, mf.Flatten())),
     "depthwise": (
         0.08,

@@ -44,12 +44,13 @@ class Node:
     """One step of the run.
 
     Attributes:
-        kind: ``"inputs"``, ``"layer"``, ``"activation"``, ``"sum"``, ``"product"``, ``"concat"``,
-            ``"mean"``, ``"max"``, ``"scale"``, ``"flatten"``, ``"row"`` (a map's positions in one
-            row), ``"turn"`` (positions and channels exchanged), ``"avg_pool"`` or ``"max_pool"``.
+        kind: ``"inputs"``, ``"layer"``, ``"columns"`` (some of a layer), ``"activation"``,
+            ``"sum"``, ``"product"``, ``"concat"``, ``"mean"``, ``"max"``, ``"scale"``,
+            ``"flatten"``, ``"row"`` (a map's positions in one row), ``"turn"`` (positions and
+            channels exchanged), ``"avg_pool"`` or ``"max_pool"``.
         inputs: The nodes before it.
         shape: Shape of its values, with the samples.
-        detail: The layer's path, the function, or the window.
+        detail: The layer's path, that and the range of its columns, the function, or the window.
         order: Its place in the run.
         turned: Whether positions are its last axis, and channels the one before.
         positions: (height, width) of the map that its positions are of, as far as is known.
@@ -176,6 +177,11 @@ class _Reader:
             return self.run(jaxpr, getattr(inner, "consts", ()), given)
         if not any(isinstance(value, Value) for value in given):
             return self.without_inputs(equation, given)
+        if kind == "split":
+            ends = np.cumsum(equation.params["sizes"]).tolist()
+            ranges = zip([0, *ends], ends, equation.outvars, strict=False)
+            axis = equation.params["axis"]
+            return [self.columns(given[0], axis, (a, b), var.aval.shape) for a, b, var in ranges]
         return [self.step(kind, equation, given, tuple(shape))]
 
     def without_inputs(self, equation: Any, given: list[Any]) -> list[Any]:
@@ -208,6 +214,11 @@ class _Reader:
             return first
         if kind == "transpose" and len(shape) == 3 and tuple(options["permutation"]) == (0, 2, 1):
             return Value(self.node("turn", (self.node_of(first),), shape))
+        if kind == "slice" and options["strides"] is None:
+            starts, ends = options["start_indices"], options["limit_indices"]
+            cut = [i for i, size in enumerate(first.node.shape) if ends[i] - starts[i] < size]
+            if len(cut) == 1:
+                return self.columns(first, cut[0], (starts[cut[0]], ends[cut[0]]), shape)
         if kind == "concatenate" and len(values) == len(given):
             return self.concatenated(options["dimension"], values, shape)
         if kind in ELEMENTWISE and all(value.node.shape == shape for value in values):
@@ -249,6 +260,13 @@ class _Reader:
             self.maps[shape[1]] = before[1:3]
             return Value(self.node("row", (self.node_of(value),), shape))
         raise self.unknown(f"a reshape from {before} to {shape}", value)
+
+    def columns(self, value: Value, axis: int, place: tuple[int, int], shape: Shape) -> Value:
+        """Some of the columns of a layer, which is as many independent layers as it has."""
+        node = value.node
+        if node.kind != "layer" or value.function or node.turned or axis != len(shape) - 1:
+            raise self.unknown("a part of the values", value)
+        return Value(self.node("columns", node.inputs, shape, (node.detail, *place)))
 
     def concatenated(self, axis: int, values: list[Value], shape: Shape) -> Value:
         """Branches side by side; those of an earlier concatenation are taken as its outcome."""

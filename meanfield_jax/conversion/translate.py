@@ -16,6 +16,8 @@ from meanfield_jax.layers import (
     Activation,
     AvgPool,
     Concat,
+    Conv,
+    Dense,
     Flatten,
     GlobalMeanPool,
     Layer,
@@ -46,6 +48,7 @@ class Translation:
     def __init__(self, parts: dict[str, Part], params: dict[str, Array], variances: str):
         self.parts, self.params, self.variances = parts, params, variances
         self.paths: dict[int, str] = {}
+        self.taken: dict[str, list[tuple[float, float]]] = {}
 
     def layers(self, last: Node) -> tuple[Layer, ...]:
         """The layers from the inputs to this node."""
@@ -96,6 +99,14 @@ class Translation:
                 layer = self.of_path(detail, node)
                 self.paths[id(layer)] = detail
                 return layer
+            case "columns":
+                path, first, last = detail
+                layer = self.of_path(path, node, first, last)
+                if not isinstance(layer, (Dense, Conv)) or getattr(layer, "groups", 1) > 1:
+                    raise self.parts[path].refuse("features", "a part of its values has no theory")
+                layer = layer.replace(width=last - first)
+                self.paths[id(layer)] = f"{path}[{first}:{last}]"
+                return layer
             case "row" | "turn":
                 return Sequential()
             case "activation":
@@ -112,12 +123,14 @@ class Translation:
             case _:
                 return MaxPool(*detail)
 
-    def of_path(self, path: str, node: Node) -> Layer:
-        """A layer of Flax, or a factor, which one place of the specification may hold."""
-        if path in self.paths.values():
+    def of_path(self, path: str, node: Node, first: float = 0, last: float = math.inf) -> Layer:
+        """A layer of Flax, or a factor; each column may stand in one place of the specification."""
+        taken = self.taken.setdefault(path, [])
+        if any(first < end and start < last for start, end in taken):
             cause = "several branches go on from its values, which has no theory"
             remedy = "measure the model with mf.fisher_operator(model, x)"
             raise problem(SpecError, path, node.kind, cause, remedy)
+        taken.append((first, last))
         if node.kind == "scale":
             return self.scale(path)
         if node.inputs[0].turned:

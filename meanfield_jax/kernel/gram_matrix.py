@@ -297,6 +297,16 @@ class GramMatrix(Matrix):
         pairs = Positions(found.shape[:2], 1)
         return self.replaced(found.reshape(-1, num_samples, num_samples), pairs=pairs)
 
+    def blocks(self) -> Float[Array, "n n size size"]:
+        assert self.pairs is not None
+        assert self.pairs.modulus == 1
+        size, num_samples = self.pairs.size, self.entries.shape[-1]
+        square = self.entries.reshape(size, size, num_samples, num_samples)
+        return square.transpose(2, 3, 0, 1)
+
+    def from_blocks(self, blocks: Float[Array, "n n size size"]) -> Self:
+        return self.replaced(blocks.transpose(2, 3, 0, 1).reshape(self.entries.shape))
+
     def spread(self, positions: tuple[int, ...]) -> Self:
         assert self.pairs is not None
         pairs = Positions(positions, self.pairs.modulus)

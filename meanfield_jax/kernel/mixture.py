@@ -44,6 +44,8 @@ class Mixture(Generic[M]):
             tangent=averaged(lambda part: part.effective_tangent),
             deviation=averaged(lambda part: part.deviations[0]),
             tangent_deviation=averaged(lambda part: part.deviations[1]),
+            shared=averaged(lambda part: part.shared),
+            shared_tangent=averaged(lambda part: part.shared_tangent),
             channels=total,
             status=functools.reduce(first_failure_of, (part.status for part in self.parts)),
             fluctuation=functools.reduce(jnp.maximum, fluctuations) if fluctuations else None,

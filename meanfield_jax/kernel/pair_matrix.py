@@ -207,6 +207,17 @@ class PairMatrix(Matrix):
         assert self.all_positions
         return self.map(function)
 
+    def blocks(self) -> Float[Array, "2 2 size size"]:
+        assert self.all_positions
+        size = math.prod(self.positions)
+        same, other = (entry.reshape(size, size) for entry in (self.same, self.other))
+        return jnp.stack([jnp.stack([same, other]), jnp.stack([other, same])])
+
+    def from_blocks(self, blocks: Float[Array, "2 2 size size"]) -> Self:
+        same, other = blocks[0, 0] + blocks[1, 1], blocks[0, 1] + blocks[1, 0]
+        shape = self.positions * 2
+        return self.replaced(same.reshape(shape) / 2, other.reshape(shape) / 2)
+
     def spread(self, positions: tuple[int, ...]) -> Self:
         size = math.prod(positions)
         # a matrix of ones at equal positions

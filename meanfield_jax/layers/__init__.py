@@ -29,5 +29,6 @@ from meanfield_jax.layers.product import Product as Product
 from meanfield_jax.layers.proxy_norm import ProxyNorm as ProxyNorm
 from meanfield_jax.layers.rms_norm import RMSNorm as RMSNorm
 from meanfield_jax.layers.scale import Scale as Scale
+from meanfield_jax.layers.self_attention import SelfAttention as SelfAttention
 
 __all__ = ["Layer", *LAYERS]  # pyright: ignore[reportUnsupportedDunderAll]

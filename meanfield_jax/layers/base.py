@@ -53,7 +53,8 @@ class Injection:
 
     Each is a matrix of the kernel, or None. ``scale`` is added to the kernel's ``scale``;
     ``deviation``, which equals ``weights`` up to a constant that centring removes, to its
-    ``tangent_deviation``; the others to its ``tangent``.
+    ``tangent_deviation``; ``shared``, the part of the others' sum that is equal in all channels, to
+    its ``shared_tangent``; the others to its ``tangent``.
     """
 
     weights: Matrix | None = None
@@ -61,6 +62,7 @@ class Injection:
     offset: Matrix | None = None
     scale: Matrix | None = None
     deviation: Matrix | None = None
+    shared: Matrix | None = None
 
 
 @pytree
@@ -70,6 +72,7 @@ class Perturbation:
     tangent: Matrix | None = None
     scale: Matrix | None = None
     deviation: Matrix | None = None
+    shared: Matrix | None = None
 
 
 @pytree
@@ -231,6 +234,7 @@ class Layer:
             tangent=total(after.tangent, *own, added.tangent),
             scale=total(after.scale, injection.scale, added.scale),
             tangent_deviation=total(after.tangent_deviation, injection.deviation, added.deviation),
+            shared_tangent=total(after.shared_tangent, injection.shared, added.shared),
         )
         return after, Record(kernel, after, injection)
 

@@ -393,6 +393,8 @@ def _sum(branch: Kernel[M], beside: Kernel[M]) -> Kernel[M]:
         unit_mean=total(beside.unit_mean, branch.unit_mean),
         deviation=deviation,
         tangent_deviation=tangent_deviation,
+        shared=total(beside.shared, branch.shared),
+        shared_tangent=total(beside.shared_tangent, branch.shared_tangent),
     )
 
 

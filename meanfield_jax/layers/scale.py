@@ -66,6 +66,8 @@ class Scale(Layer):
             unit_mean=unit_mean,
             deviation=scaled(deviation),
             tangent_deviation=scaled(tangent_deviation),
+            shared=scaled(kernel.shared),
+            shared_tangent=scaled(kernel.shared_tangent),
         )
         moment = kernel.moment
         own = Injection(weights=None, offset=moment, deviation=deviation)

@@ -106,7 +106,7 @@ def _restricted(body: Layer, start: Kernel[M], statistics: str) -> tuple[M, dict
 def _direction(record: Record, followed: Any, zeros: Perturbation) -> Perturbation:
     """What the layer adds to the tangent, or 0 if a normalization follows."""
     own = record.injection
-    added = total(own.weights, own.biases, own.offset), own.scale, own.deviation
+    added = total(own.weights, own.biases, own.offset), own.scale, own.deviation, own.shared
     keep = 1 - jnp.asarray(followed, record.after.dtype)
 
     def kept(zero: Array, entry: Array) -> Array:
@@ -114,7 +114,8 @@ def _direction(record: Record, followed: Any, zeros: Perturbation) -> Perturbati
         return jnp.broadcast_to(entry * mask, zero.shape)
 
     parts = []
-    for part, matrix in zip((zeros.tangent, zeros.scale, zeros.deviation), added, strict=True):
+    known = zeros.tangent, zeros.scale, zeros.deviation, zeros.shared
+    for part, matrix in zip(known, added, strict=True):
         same = part is None or matrix is None
         parts.append(part if same else jax.tree.map(kept, part, matrix))
     return Perturbation(*parts)
