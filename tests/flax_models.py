@@ -449,6 +449,55 @@ def mlp_mixer(w: int = 8, blocks: int = 2) -> mf.Network:
     return mf.Network((8, 8, 3), body)
 
 
+class VisionTransformer(nnx.Module):
+    """Patches, learned positions, pre-norm blocks of attention and MLP, the mean over positions."""
+
+    def __init__(self, rngs, width=16, heads=4):
+        def linear(a, b):
+            return nnx.Linear(a, b, rngs=rngs)
+
+        self.patches = nnx.Conv(3, width, (2, 2), strides=2, padding="VALID", rngs=rngs)
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 16, width)))
+        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(3)])
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.mlp = nnx.Sequential(linear(width, 4 * width), nnx.gelu, linear(4 * width, width))
+        self.head = linear(width, 10)
+
+    def __call__(self, x):
+        x = self.patches(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1]) + self.positions[...]
+        x = x + self.attention(self.norms[0](x))
+        x = x + self.mlp(self.norms[1](x))
+        return self.head(self.norms[2](x).mean(axis=1))
+
+
+class LinenTransformer(nn.Module):
+    """The same in Linen."""
+
+    width: int = 16
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.width, (2, 2), strides=(2, 2), padding="VALID")(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (1, 16, self.width))
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(y, y)
+        y = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
+        x = x + nn.Dense(self.width)(nn.gelu(y))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(axis=1))
+
+
+def vision_transformer(w: int = 16, heads: int = 4, positions: float = 0.0004) -> mf.Network:
+    norm, gelu = mf.LayerNorm(eps=1e-6, over_positions=False), mf.Activation("gelu_tanh")
+    attention = mf.Residual(mf.Sequential((norm, mf.SelfAttention(heads))))
+    mlp = mf.Residual(mf.Sequential((norm, conv(4 * w, 1), gelu, conv(w, 1))))
+    stem = conv(w, 2, 2, padding="VALID"), mf.Offset(positions)
+    body = (*stem, attention, mlp, norm, mf.GlobalMeanPool(), dense(10))
+    return mf.Network((8, 8, 3), body)
+
+
 CASES = {
     "DenseNet": (lambda: DenseNet(nnx.Rngs(0)), dense_net),
     "Inception": (lambda: Inception(), inception),
@@ -469,15 +518,17 @@ CASES = {
 
 
 class Attention(nnx.Module):
-    """The start of a vision transformer."""
+    """Attention to other inputs, or with another width, or of a sequence."""
 
-    def __init__(self, rngs):
+    def __init__(self, kind, rngs):
+        self.kind, features = kind, {"wide": 32}.get(kind)
         self.embed = nnx.Linear(6, 16, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+        options = dict(qkv_features=features, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, 16, **options)
 
     def __call__(self, x):
-        x = self.embed(x)
-        return x + self.attention(x)
+        x = self.embed(x if self.kind == "sequence" else x.reshape(x.shape[0], -1, 6))
+        return x + self.attention(x, 2 * x if self.kind == "cross" else x)
 
 
 class NormOfPositions(nn.Module):
@@ -527,15 +578,6 @@ class Tied(nnx.Module):
         return self.layer(nnx.relu(self.layer(x)))
 
 
-class Positions(nnx.Module):
-    def __init__(self, rngs):
-        self.table = nnx.Param(jnp.ones((6,)))
-        self.head = nnx.Linear(6, 4, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(x + self.table[...][None])
-
-
 class Factor(nnx.Module):
     """A factor that is none of a layer or of channels: by position, a function, or used twice."""
 
@@ -575,12 +617,18 @@ REFUSED = {
         "factor=.*parameter outside",
     ),
     "factor used twice": (lambda: Factor("twice", nnx.Rngs(0)), (4, 4, 3), "factor=.*used once"),
-    "attention": (lambda: Attention(nnx.Rngs(0)), (5, 6), "attention=.*self-attention"),
+    **{
+        f"{kind} attention": (lambda kind=kind: Attention(kind, nnx.Rngs(0)), shape, message)
+        for kind, shape, message in (
+            ("cross", (4, 4, 6), "attention=.*several arrays"),
+            ("wide", (4, 4, 6), "attention.qkv_features=.*as many features as channels"),
+            ("sequence", (5, 6), r"x.shape=\(2, 5, 6\): sequences"),
+        )
+    },
     "norm of positions": (lambda: NormOfPositions(), (8, 8, 3), "LayerNorm_0.*over positions"),
     "concatenated positions": (lambda: Stacked(), (8, 8, 3), "concatenation along axis 1"),
     "part of a norm": (lambda: PartOfNorm(), (6,), "LayerNorm_0.features=.*part of its values"),
     "branch used twice": (lambda: UsedTwice(nnx.Rngs(0)), (6,), "first=.*several branches go on"),
     "tied": (lambda: Tied(nnx.Rngs(0)), (6,), "layer=.*used twice"),
-    "embedding": (lambda: Positions(nnx.Rngs(0)), (6,), "table=.*parameter outside"),
 }
 """A model, the shape of one input, and what the message says."""

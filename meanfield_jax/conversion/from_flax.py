@@ -14,7 +14,7 @@ from meanfield_jax.conversion.record import by_path, record
 from meanfield_jax.conversion.translate import Translation
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers import Layer, MixPositions, Norm, Scale
+from meanfield_jax.layers import Layer, MixPositions, Norm, Offset, Scale, SelfAttention
 from meanfield_jax.network import walk
 
 VARIANCES = "initial", "measured"
@@ -31,6 +31,10 @@ def layers_of(
     first = last
     while first.inputs:
         first = first.inputs[0]
+    if len(first.shape) == 3:
+        cause = "sequences have no theory, only vectors and maps (height, width, channels)"
+        remedy = "measure the model with mf.fisher_operator(model, x)"
+        raise problem(SpecError, "x.shape", first.shape, cause, remedy)
     return first.shape[1:], layers, translation.paths
 
 
@@ -46,6 +50,11 @@ def applied(network: Any, model: Any) -> Any:
             changes = dict(scale=layer.gamma, bias=layer.beta)
         elif isinstance(layer, Scale):
             changed[path] = _filled(params, path, layer.value)
+        elif isinstance(layer, Offset):
+            changed[path] = params[path] * _factor(path, layer.bias_var, variances[1])
+        elif isinstance(layer, SelfAttention):
+            factor = _factor(path, layer.weight_var, variances[0])
+            changed[f"{path}/out/kernel"] = params[f"{path}/out/kernel"] * factor
         elif isinstance(layer, MixPositions) or layer.is_weights:
             path, columns = _columns(path)
             changes = _rescaled(params | changed, path, columns, layer, *variances)

@@ -46,8 +46,8 @@ class Node:
     Attributes:
         kind: ``"inputs"``, ``"layer"``, ``"columns"`` (some of a layer), ``"activation"``,
             ``"sum"``, ``"product"``, ``"concat"``, ``"mean"``, ``"max"``, ``"scale"``,
-            ``"flatten"``, ``"row"`` (a map's positions in one row), ``"turn"`` (positions and
-            channels exchanged), ``"avg_pool"`` or ``"max_pool"``.
+            ``"offset"``, ``"flatten"``, ``"row"`` (a map's positions in one row), ``"turn"``
+            (positions and channels exchanged), ``"avg_pool"`` or ``"max_pool"``.
         inputs: The nodes before it.
         shape: Shape of its values, with the samples.
         detail: The layer's path, that and the range of its columns, the function, or the window.
@@ -235,17 +235,18 @@ class _Reader:
         raise self.unknown(kind, first)
 
     def scaled(self, kind: str, param: Parameter, values: list[Value], shape: Shape) -> Value:
-        """A product with a parameter of the model's own: one number, or one per channel."""
-        plain = False
-        if kind == "mul" and len(values) == 1 and param.places is not None:
-            rows = np.broadcast_to(param.places, shape).reshape(-1, shape[-1])
-            plain = (rows == rows[0]).all() and len(set(rows[0].tolist())) in (1, shape[-1])
+        """A product with, or a sum of, a parameter of the model's own."""
+        per = None
+        if param.places is not None and len(values) == 1 and not values[0].node.turned:
+            per = _per(np.broadcast_to(param.places, shape))
+        plain = per in {"mul": ("layer", "channel"), "add": ("channel", "position")}.get(kind, ())
         if plain and param.name not in self.factors:
             self.factors.add(param.name)
-            return Value(self.node("scale", (self.node_of(values[0]),), shape, param.name))
+            kind = {"mul": "scale", "add": "offset"}[kind]
+            return Value(self.node(kind, (self.node_of(values[0]),), shape, param.name))
         cause = (
-            "a parameter outside of Flax's layers, of which only factors of a layer or of "
-            "channels, used once, have a theory"
+            "a parameter outside of Flax's layers, of which only factors of a layer or of channels "
+            "and offsets of channels or positions, used once, have a theory"
         )
         remedy = "measure the model with mf.fisher_operator(model, x)"
         raise problem(SpecError, param.name, kind, cause, remedy)
@@ -349,6 +350,16 @@ class _Reader:
         path = node.detail if node.kind == "layer" else "the inputs"
         remedy = "measure the model with mf.fisher_operator(model, x)"
         return problem(SpecError, f"after {path}", what, "it has no theory", remedy)
+
+
+def _per(places: np.ndarray) -> str | None:
+    """What the numbers of a parameter are of, if each stands where it should; else None."""
+    one = places[:1]
+    parts = dict(layer=one.ravel()[:1], channel=one.reshape(-1, one.shape[-1])[0], position=one)
+    for per, part in parts.items():
+        if np.unique(part).size == part.size and (places == part).all():
+            return per
+    return None
 
 
 def _in_dtype(array: Array, dtype: Any) -> Array:

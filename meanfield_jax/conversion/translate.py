@@ -22,6 +22,7 @@ from meanfield_jax.layers import (
     GlobalMeanPool,
     Layer,
     MaxPool,
+    Offset,
     Product,
     Residual,
     Scale,
@@ -95,7 +96,7 @@ class Translation:
         """The layer of one node."""
         detail = node.detail
         match node.kind:
-            case "layer" | "scale":
+            case "layer" | "scale" | "offset":
                 layer = self.of_path(detail, node)
                 self.paths[id(layer)] = detail
                 return layer
@@ -133,6 +134,10 @@ class Translation:
         taken.append((first, last))
         if node.kind == "scale":
             return self.scale(path)
+        if node.kind == "offset":
+            value = np.asarray(self.params[path], np.float64)
+            per = "channel" if value.size == node.shape[-1] else "position"
+            return Offset(float(np.mean(value**2)), per)
         if node.inputs[0].turned:
             return over_positions(self.parts[path], self.variances, node.positions)
         return as_layer(self.parts[path], self.variances)

@@ -23,6 +23,7 @@ from meanfield_jax.layers.instance_norm import InstanceNorm as InstanceNorm
 from meanfield_jax.layers.layer_norm import LayerNorm as LayerNorm
 from meanfield_jax.layers.mix_positions import MixPositions as MixPositions
 from meanfield_jax.layers.norm import Norm as Norm
+from meanfield_jax.layers.offset import Offset as Offset
 from meanfield_jax.layers.pool import AvgPool as AvgPool
 from meanfield_jax.layers.pool import MaxPool as MaxPool
 from meanfield_jax.layers.product import Product as Product

@@ -167,7 +167,8 @@ def attended(given: Array, above: Array, spec: SelfAttention, channels: Any) -> 
         )
 
     def add(total: Attended, key: Array) -> tuple[Attended, None]:
-        noise = jax.random.normal(key, (count, count), full.dtype)
+        # the same numbers in every dtype
+        noise = jax.random.normal(key, (count, count), jnp.float32).astype(full.dtype)
         logits = einsum("atx,xy,asy->ats", root, noise, root)
         both = of_head(logits), of_head(-logits)
         return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), total, *both), None
