@@ -1,4 +1,4 @@
-"""Concat, Product and MixPositions: identities, what users do with them, and their errors."""
+"""Concat, Product, MixPositions, SelfAttention: identities, what users do with them, errors."""
 
 import draws
 import jax
@@ -112,6 +112,24 @@ def test_a_layer_norm_removes_what_all_channels_share(x64):
     assert_close(tangent(constant), tangent(none), "quadrature_edge", 10)
 
 
+def test_attention_to_one_position_is_two_layers_of_weights(x64):
+    alone, norm = (conv(8, 4, padding="VALID"), RELU), mf.SelfAttention(2, 1.5, value_var=0.7)
+    values = mf.Conv(8, 1, weight_var=0.7, bias_var=0.0)
+    outputs = mf.Conv(8, 1, weight_var=1.5, bias_var=0.0)
+    assert_same_theory(
+        image(*alone, norm, mf.Flatten()), image(*alone, values, outputs, mf.Flatten())
+    )
+
+
+def test_attention_without_queries_is_the_mean_over_positions(x64):
+    attention = mf.SelfAttention(2, 1.5, query_var=0.0, value_var=0.7)
+    mean = mf.GlobalMeanPool(), mf.Dense(8, 0.7, 0.0), mf.Dense(8, 1.5, 0.0)
+    one, other = image(RELU, attention, mf.Flatten()), image(RELU, *mean)
+    x = correlated(10, *one.input_shape)
+    a, b = (draws.kernel(network, x).covariance.entries for network in (one, other))
+    assert_close(a, b, "rounding", np.abs(b).max())
+
+
 def test_counts_of_parameters_add_up():
     network = dense_net()
     params = mf.functional(mf.build(network, rngs=0))[1]
@@ -213,6 +231,8 @@ WRONG = {
         "layers/2/Activation.function=.*Gaussian",
     ),
     "mixed vectors": (lambda: vector(mf.MixPositions((2, 2))), "input shape=.*use Dense"),
+    "attention of vectors": (lambda: vector(mf.SelfAttention(2)), "input shape=.*use Dense"),
+    "heads": (lambda: image(mf.SelfAttention(3)), "num_heads=3: it does not divide 8 channels"),
     "one number": (lambda: image(mf.MixPositions((2,))), r"positions=\(2,\): not a pair"),
 }
 

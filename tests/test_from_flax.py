@@ -86,7 +86,7 @@ def test_a_vision_transformer_is_read_with_the_mean_square_of_its_positions(make
     doubled = network.replace(
         (network.layers[0], mf.Offset(4 * positions), *network.layers[2:])
     ).apply_to(given)
-    moved = doubled.positions[...] if given is model else doubled["positions"]
+    moved = doubled.positions[...] if given is model else doubled["params"]["positions"]
     np.testing.assert_allclose(moved, 2 * table, rtol=1e-6)
 
 

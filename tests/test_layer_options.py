@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax_models import mlp_mixer
+from flax_models import mlp_mixer, vision_transformer
 from tolerance import standard_error
 
 import meanfield_jax as mf
@@ -101,6 +101,16 @@ NETWORKS = {
     "a gate of the inputs themselves": image(
         conv(), RELU, mf.Product(mf.Sequential(), mf.Sequential((conv(), RELU))), mf.Flatten()
     ),
+    "attention": image(
+        conv(), mf.LayerNorm(over_positions=False), mf.SelfAttention(8), RELU, mf.GlobalMeanPool()
+    ),
+    "attention with a temperature": image(
+        conv(), RELU, mf.SelfAttention(8, 1.5, 2.0, 1.0, 0.7, use_bias=False), RELU, mf.Flatten()
+    ),
+    "offsets of positions": image(conv(), mf.Offset(0.5), RELU, mf.GlobalMeanPool()),
+    "offsets of channels": image(
+        conv(), RELU, mf.Offset(0.5, "channel"), conv(), mf.BatchNorm(), RELU, mf.Flatten()
+    ),
     "dropout": vector(dense(), RELU, mf.Dropout(0.0), dense(), RELU),
 }
 APPROXIMATE = {
@@ -113,6 +123,7 @@ APPROXIMATE = {
         vector(dense(), RELU, mf.Residual(dense()), mf.LayerNorm(), RELU),
     ),
     "MLP-Mixer": (0.12, mlp_mixer(WIDTH, blocks=1)),
+    "vision transformer": (0.08, vision_transformer(WIDTH, heads=6)),
     "overlapping maxima": (0.10, image(conv(), mf.MaxPool(3, 2, "SAME"), RELU, mf.Flatten())),
     "depthwise": (
         0.08,

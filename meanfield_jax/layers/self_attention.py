@@ -54,6 +54,21 @@ class SelfAttention(Layer):
     Source:
         Hron, Bahri, Sohl-Dickstein & Novak 2020 (arXiv:2006.10540), for many heads with logits
         divided by sqrt(d); Vaswani et al. 2017 (arXiv:1706.03762) for the layer.
+
+    Accuracy:
+        The means over 64 draws of the logits are off by 0.5 % of the tangent kernel of a vision
+        transformer of one block (16 positions, 8 samples). Its tangent kernel agrees with that of
+        drawn networks (width 48, 6 heads) to their error of 2.5 %, T_same and lambda_max to 1.5 %
+        (tests/test_layer_options.py). Memory grows like (samples x positions)^2, time like
+        samples^2 positions^3.
+
+    Example:
+        >>> import meanfield_jax as mf
+        >>> norm = mf.LayerNorm(over_positions=False)
+        >>> block = mf.Residual(mf.Sequential((norm, mf.SelfAttention(num_heads=4))))
+        >>> layers = mf.Conv(16, 4, 4), block, norm, mf.GlobalMeanPool(), mf.Dense(10)
+        >>> mf.Network((16, 16, 3), layers).num_parameters
+        2106
     """
 
     on_parts: ClassVar[str | None] = "mean"
