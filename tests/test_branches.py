@@ -156,17 +156,24 @@ def test_networks_with_these_layers_are_tuned(name):
     assert float(tuned.after.eta_max()) == pytest.approx(target, rel=1e-3)
 
 
-def test_a_dense_net_is_compared_with_other_norms():
-    x, y = mf.data.load("digits", num_samples=40)
-    block = concat(mf.Sequential(), sequential(mf.BatchNorm(), RELU, conv()))
-    head = mf.BatchNorm(), RELU, mf.GlobalMeanPool(), dense(10)
-    network = mf.Network((8, 8, 1), (conv(stride=2), block, block, *head))
+@pytest.mark.slow
+def test_networks_with_these_layers_are_compared_with_other_norms():
+    x, y = mf.data.load("digits", num_samples=40, flatten=True)
+    grown = concat(mf.Sequential(), sequential(mf.BatchNorm(), RELU, dense()))
+    gated = mf.BatchNorm(), mf.Product(dense(), sequential(dense(), ERF)), dense(10)
+    network = mf.Network((64,), (dense(), grown, grown, *gated))
     options = dict(batch_sizes=[20], learning_rates=[0.01], epochs=1, seeds=1, draws=1)
-    found = mf.compare(
-        network, (x, y), test=(x, y), norms=["none", "batch", "layer", "rms"], **options
-    )
+    found = mf.compare(network, (x, y), test=(x, y), norms=["none", "batch", "layer"], **options)
     assert np.isfinite(found.predicted).all()
     assert np.isfinite(found.measured).all()
+
+
+def test_a_learning_rate_names_the_layers_that_decide():
+    grown = concat(mf.Sequential(), sequential(mf.BatchNorm(), RELU, dense()))
+    network = vector(grown, mf.BatchNorm(), RELU)
+    rate = mf.learning_rate(network, num_samples=20, draws=2)
+    assert rate.decisive == ("layers/2", "layers/4")
+    assert np.isfinite(float(rate.recommended))
 
 
 def test_numbers_come_back_into_halves_of_a_layer():

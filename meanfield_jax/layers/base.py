@@ -25,6 +25,9 @@ from meanfield_jax.kernel.matrix import Matrix
 from meanfield_jax.kernel.mixture import Mixture
 from meanfield_jax.pytree import pytree, static
 
+PARTS = "/parts/"
+"""Between a layer's path and the number of a part of the channels, in the rows of a theory."""
+
 Shape = tuple[int, ...]
 Problem = tuple[str, Any, str, str]
 T = TypeVar("T", bound="Layer")
@@ -287,7 +290,7 @@ class Layer:
     def labels(self, records: Any, path: str) -> list[tuple[str, "Layer"]]:
         """Path and layer of each row of :meth:`rows`."""
         if isinstance(records, tuple):
-            return [(f"{path}/parts/{index}", self) for index in range(len(records))]
+            return [(f"{path}{PARTS}{index}", self) for index in range(len(records))]
         return [] if records is None else [(path, self)]
 
     def children(self) -> Mapping[str, "Layer"]:

@@ -43,7 +43,7 @@ class Concat(Layer):
         >>> head = norm, relu, mf.GlobalMeanPool(), mf.Dense(10)
         >>> network = mf.Network((8, 8, 3), (mf.Conv(24), block, block, *head))
         >>> network.num_parameters  # 24, then 36, then 48 channels
-        7978
+        7882
 
     Source:
         Huang, Liu, van der Maaten & Weinberger 2017 (arXiv:1608.06993) for the block; the rule is
