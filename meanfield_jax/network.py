@@ -264,7 +264,7 @@ class Network:
         rows: list[tuple[str, str, str, int | None]] = []
         signal = Signal(self.input_shape)
         for index, inner in enumerate(self.layers):
-            after = inner.output(signal)
+            after = inner.signal_after(signal)
             own, *inside = walk(inner, f"layers/{index}")
             count = inner.num_parameters(signal.shape)
             rows.append((own[0], _without_children(inner), str(after.shape), count))

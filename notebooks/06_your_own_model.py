@@ -167,9 +167,9 @@ _ = axes.legend(frameon=False)
 # is refused with its path in the model, and can still be measured:
 
 # %%
-attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0))
-tokens = jax.random.normal(jax.random.key(0), (8, 5, 16))
+upsampling = nnx.ConvTranspose(3, 8, (2, 2), strides=2, rngs=nnx.Rngs(0))
+small_maps = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
 try:
-    mf.Network.from_flax(nnx.Sequential(attention), tokens)
+    mf.Network.from_flax(nnx.Sequential(upsampling), small_maps)
 except mf.SpecError as error:
     print(error)

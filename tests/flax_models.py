@@ -295,7 +295,215 @@ def unet_encoder(w: int = 8) -> mf.Network:
     return mf.Network((8, 8, 3), (*levels, mf.GlobalMeanPool(), dense(10)))
 
 
+class DenseBlock(nnx.Module):
+    """Every layer sees the outputs of all layers before it, side by side."""
+
+    def __init__(self, width, growth, layers, rngs):
+        self.norms, self.convs = nnx.List([]), nnx.List([])
+        for _ in range(layers):
+            self.norms.append(nnx.BatchNorm(width, rngs=rngs))
+            self.convs.append(nnx.Conv(width, growth, (3, 3), use_bias=False, rngs=rngs))
+            width += growth
+
+    def __call__(self, x):
+        features = [x]
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            features.append(conv(nnx.relu(norm(jnp.concatenate(features, axis=-1)))))
+        return jnp.concatenate(features, axis=-1)
+
+
+class DenseNet(nnx.Module):
+    """The DenseNet of CIFAR-10: dense blocks, and a transition that halves the map."""
+
+    def __init__(self, rngs, width=8):
+        widest = 3 * width
+        self.stem = nnx.Conv(3, width, (3, 3), use_bias=False, rngs=rngs)
+        self.blocks = nnx.List([DenseBlock(width, width, 2, rngs) for _ in range(2)])
+        self.norms = nnx.List([nnx.BatchNorm(widest, rngs=rngs) for _ in range(2)])
+        self.transition = nnx.Conv(widest, width, (1, 1), use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(widest, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.blocks[0](self.stem(x))
+        x = self.transition(nnx.relu(self.norms[0](x)))
+        x = self.blocks[1](nnx.avg_pool(x, (2, 2), strides=(2, 2)))
+        return self.head(nnx.relu(self.norms[1](x)).mean((1, 2)))
+
+
+def dense_net(w: int = 8) -> mf.Network:
+    grown = mf.Concat((mf.Sequential(), mf.Sequential((NORM, RELU, bare(w)))))
+    transition = NORM, RELU, bare(w, 1), mf.AvgPool()
+    head = NORM, RELU, mf.GlobalMeanPool(), dense(10)
+    return mf.Network((8, 8, 3), (bare(w), grown, grown, *transition, grown, grown, *head))
+
+
+class Inception(nn.Module):
+    """Branches of several window sizes side by side, each with BatchNorm and ReLU."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        def conv(x, width, side):
+            x = nn.Conv(width, (side, side), use_bias=False)(x)
+            return nn.relu(nn.BatchNorm(use_running_average=False)(x))
+
+        x = conv(x, self.width, 3)
+        for _ in range(2):
+            narrow, wide = conv(x, 2 * self.width, 1), conv(conv(x, self.width, 1), self.width, 3)
+            x = jnp.concatenate([narrow, wide], -1)
+        return nn.Dense(10)(jnp.mean(x, (1, 2)))
+
+
+def inception(w: int = 8) -> mf.Network:
+    def unit(width: int, side: int) -> tuple[mf.Layer, ...]:
+        return bare(width, side), NORM, RELU
+
+    narrow, wide = mf.Sequential(unit(2 * w, 1)), mf.Sequential((*unit(w, 1), *unit(w, 3)))
+    block = mf.Concat((narrow, wide))
+    return mf.Network((8, 8, 3), (*unit(w, 3), block, block, mf.GlobalMeanPool(), dense(10)))
+
+
+class GatedMLP(nnx.Module):
+    """A residual block with SwiGLU, as in transformers, without the attention."""
+
+    def __init__(self, rngs, width=16):
+        def linear(a, b):
+            return nnx.Linear(a, b, use_bias=False, rngs=rngs)
+
+        self.embed, self.norm = linear(6, width), nnx.RMSNorm(width, rngs=rngs)
+        self.value, self.gate = linear(width, 2 * width), linear(width, 2 * width)
+        self.down, self.head = linear(2 * width, width), linear(width, 4)
+
+    def __call__(self, x):
+        x = self.embed(x)
+        y = self.norm(x)
+        x = x + self.down(nnx.silu(self.gate(y)) * self.value(y))
+        return self.head(x)
+
+
+def gated_mlp(w: int = 16) -> mf.Network:
+    def linear(width: int) -> mf.Dense:
+        return mf.Dense(width, 1.0, 0.0, use_bias=False)
+
+    gate = mf.Sequential((linear(2 * w), mf.Activation("silu")))
+    product = mf.Product(gate, mf.Sequential((linear(2 * w),)))
+    branch = mf.Residual(mf.Sequential((mf.RMSNorm(eps=1e-6), product, linear(w))))
+    return mf.Network((6,), (linear(w), branch, linear(4)))
+
+
+class GatedCNN(nn.Module):
+    """Gated convolutions: the two factors are the halves of one convolution's channels."""
+
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.glu(nn.Conv(2 * self.width, (3, 3))(x))
+        x = nn.Dense(2 * self.width)(x)
+        x = x[..., : self.width] * nn.tanh(x[..., self.width :])
+        return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+
+def gated_cnn(w: int = 8) -> mf.Network:
+    def gated(size: int, activation: str) -> mf.Product:
+        gate = mf.Sequential((conv(w, size), mf.Activation(activation)))
+        return mf.Product(mf.Sequential((conv(w, size),)), gate)
+
+    gates = gated(3, "sigmoid"), gated(3, "sigmoid"), gated(1, "tanh")
+    return mf.Network((8, 8, 3), (*gates, mf.GlobalMeanPool(), dense(10)))
+
+
+class MLPMixer(nn.Module):
+    """MLP-Mixer as published: patches, token mixing, channel mixing."""
+
+    width: int = 8
+    blocks: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        def mlp(x, hidden):
+            return nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(hidden)(x)))
+
+        x = nn.Conv(self.width, (2, 2), strides=(2, 2))(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        for _ in range(self.blocks):
+            y = jnp.swapaxes(nn.LayerNorm()(x), 1, 2)
+            x = x + jnp.swapaxes(mlp(y, 24), 1, 2)
+            x = x + mlp(nn.LayerNorm()(x), 2 * self.width)
+        x = jnp.mean(nn.LayerNorm()(x), axis=1)
+        return nn.Dense(10)(x)
+
+
+def mlp_mixer(w: int = 8, blocks: int = 2) -> mf.Network:
+    norm, gelu = mf.LayerNorm(eps=1e-6, over_positions=False), mf.Activation("gelu_tanh")
+
+    def mix(*positions: int) -> mf.MixPositions:
+        return mf.MixPositions(positions, 1.0, 0.0)
+
+    tokens = mf.Residual(mf.Sequential((norm, mix(24, 1), gelu, mix(4, 4))))
+    channels = mf.Residual(mf.Sequential((norm, conv(2 * w, 1), gelu, conv(w, 1))))
+    stem = conv(w, 2, 2)
+    body = (stem, *(tokens, channels) * blocks, norm, mf.GlobalMeanPool(), dense(10))
+    return mf.Network((8, 8, 3), body)
+
+
+class VisionTransformer(nnx.Module):
+    """Patches, learned positions, pre-norm blocks of attention and MLP, the mean over positions."""
+
+    def __init__(self, rngs, width=16, heads=4):
+        def linear(a, b):
+            return nnx.Linear(a, b, rngs=rngs)
+
+        self.patches = nnx.Conv(3, width, (2, 2), strides=2, padding="VALID", rngs=rngs)
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 16, width)))
+        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(3)])
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.mlp = nnx.Sequential(linear(width, 4 * width), nnx.gelu, linear(4 * width, width))
+        self.head = linear(width, 10)
+
+    def __call__(self, x):
+        x = self.patches(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1]) + self.positions[...]
+        x = x + self.attention(self.norms[0](x))
+        x = x + self.mlp(self.norms[1](x))
+        return self.head(self.norms[2](x).mean(axis=1))
+
+
+class LinenTransformer(nn.Module):
+    """The same in Linen."""
+
+    width: int = 16
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.width, (2, 2), strides=(2, 2), padding="VALID")(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (1, 16, self.width))
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads)(y, y)
+        y = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
+        x = x + nn.Dense(self.width)(nn.gelu(y))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(axis=1))
+
+
+def vision_transformer(w: int = 16, heads: int = 4, positions: float = 0.0004) -> mf.Network:
+    norm, gelu = mf.LayerNorm(eps=1e-6, over_positions=False), mf.Activation("gelu_tanh")
+    attention = mf.Residual(mf.Sequential((norm, mf.SelfAttention(heads))))
+    mlp = mf.Residual(mf.Sequential((norm, conv(4 * w, 1), gelu, conv(w, 1))))
+    stem = conv(w, 2, 2, padding="VALID"), mf.Offset(positions)
+    body = (*stem, attention, mlp, norm, mf.GlobalMeanPool(), dense(10))
+    return mf.Network((8, 8, 3), body)
+
+
 CASES = {
+    "DenseNet": (lambda: DenseNet(nnx.Rngs(0)), dense_net),
+    "Inception": (lambda: Inception(), inception),
+    "GatedMLP": (lambda: GatedMLP(nnx.Rngs(0)), gated_mlp),
+    "GatedCNN": (lambda: GatedCNN(), gated_cnn),
+    "MLPMixer": (lambda: MLPMixer(), mlp_mixer),
     "MnistCNN": (lambda: MnistCNN(), mnist_cnn),
     "ResNetV1": (lambda: ResNetV1(), resnet_v1),
     "ResNetV2": (lambda: ResNetV2(nnx.Rngs(0)), resnet_v2),
@@ -310,43 +518,56 @@ CASES = {
 
 
 class Attention(nnx.Module):
-    """The start of a vision transformer."""
+    """Attention to other inputs, or with another width, or of a sequence."""
 
-    def __init__(self, rngs):
+    def __init__(self, kind, rngs):
+        self.kind, features = kind, {"wide": 32}.get(kind)
         self.embed = nnx.Linear(6, 16, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(4, 16, decode=False, rngs=rngs)
+        options = dict(qkv_features=features, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, 16, **options)
 
     def __call__(self, x):
-        x = self.embed(x)
-        return x + self.attention(x)
+        x = self.embed(x if self.kind == "sequence" else x.reshape(x.shape[0], -1, 6))
+        return x + self.attention(x, 2 * x if self.kind == "cross" else x)
 
 
-class Mixer(nn.Module):
-    """The token mixing of an MLP-Mixer."""
+class NormOfPositions(nn.Module):
+    """A norm whose statistics run over the positions of each channel."""
 
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(8, (2, 2), (2, 2))(x).reshape(x.shape[0], -1, 8)
-        x = x + jnp.swapaxes(nn.Dense(16)(jnp.swapaxes(x, 1, 2)), 1, 2)
-        return nn.Dense(10)(x.mean(1))
+        x = nn.LayerNorm()(jnp.swapaxes(x, 1, 2))
+        return nn.Dense(10)(x.mean(2))
 
 
-class DenseNet(nn.Module):
-    """One concatenation."""
+class PartOfNorm(nn.Module):
+    """Half of a norm's values."""
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(8, (3, 3))(x)
-        x = jnp.concatenate([x, nn.Conv(8, (3, 3))(nn.relu(x))], -1)
-        return nn.Dense(10)(nn.relu(x).mean((1, 2)))
+        return nn.Dense(4)(nn.LayerNorm()(nn.Dense(8)(x))[:, :4])
 
 
-class GatedMLP(nnx.Module):
+class Stacked(nn.Module):
+    """Two maps, one above the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.concatenate([nn.Conv(8, (3, 3))(x), nn.Conv(8, (3, 3))(x)], 1)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class UsedTwice(nnx.Module):
+    """One layer's values in two branches, next to a third."""
+
     def __init__(self, rngs):
-        self.value, self.gate, self.head = (nnx.Linear(6, width, rngs=rngs) for width in (6, 6, 4))
+        self.first, self.second = (nnx.Linear(6, 6, rngs=rngs) for _ in range(2))
+        self.head = nnx.Linear(6, 4, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(self.value(x) * nnx.silu(self.gate(x)))
+        y = self.first(x)
+        return self.head(x + y + self.second(nnx.relu(y)))
 
 
 class Tied(nnx.Module):
@@ -355,15 +576,6 @@ class Tied(nnx.Module):
 
     def __call__(self, x):
         return self.layer(nnx.relu(self.layer(x)))
-
-
-class Positions(nnx.Module):
-    def __init__(self, rngs):
-        self.table = nnx.Param(jnp.ones((6,)))
-        self.head = nnx.Linear(6, 4, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(x + self.table[...][None])
 
 
 class Factor(nnx.Module):
@@ -405,11 +617,18 @@ REFUSED = {
         "factor=.*parameter outside",
     ),
     "factor used twice": (lambda: Factor("twice", nnx.Rngs(0)), (4, 4, 3), "factor=.*used once"),
-    "attention": (lambda: Attention(nnx.Rngs(0)), (5, 6), "attention=.*self-attention"),
-    "mixer": (lambda: Mixer(), (8, 8, 3), "after Conv_0=.*reshape"),
-    "dense net": (lambda: DenseNet(), (8, 8, 3), "after Conv_0=.*concatenate"),
-    "gate": (lambda: GatedMLP(nnx.Rngs(0)), (6,), "after value=.*product of two branches"),
+    **{
+        f"{kind} attention": (lambda kind=kind: Attention(kind, nnx.Rngs(0)), shape, message)
+        for kind, shape, message in (
+            ("cross", (4, 4, 6), "attention=.*several arrays"),
+            ("wide", (4, 4, 6), "attention.qkv_features=.*as many features as channels"),
+            ("sequence", (5, 6), r"x.shape=\(2, 5, 6\): sequences"),
+        )
+    },
+    "norm of positions": (lambda: NormOfPositions(), (8, 8, 3), "LayerNorm_0.*over positions"),
+    "concatenated positions": (lambda: Stacked(), (8, 8, 3), "concatenation along axis 1"),
+    "part of a norm": (lambda: PartOfNorm(), (6,), "LayerNorm_0.features=.*part of its values"),
+    "branch used twice": (lambda: UsedTwice(nnx.Rngs(0)), (6,), "first=.*several branches go on"),
     "tied": (lambda: Tied(nnx.Rngs(0)), (6,), "layer=.*used twice"),
-    "embedding": (lambda: Positions(nnx.Rngs(0)), (6,), "table=.*parameter outside"),
 }
 """A model, the shape of one input, and what the message says."""

@@ -76,6 +76,30 @@ EXAMPLES = {
     "Scale": lambda width: vector(
         dense(width), mf.Residual(mf.Sequential((dense(width), mf.Scale(0.7)))), RELU
     ),
+    "Concat": lambda width: vector(
+        dense(width), mf.Concat((dense(width), mf.Sequential((RELU, dense(2 * width))))), RELU
+    ),
+    "Product": lambda width: vector(
+        dense(width), mf.Product(dense(width), mf.Sequential((dense(width), mf.Activation("erf"))))
+    ),
+    "MixPositions": lambda width: image(
+        width,
+        conv(width),
+        RELU,
+        mf.MixPositions((5, 3), WEIGHT_VAR, BIAS_VAR),
+        RELU,
+        mf.MixPositions((4, 4), WEIGHT_VAR, BIAS_VAR),
+        mf.Flatten(),
+    ),
+    "SelfAttention": lambda width: image(
+        width,
+        conv(width),
+        mf.LayerNorm(GAMMA, over_positions=False),
+        mf.SelfAttention(4, *(WEIGHT_VAR,) * 4, use_bias=False),
+        RELU,
+        mf.Flatten(),
+    ),
+    "Offset": lambda width: image(width, conv(width), mf.Offset(BIAS_VAR), RELU, mf.Flatten()),
     "Repeat": lambda width: vector(
         dense(width), mf.Repeat(mf.Sequential((RELU, dense(width))), times=3)
     ),
@@ -206,7 +230,7 @@ def test_the_flax_network_draws_the_declared_variances(name):
         if kind == "kernel":
             fan_in = math.prod(value.shape[repeats:-1])
             expected, drawn = WEIGHT_VAR, value * math.sqrt(fan_in)
-        elif kind == "bias" and f"{path.rpartition('/')[0]}/kernel" in drawn_values:
+        elif kind == "offset" or (kind == "bias" and f"{path[:-4]}kernel" in drawn_values):
             expected, drawn = BIAS_VAR, value
         else:
             np.testing.assert_array_equal(value, np.float32(STARTS.get(kind, 0)))

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_models import CASES, REFUSED, OwnLinear, ResNetV1, SkipInit, SmallMLP
+from flax_models import (
+    CASES,
+    REFUSED,
+    LinenTransformer,
+    OwnLinear,
+    ResNetV1,
+    SkipInit,
+    SmallMLP,
+    VisionTransformer,
+    vision_transformer,
+)
 from tolerance import assert_close
 
 import meanfield_jax as mf
@@ -60,6 +70,35 @@ def test_factors_and_initializers_of_linen():
     assert (scale.per, tanh.function) == ("layer", "tanh")
     np.testing.assert_allclose(scale.value, 0.3, rtol=1e-6)
     assert network.paths["layers/1/branch/layers/3"] == "alpha_0"
+
+
+@pytest.mark.parametrize("make", [lambda: VisionTransformer(nnx.Rngs(0)), LinenTransformer])
+def test_a_vision_transformer_is_read_with_the_mean_square_of_its_positions(make):
+    model, x = make(), jnp.ones((2, 8, 8, 3))
+    given = model if isinstance(model, nnx.Module) else (model, model.init(jax.random.key(0), x))
+    network = mf.Network.from_flax(given, x)
+    table = given.positions[...] if given is model else given[1]["params"]["positions"]
+    assert network.layers[1].bias_var == pytest.approx(float(jnp.mean(table**2)), rel=1e-5)
+    positions = network.layers[1].bias_var
+    assert network.layers == vision_transformer(positions=positions).layers
+    params = nnx.state(given, nnx.Param) if given is model else given[1]["params"]
+    assert network.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+    doubled = network.replace(
+        (network.layers[0], mf.Offset(4 * positions), *network.layers[2:])
+    ).apply_to(given)
+    moved = doubled.positions[...] if given is model else doubled["params"]["positions"]
+    np.testing.assert_allclose(moved, 2 * table, rtol=1e-6)
+
+
+def test_an_offset_of_channels_is_read():
+    class Shifted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(8, (3, 3))(x) + self.param("shift", nn.initializers.ones, (1, 1, 1, 8))
+            return nn.Dense(2)(nn.relu(x).mean((1, 2)))
+
+    network = mf.Network.from_flax(Shifted(), jnp.ones((2, 4, 4, 3)))
+    assert network.layers[1] == mf.Offset(1.0, "channel")
 
 
 def test_a_subclass_of_a_layer_is_that_layer():

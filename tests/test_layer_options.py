@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax_models import mlp_mixer, vision_transformer
 from tolerance import standard_error
 
 import meanfield_jax as mf
@@ -31,6 +32,12 @@ def image(*layers) -> mf.Network:
     return mf.Network((4, 4, 12), (*layers, dense(2)))
 
 
+def grown(*layers) -> mf.Concat:
+    """The block of a DenseNet: what comes in, and beside it what these layers make of it."""
+    return mf.Concat((mf.Sequential(), mf.Sequential(layers)))
+
+
+SILU = mf.Activation("silu")
 PROJECTION = mf.Residual(mf.Sequential((RELU, dense())), mf.Sequential((dense(),)))
 NETWORKS = {
     "no bias": vector(dense(use_bias=False), RELU),
@@ -57,6 +64,53 @@ NETWORKS = {
     "constant factor": vector(dense(), RELU, mf.Scale(-1.5, "none")),
     "RMSNorm after ReLU": vector(dense(), RELU, mf.RMSNorm(1.2)),
     "padded pools": image(conv(), mf.AvgPool(3, 2, "SAME"), RELU, mf.AvgPool(2, 1), mf.Flatten()),
+    "dense blocks": image(
+        conv(),
+        grown(RELU, conv(2 * WIDTH)),
+        grown(RELU, conv()),
+        RELU,
+        conv(stride=2),
+        mf.Flatten(),
+    ),
+    "dense blocks with LayerNorm": vector(
+        dense(),
+        *(grown(mf.LayerNorm(1.2), RELU, dense()),) * 2,
+        *(mf.RMSNorm(0.8), RELU),
+    ),
+    "a sum after a concatenation": vector(
+        dense(), grown(dense()), mf.Residual(mf.Sequential((RELU, dense(2 * WIDTH)))), RELU
+    ),
+    "a sum of concatenations": vector(
+        dense(),
+        grown(dense()),
+        mf.Residual(mf.Concat((dense(), mf.Sequential((RELU, dense()))))),
+        RELU,
+    ),
+    "parts that are pooled": image(
+        conv(), grown(conv()), mf.MaxPool(2, 2), RELU, mf.AvgPool(2, 1), mf.GlobalMeanPool()
+    ),
+    "repeated parts": vector(
+        dense(),
+        grown(RELU, dense()),
+        mf.Repeat(mf.Residual(mf.Sequential((RELU, dense(2 * WIDTH)))), times=2),
+        RELU,
+    ),
+    "SwiGLU": vector(
+        dense(), mf.RMSNorm(), mf.Product(mf.Sequential((dense(), SILU)), dense()), dense(), RELU
+    ),
+    "a gate of the inputs themselves": image(
+        conv(), RELU, mf.Product(mf.Sequential(), mf.Sequential((conv(), RELU))), mf.Flatten()
+    ),
+    "attention": image(
+        conv(), mf.LayerNorm(over_positions=False), mf.SelfAttention(8), RELU, mf.GlobalMeanPool()
+    ),
+    "attention with a temperature": image(
+        conv(), RELU, mf.SelfAttention(8, 1.5, 2.0, 1.0, 0.7, use_bias=False), RELU, mf.Flatten()
+    ),
+    "offsets of positions": image(conv(), mf.Offset(0.5), RELU, mf.GlobalMeanPool()),
+    "offsets of channels": image(
+        conv(), RELU, mf.Offset(0.5, "channel"), conv(), mf.BatchNorm(), RELU, mf.Flatten()
+    ),
     "dropout": vector(dense(), RELU, mf.Dropout(0.0), dense(), RELU),
 }
 APPROXIMATE = {
@@ -68,6 +122,8 @@ APPROXIMATE = {
         0.05,
         vector(dense(), RELU, mf.Residual(dense()), mf.LayerNorm(), RELU),
     ),
+    "MLP-Mixer": (0.12, mlp_mixer(WIDTH, blocks=1)),
+    "vision transformer": (0.08, vision_transformer(WIDTH, heads=6)),
     "overlapping maxima": (0.10, image(conv(), mf.MaxPool(3, 2, "SAME"), RELU, mf.Flatten())),
     "depthwise": (
         0.08,

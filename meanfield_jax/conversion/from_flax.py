@@ -1,6 +1,7 @@
 """The specification of a Flax model, and a specification's numbers brought back into it."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from meanfield_jax.conversion.record import by_path, record
 from meanfield_jax.conversion.translate import Translation
 from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.layers import Layer, Norm, Scale
+from meanfield_jax.layers import Layer, MixPositions, Norm, Offset, Scale, SelfAttention
 from meanfield_jax.network import walk
 
 VARIANCES = "initial", "measured"
@@ -30,6 +31,10 @@ def layers_of(
     first = last
     while first.inputs:
         first = first.inputs[0]
+    if len(first.shape) == 3:
+        cause = "sequences have no theory, only vectors and maps (height, width, channels)"
+        remedy = "measure the model with mf.fisher_operator(model, x)"
+        raise problem(SpecError, "x.shape", first.shape, cause, remedy)
     return first.shape[1:], layers, translation.paths
 
 
@@ -45,8 +50,14 @@ def applied(network: Any, model: Any) -> Any:
             changes = dict(scale=layer.gamma, bias=layer.beta)
         elif isinstance(layer, Scale):
             changed[path] = _filled(params, path, layer.value)
-        elif layer.is_weights:
-            changes = _rescaled(params, path, layer, *variances)
+        elif isinstance(layer, Offset):
+            changed[path] = params[path] * _factor(path, layer.bias_var, variances[1])
+        elif isinstance(layer, SelfAttention):
+            factor = _factor(path, layer.weight_var, variances[0])
+            changed[f"{path}/out/kernel"] = params[f"{path}/out/kernel"] * factor
+        elif isinstance(layer, MixPositions) or layer.is_weights:
+            path, columns = _columns(path)
+            changes = _rescaled(params | changed, path, columns, layer, *variances)
         for name, value in changes.items():
             if f"{path}/{name}" in params:
                 changed[f"{path}/{name}"] = _filled(params, f"{path}/{name}", value)
@@ -62,15 +73,30 @@ def _filled(params: dict[str, Array], path: str, value: Any) -> Array:
 
 
 def _rescaled(
-    params: dict[str, Array], path: str, layer: Any, weight_var: float, bias_var: float
+    params: dict[str, Array],
+    path: str,
+    columns: slice,
+    layer: Any,
+    weight_var: float,
+    bias_var: float,
 ) -> dict[str, Array]:
     """Weights and biases multiplied so that they have the layer's variances instead of these."""
     if f"{path}/kernel" not in params:
         _filled(params, f"{path}/kernel", 0.0)
-    found = {"kernel": params[f"{path}/kernel"] * _factor(path, layer.weight_var, weight_var)}
+
+    def times(name: str, factor: float) -> Array:
+        return params[f"{path}/{name}"].at[..., columns].multiply(factor)
+
+    found = {"kernel": times("kernel", _factor(path, layer.weight_var, weight_var))}
     if layer.use_bias:
-        found["bias"] = params[f"{path}/bias"] * _factor(path, layer.bias_var, bias_var)
+        found["bias"] = times("bias", _factor(path, layer.bias_var, bias_var))
     return found
+
+
+def _columns(path: str) -> tuple[str, slice]:
+    """Path and columns of a layer that is some columns of a model's layer, "path[first:last]"."""
+    found = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", path)
+    return (found[1], slice(int(found[2]), int(found[3]))) if found else (path, slice(None))
 
 
 def _factor(path: str, variance: Any, before: float) -> float:

@@ -44,12 +44,16 @@ class Node:
     """One step of the run.
 
     Attributes:
-        kind: ``"inputs"``, ``"layer"``, ``"activation"``, ``"sum"``, ``"mean"``, ``"max"``,
-            ``"scale"``, ``"flatten"``, ``"avg_pool"`` or ``"max_pool"``.
+        kind: ``"inputs"``, ``"layer"``, ``"columns"`` (some of a layer), ``"activation"``,
+            ``"sum"``, ``"product"``, ``"concat"``, ``"mean"``, ``"max"``, ``"scale"``,
+            ``"offset"``, ``"flatten"``, ``"row"`` (a map's positions in one row), ``"turn"``
+            (positions and channels exchanged), ``"avg_pool"`` or ``"max_pool"``.
         inputs: The nodes before it.
         shape: Shape of its values, with the samples.
-        detail: The layer's path, the function, or the window.
+        detail: The layer's path, that and the range of its columns, the function, or the window.
         order: Its place in the run.
+        turned: Whether positions are its last axis, and channels the one before.
+        positions: (height, width) of the map that its positions are of, as far as is known.
     """
 
     kind: str
@@ -57,6 +61,8 @@ class Node:
     shape: Shape
     detail: Any = None
     order: int = 0
+    turned: bool = False
+    positions: Shape = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +117,18 @@ class _Reader:
         self.count = 0
         self.activations: dict[tuple[int, int], Node] = {}
         self.factors = set[str]()
+        self.concats: list[tuple[tuple[Node, ...], Node]] = []
+        self.maps: dict[int, Shape] = {}
 
     def node(self, kind: str, inputs: tuple[Node, ...], shape: Shape, detail: Any = None) -> Node:
         self.count += 1
-        return Node(kind, inputs, tuple(shape), detail, self.count)
+        in_row = len(shape) == 3
+        turned = in_row and bool(inputs) and inputs[0].turned != (kind == "turn")
+        positions = shape[1:3] if len(shape) == 4 else ()
+        if in_row:
+            count = shape[2 if turned else 1]
+            positions = self.maps.get(count, (count, 1))
+        return Node(kind, inputs, tuple(shape), detail, self.count, turned, positions)
 
     def outputs(self, recording: Recording) -> Node:
         closed = recording.jaxpr
@@ -163,6 +177,11 @@ class _Reader:
             return self.run(jaxpr, getattr(inner, "consts", ()), given)
         if not any(isinstance(value, Value) for value in given):
             return self.without_inputs(equation, given)
+        if kind == "split":
+            ends = np.cumsum(equation.params["sizes"]).tolist()
+            ranges = zip([0, *ends], ends, equation.outvars, strict=False)
+            axis = equation.params["axis"]
+            return [self.columns(given[0], axis, (a, b), var.aval.shape) for a, b, var in ranges]
         return [self.step(kind, equation, given, tuple(shape))]
 
     def without_inputs(self, equation: Any, given: list[Any]) -> list[Any]:
@@ -193,30 +212,41 @@ class _Reader:
             return self.reshaped(first, shape)
         if kind == "broadcast_in_dim" and shape == first.node.shape:
             return first
+        if kind == "transpose" and len(shape) == 3 and tuple(options["permutation"]) == (0, 2, 1):
+            return Value(self.node("turn", (self.node_of(first),), shape))
+        if kind == "slice" and options["strides"] is None:
+            starts, ends = options["start_indices"], options["limit_indices"]
+            cut = [i for i, size in enumerate(first.node.shape) if ends[i] - starts[i] < size]
+            if len(cut) == 1:
+                return self.columns(first, cut[0], (starts[cut[0]], ends[cut[0]]), shape)
+        if kind == "concatenate" and len(values) == len(given):
+            return self.concatenated(options["dimension"], values, shape)
         if kind in ELEMENTWISE and all(value.node.shape == shape for value in values):
             return self.elementwise(kind, equation, given)
-        over_map = len(first.node.shape) == 4 and tuple(options.get("axes", ())) == (1, 2)
-        if kind == "reduce_max" and over_map:
+        positions = {4: (1, 2), 3: (2,) if first.node.turned else (1,)}
+        over_map = tuple(options.get("axes", ())) == positions.get(len(first.node.shape))
+        if kind == "reduce_max" and over_map and len(first.node.shape) == 4:
             return Value(self.node("max", (self.node_of(first),), shape))
         if kind == "reduce_sum" and over_map:
-            size = math.prod(first.node.shape[1:3])
+            size = math.prod(first.node.positions)
             return Value(self.node("mean", (self.node_of(first),), shape), lambda x: x * size)
         if kind in ("reduce_window_sum", "reduce_window_max") and len(shape) == 4:
             return self.pooled(kind, options, first, shape)
         raise self.unknown(kind, first)
 
     def scaled(self, kind: str, param: Parameter, values: list[Value], shape: Shape) -> Value:
-        """A product with a parameter of the model's own: one number, or one per channel."""
-        plain = False
-        if kind == "mul" and len(values) == 1 and param.places is not None:
-            rows = np.broadcast_to(param.places, shape).reshape(-1, shape[-1])
-            plain = (rows == rows[0]).all() and len(set(rows[0].tolist())) in (1, shape[-1])
+        """A product with, or a sum of, a parameter of the model's own."""
+        per = None
+        if param.places is not None and len(values) == 1 and not values[0].node.turned:
+            per = _per(np.broadcast_to(param.places, shape))
+        plain = per in {"mul": ("layer", "channel"), "add": ("channel", "position")}.get(kind, ())
         if plain and param.name not in self.factors:
             self.factors.add(param.name)
-            return Value(self.node("scale", (self.node_of(values[0]),), shape, param.name))
+            kind = {"mul": "scale", "add": "offset"}[kind]
+            return Value(self.node(kind, (self.node_of(values[0]),), shape, param.name))
         cause = (
-            "a parameter outside of Flax's layers, of which only factors of a layer or of "
-            "channels, used once, have a theory"
+            "a parameter outside of Flax's layers, of which only factors of a layer or of channels "
+            "and offsets of channels or positions, used once, have a theory"
         )
         remedy = "measure the model with mf.fisher_operator(model, x)"
         raise problem(SpecError, param.name, kind, cause, remedy)
@@ -225,9 +255,37 @@ class _Reader:
         before = value.node.shape
         if shape == before:
             return value
-        if len(shape) == 2 and shape[0] == before[0] and len(before) == 4:
+        if len(shape) == 2 and shape[0] == before[0] and len(before) > 2:
             return Value(self.node("flatten", (self.node_of(value),), shape))
+        if len(before) == 4 and shape == (before[0], before[1] * before[2], before[3]):
+            self.maps[shape[1]] = before[1:3]
+            return Value(self.node("row", (self.node_of(value),), shape))
         raise self.unknown(f"a reshape from {before} to {shape}", value)
+
+    def columns(self, value: Value, axis: int, place: tuple[int, int], shape: Shape) -> Value:
+        """Some of the columns of a layer, which is as many independent layers as it has."""
+        node = value.node
+        if node.kind != "layer" or value.function or node.turned or axis != len(shape) - 1:
+            raise self.unknown("a part of the values", value)
+        return Value(self.node("columns", node.inputs, shape, (node.detail, *place)))
+
+    def concatenated(self, axis: int, values: list[Value], shape: Shape) -> Value:
+        """Branches side by side; those of an earlier concatenation are taken as its outcome."""
+        inputs = tuple(self.node_of(value) for value in values)
+        if axis != len(shape) - 1 or any(node.turned for node in inputs):
+            raise self.unknown(f"a concatenation along axis {axis}", values[0])
+        merged = inputs
+        for earlier, node in reversed(self.concats):
+            size = len(earlier)
+            for place in range(len(merged) - size + 1):
+                if merged[place : place + size] == earlier:
+                    merged = (*merged[:place], node, *merged[place + size :])
+                    break
+        if len(merged) == 1:
+            return Value(merged[0])
+        node = self.node("concat", merged, shape)
+        self.concats.append((inputs, node))
+        return Value(node)
 
     def elementwise(self, kind: str, equation: Any, given: list[Any]) -> Value:
         values = [value for value in given if isinstance(value, Value)]
@@ -236,11 +294,11 @@ class _Reader:
             cause = "an array that is not one number"
             raise self.unknown(f"{kind} with {cause}", values[0])
         if len(nodes) > 1:
-            if kind in ("add", "add_any") and len(given) == 2:
+            names = {"add": "sum", "add_any": "sum", "mul": "product"}
+            if kind in names and len(given) == 2:
                 inputs = tuple(self.node_of(value) for value in values)
-                return Value(self.node("sum", inputs, inputs[0].shape))
-            what = {"mul": "a product of two branches"}.get(kind, f"{kind} of two branches")
-            raise self.unknown(what, values[0])
+                return Value(self.node(names[kind], inputs, inputs[0].shape))
+            raise self.unknown(f"{kind} of two branches", values[0])
         primitive, options = equation.primitive, equation.params
 
         def function(x: Array) -> Array:
@@ -292,6 +350,16 @@ class _Reader:
         path = node.detail if node.kind == "layer" else "the inputs"
         remedy = "measure the model with mf.fisher_operator(model, x)"
         return problem(SpecError, f"after {path}", what, "it has no theory", remedy)
+
+
+def _per(places: np.ndarray) -> str | None:
+    """What the numbers of a parameter are of, if each stands where it should; else None."""
+    one = places[:1]
+    parts = dict(layer=one.ravel()[:1], channel=one.reshape(-1, one.shape[-1])[0], position=one)
+    for per, part in parts.items():
+        if np.unique(part).size == part.size and (places == part).all():
+            return per
+    return None
 
 
 def _in_dtype(array: Array, dtype: Any) -> Array:

@@ -9,8 +9,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.nn import initializers
+from jax.tree_util import tree_flatten_with_path
 
+from meanfield_jax.empirical.model import path_name
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import (
     BatchNorm,
@@ -21,18 +24,18 @@ from meanfield_jax.layers import (
     InstanceNorm,
     Layer,
     LayerNorm,
+    MixPositions,
     RMSNorm,
+    SelfAttention,
 )
 from meanfield_jax.layers.conv import PADDINGS
 
 NORMS = "BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm"
-KNOWN = frozenset(["Linear", "Dense", "Conv", "Dropout", *NORMS])
+ATTENTION = "MultiHeadAttention", "MultiHeadDotProductAttention", "SelfAttention"
+KNOWN = frozenset(["Linear", "Dense", "Conv", "Dropout", *NORMS, *ATTENTION])
 """Classes of Flax that are layers of a specification."""
 
 REFUSED = {
-    "MultiHeadAttention": "self-attention",
-    "MultiHeadDotProductAttention": "self-attention",
-    "SelfAttention": "self-attention",
     "ConvTranspose": "a transposed convolution",
     "ConvLocal": "a convolution with weights of its own at every position",
     "Embed": "an embedding",
@@ -88,15 +91,19 @@ class Part:
 
 def nnx_part(path: str, kind: str, module: Any, is_map: bool) -> Part:
     """The part of an NNX layer of this class; ``is_map``: whether its inputs are maps."""
-    params = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
-    values = {name: value[...] for name, value in params.items()}
-    return Part(path, kind, dict(vars(module)), values, is_map)
+    return Part(path, kind, dict(vars(module)), by_path(nnx.state(module, nnx.Param)), is_map)
 
 
 def linen_part(path: str, module: nn.Module, values: Mapping[str, Any], is_map: bool) -> Part:
     """The part of a Linen layer with these parameters; ``is_map``: as in :func:`nnx_part`."""
     options = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-    return Part(path, type(module).__name__, options, values, is_map)
+    return Part(path, type(module).__name__, options, by_path(values), is_map)
+
+
+def by_path(params: Any) -> dict[str, Array]:
+    """Parameters as a dictionary from paths such as "blocks/0/norm/scale"."""
+    named, _ = tree_flatten_with_path(params)
+    return {path_name(path).removesuffix("/value"): value for path, value in named}
 
 
 def as_layer(part: Part, variances: str) -> Layer:
@@ -104,11 +111,26 @@ def as_layer(part: Part, variances: str) -> Layer:
     return _TRANSLATIONS[part.kind](part, variances)
 
 
-def _dense(part: Part, variances: str) -> Dense:
+def over_positions(part: Part, variances: str, positions: tuple[int, ...]) -> Layer:
+    """The layer if positions are the last axis; ``positions``: (height, width) after it."""
+    if part.kind == "Dropout":
+        return _dropout(part, variances)
+    if part.kind not in ("Linear", "Dense"):
+        raise part.refuse("axis", f"{part.kind} over positions has no theory")
+    options = _checked_dense(part, variances)
+    return MixPositions((positions[0], positions[1]), **options)
+
+
+def _dense(part: Part, variances: str) -> Layer:
+    options, width = _checked_dense(part, variances), _shape(part, "kernel")[-1]
+    # on a map, the same weights at every position
+    return Conv(width, 1, **options) if part.is_map else Dense(width, **options)
+
+
+def _checked_dense(part: Part, variances: str) -> dict[str, Any]:
     if part.options.get("dot_general") not in (None, jax.lax.dot_general):
         raise part.refuse("dot_general", "a product of one's own has no theory")
-    shape = _shape(part, "kernel")
-    return Dense(shape[-1], **_variances(part, shape[0], variances))
+    return _variances(part, variances)
 
 
 def _conv(part: Part, variances: str) -> Conv:
@@ -127,8 +149,23 @@ def _conv(part: Part, variances: str) -> Conv:
         _padding(part, sides[0]),
         groups=options["feature_group_count"],
         dilation=_same(part, "kernel_dilation"),
-        **_variances(part, math.prod(shape[:-1]), variances),
+        **_variances(part, variances),
     )
+
+
+def _attention(part: Part, variances: str) -> SelfAttention:
+    options, names = part.options, ("query", "key", "value", "out")
+    if options.get("normalize_qk") or options.get("decode"):
+        name = "normalize_qk" if options.get("normalize_qk") else "decode"
+        raise part.refuse(name, "only plain attention has a theory")
+    if getattr(options["attention_fn"], "__name__", "") != "dot_product_attention":
+        raise part.refuse("attention_fn", "only softmax attention has a theory")
+    channels, heads, size = _shape(part, "query/kernel")
+    if _shape(part, "out/kernel") != (heads, size, channels) or heads * size != channels:
+        raise part.refuse("qkv_features", "as many features as channels have a theory")
+    found = [_variance(part, f"{name}/kernel", (channels, channels), variances) for name in names]
+    use_bias = "out/bias" in part.values
+    return SelfAttention(heads, found[3], *found[:3], use_bias=use_bias)
 
 
 def _same(part: Part, option: str) -> int:
@@ -210,6 +247,7 @@ _TRANSLATIONS = {
     "GroupNorm": _group_norm,
     "InstanceNorm": _instance_norm,
     "Dropout": _dropout,
+    **dict.fromkeys(ATTENTION, _attention),
 }
 
 
@@ -222,19 +260,24 @@ def _values(part: Part, name: str, default: float) -> np.ndarray:
     return np.asarray(default if value is None else value, np.float64)
 
 
-def _variances(part: Part, fan_in: int, variances: str) -> dict[str, Any]:
+def _variances(part: Part, variances: str) -> dict[str, Any]:
     """The variances of weights (times the fan-in) and biases."""
-    use_bias = "bias" in part.values
-    kernel, bias = _values(part, "kernel", 0.0), _values(part, "bias", 0.0)
-    weight_var = fan_in * float(np.mean(kernel**2))
-    bias_var = float(np.mean(bias**2))
-    if variances == "initial":
-        declared = part.options.get("kernel_init")
-        if declared is None:
-            weight_var = _recognized(weight_var, kernel, fan_in)
-        else:
-            weight_var = _declared(declared, kernel.shape, fan_in)
-    return dict(weight_var=weight_var, bias_var=bias_var, use_bias=use_bias)
+    bias_var = float(np.mean(_values(part, "bias", 0.0) ** 2))
+    weight_var = _variance(part, "kernel", _shape(part, "kernel"), variances)
+    return dict(weight_var=weight_var, bias_var=bias_var, use_bias="bias" in part.values)
+
+
+def _variance(part: Part, name: str, shape: tuple[int, ...], variances: str) -> float:
+    """The variance of weights of this shape, times the fan-in."""
+    kernel, fan_in = _values(part, name, 0.0).reshape(shape), math.prod(shape[:-1])
+    measured = fan_in * float(np.mean(kernel**2))
+    if variances == "measured":
+        return measured
+    own = "out_kernel_init" if name == "out/kernel" else ""
+    declared = part.options.get(own) or part.options.get("kernel_init")
+    if declared is None:
+        return _recognized(measured, kernel, fan_in)
+    return _declared(declared, kernel.shape, fan_in)
 
 
 def _declared(initializer: Any, shape: tuple[int, ...], fan_in: int) -> float:

@@ -11,7 +11,14 @@ from flax import nnx
 from jax import Array
 from jax.tree_util import tree_flatten_with_path
 
-from meanfield_jax.conversion.modules import KNOWN, REFUSED, Part, linen_part, nnx_part
+from meanfield_jax.conversion.modules import (
+    KNOWN,
+    REFUSED,
+    Part,
+    by_path,
+    linen_part,
+    nnx_part,
+)
 from meanfield_jax.empirical.linen import linen
 from meanfield_jax.empirical.model import call_with, in_mode, path_name
 from meanfield_jax.errors import SpecError, problem
@@ -88,12 +95,13 @@ def _watched(paths: dict[int, str], own: dict[str, Any], parts: dict[str, Part])
             if path is None or depth[0]:
                 return original(self, *args, **kwargs)
             check_layer(path, kind)
+            check_inputs(path, kind, args[0], [*args[1:], *kwargs.values()])
             depth[0] += 1
             try:
                 out = original(self, *args, **kwargs)
             finally:
                 depth[0] -= 1
-            _add(parts, path, nnx_part(path, kind, own[path], args[0].ndim == 4))
+            _add(parts, path, nnx_part(path, kind, own[path], args[0].ndim > 2))
             return _marked(path, args[0], out)
 
         return call
@@ -120,20 +128,26 @@ def _record_linen(module: nn.Module, variables: Any, x: Any, call: dict[str, Any
         init = jax.jit(lambda x: module.init(jax.random.key(0), x, **options))
         variables = init(jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), x))
     function, params = linen(module, variables, "batch", call)
+    depth = [0]
 
     def intercept(original: Any, args: tuple[Any, ...], kwargs: Any, context: Any) -> Any:
         inner, kind = context.module, type(context.module).__name__
         known = kind in KNOWN | REFUSED.keys() and type(inner).__module__.startswith("flax.")
-        if context.method_name != "__call__" or not known:
+        if context.method_name != "__call__" or not known or depth[0]:
             return original(*args, **kwargs)
         path = "/".join(inner.path)
         check_layer(path, kind)
-        value = args[0] if args else next(iter(kwargs.values()))
-        out = value if kind == "Dropout" else original(*args, **kwargs)
+        value, *others = *args, *kwargs.values()
+        check_inputs(path, kind, value, others)
+        depth[0] += 1
+        try:
+            out = value if kind == "Dropout" else original(*args, **kwargs)
+        finally:
+            depth[0] -= 1
         own = variables["params"]
         for name in inner.path:
             own = own.get(name, {})
-        _add(parts, path, linen_part(path, inner, own, value.ndim == 4))
+        _add(parts, path, linen_part(path, inner, own, value.ndim > 2))
         return _marked(path, value, out)
 
     def run(params: Any, constants: Any, x: Any) -> Any:
@@ -154,6 +168,15 @@ def check_layer(path: str, kind: str) -> None:
     if kind in REFUSED:
         remedy = "measure the model with mf.fisher_operator(model, x)"
         raise problem(SpecError, path, kind, f"{REFUSED[kind]} has no theory", remedy)
+
+
+def check_inputs(path: str, kind: str, x: Any, others: list[Any]) -> None:
+    """Raises SpecError if a layer is given other arrays than its inputs, such as a mask."""
+    given = [other for other in others if isinstance(other, Array) and other is not x]
+    if given and kind != "Dropout":
+        cause = "a layer of several arrays, such as a mask or keys of attention, has no theory"
+        remedy = "measure the model with mf.fisher_operator(model, x)"
+        raise problem(SpecError, path, kind, cause, remedy)
 
 
 def _add(parts: dict[str, Part], path: str, part: Part) -> None:
@@ -189,9 +212,3 @@ def _traced(
     named, _ = tree_flatten_with_path(shapes)
     names = [path_name(path[1:]).removesuffix("/value") for path, _ in named]
     return Recording(jaxpr, names, parts, by_path(params))
-
-
-def by_path(params: Any) -> dict[str, Array]:
-    """Parameters as a dictionary from paths such as "blocks/0/norm/scale"."""
-    named, _ = tree_flatten_with_path(params)
-    return {path_name(path).removesuffix("/value"): value for path, value in named}

@@ -9,16 +9,21 @@ import numpy as np
 from jax import Array
 
 from meanfield_jax.conversion.graph import Node
-from meanfield_jax.conversion.modules import Part, as_layer
+from meanfield_jax.conversion.modules import Part, as_layer, over_positions
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.nonlinearities import NONLINEARITIES
 from meanfield_jax.layers import (
     Activation,
     AvgPool,
+    Concat,
+    Conv,
+    Dense,
     Flatten,
     GlobalMeanPool,
     Layer,
     MaxPool,
+    Offset,
+    Product,
     Residual,
     Scale,
     Sequential,
@@ -44,6 +49,7 @@ class Translation:
     def __init__(self, parts: dict[str, Part], params: dict[str, Array], variances: str):
         self.parts, self.params, self.variances = parts, params, variances
         self.paths: dict[int, str] = {}
+        self.taken: dict[str, list[tuple[float, float]]] = {}
 
     def layers(self, last: Node) -> tuple[Layer, ...]:
         """The layers from the inputs to this node."""
@@ -56,16 +62,23 @@ class Translation:
         """The layers after one node up to another, through which every path to it leads."""
         found: list[Layer] = []
         while last is not first:
-            if last.kind == "sum":
-                common = set(before[last.inputs[0]]) & set(before[last.inputs[1]])
+            if last.kind in ("sum", "product", "concat"):
+                common = set.intersection(*(set(before[node]) for node in last.inputs))
                 start = max(common, key=lambda node: node.order)
                 branches = [self.between(start, node, before) for node in last.inputs]
-                found.append(self.residual(branches, last))
+                found.append(self.joined(branches, last))
                 last = start
             else:
                 found.append(self.layer(last))
                 (last,) = last.inputs
         return _pools_first([la for la in reversed(found) if not _is_identity(la)])
+
+    def joined(self, branches: list[tuple[Layer, ...]], node: Node) -> Layer:
+        """The layer in which several branches come together."""
+        if node.kind == "sum":
+            return self.residual(branches, node)
+        layers = tuple(map(Sequential, branches))
+        return Concat(layers) if node.kind == "concat" else Product(*layers)
 
     def residual(self, branches: list[tuple[Layer, ...]], node: Node) -> Layer:
         """The sum of two branches, one of which ends in random weights."""
@@ -83,14 +96,20 @@ class Translation:
         """The layer of one node."""
         detail = node.detail
         match node.kind:
-            case "layer":
-                layer = as_layer(self.parts[detail], self.variances)
+            case "layer" | "scale" | "offset":
+                layer = self.of_path(detail, node)
                 self.paths[id(layer)] = detail
                 return layer
-            case "scale":
-                layer = self.scale(detail, node)
-                self.paths[id(layer)] = detail
+            case "columns":
+                path, first, last = detail
+                layer = self.of_path(path, node, first, last)
+                if not isinstance(layer, (Dense, Conv)) or getattr(layer, "groups", 1) > 1:
+                    raise self.parts[path].refuse("features", "a part of its values has no theory")
+                layer = layer.replace(width=last - first)
+                self.paths[id(layer)] = f"{path}[{first}:{last}]"
                 return layer
+            case "row" | "turn":
+                return Sequential()
             case "activation":
                 return activation(detail)
             case "flatten":
@@ -105,7 +124,25 @@ class Translation:
             case _:
                 return MaxPool(*detail)
 
-    def scale(self, name: str, node: Node) -> Scale:
+    def of_path(self, path: str, node: Node, first: float = 0, last: float = math.inf) -> Layer:
+        """A layer of Flax, or a factor; each column may stand in one place of the specification."""
+        taken = self.taken.setdefault(path, [])
+        if any(first < end and start < last for start, end in taken):
+            cause = "several branches go on from its values, which has no theory"
+            remedy = "measure the model with mf.fisher_operator(model, x)"
+            raise problem(SpecError, path, node.kind, cause, remedy)
+        taken.append((first, last))
+        if node.kind == "scale":
+            return self.scale(path)
+        if node.kind == "offset":
+            value = np.asarray(self.params[path], np.float64)
+            per = "channel" if value.size == node.shape[-1] else "position"
+            return Offset(float(np.mean(value**2)), per)
+        if node.inputs[0].turned:
+            return over_positions(self.parts[path], self.variances, node.positions)
+        return as_layer(self.parts[path], self.variances)
+
+    def scale(self, name: str) -> Scale:
         """A factor that is a parameter of the model."""
         value = np.asarray(self.params[name], np.float64)
         per = "layer" if value.size == 1 else "channel"
@@ -134,6 +171,8 @@ def _kinks(values: np.ndarray) -> tuple[float, ...]:
 
 
 def _is_identity(layer: Layer) -> bool:
+    if layer == Sequential():
+        return True
     if isinstance(layer, Activation):
         return layer.function == "identity"
     return isinstance(layer, Scale) and layer.per == "none" and math.isclose(layer.value, 1)

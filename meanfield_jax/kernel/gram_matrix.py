@@ -297,6 +297,26 @@ class GramMatrix(Matrix):
         pairs = Positions(found.shape[:2], 1)
         return self.replaced(found.reshape(-1, num_samples, num_samples), pairs=pairs)
 
+    def blocks(self) -> Float[Array, "n n size size"]:
+        assert self.pairs is not None
+        assert self.pairs.modulus == 1
+        size, num_samples = self.pairs.size, self.entries.shape[-1]
+        square = self.entries.reshape(size, size, num_samples, num_samples)
+        return square.transpose(2, 3, 0, 1)
+
+    def from_blocks(self, blocks: Float[Array, "n n size size"]) -> Self:
+        return self.replaced(blocks.transpose(2, 3, 0, 1).reshape(self.entries.shape))
+
+    def spread(self, positions: tuple[int, ...]) -> Self:
+        assert self.pairs is not None
+        pairs = Positions(positions, self.pairs.modulus)
+        equal = jnp.asarray(pairs.first == pairs.second, self.dtype)[:, None, None]
+        return self.replaced(self.flattened().entries[None] * equal, pairs=pairs)
+
+    def at_equal_positions(self, value: Number) -> Self:
+        number = jnp.asarray(value, self.dtype) * self.alike(over_positions=False)
+        return self.map(lambda entry: jnp.broadcast_to(number, entry.shape))
+
     def flattened(self) -> Self:
         assert self.pairs is not None
         return self.replaced(self.entries[self.pairs.equal].mean(0), pairs=None)

@@ -117,6 +117,9 @@ class Kernel(Generic[M]):
             and is left out.
         channels: Units per position (width), a number.
         statistics: ``"batch"``, ``"frozen"`` or ``"wei2019"``.
+        shared: The part of ``covariance`` that is of values equal in all channels, which a mean
+            over channels removes, as after :class:`MixPositions`; None for 0.
+        shared_tangent: The same part of ``tangent``.
     """
 
     covariance: M
@@ -131,6 +134,8 @@ class Kernel(Generic[M]):
     fluctuation: Float[Array, ""]
     channels: Float[Array, ""] | float
     statistics: str = static()
+    shared: M | None = None
+    shared_tangent: M | None = None
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -149,7 +154,7 @@ class Kernel(Generic[M]):
     def after(self, covariance: Matrix, tangent: Matrix, **changes: Any) -> Self:
         """The kernel after a layer: mean 0 and no bookkeeping of the last norm, unless given."""
         reset = "scale", "projection", "mean", "unit_mean", "deviation", "tangent_deviation"
-        rest = dict.fromkeys(reset)
+        rest = dict.fromkeys((*reset, "shared", "shared_tangent"))
         return self.replace(covariance=covariance, tangent=tangent, **(rest | changes))
 
     def with_numbers(self) -> Self:
@@ -169,6 +174,8 @@ class Kernel(Generic[M]):
             projection=parts,
             deviation=self.deviations[0],
             tangent_deviation=self.deviations[1],
+            shared=self.shared or zero,
+            shared_tangent=self.shared_tangent or zero,
         )
 
     def around_means(self) -> Self:

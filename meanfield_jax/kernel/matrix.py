@@ -215,6 +215,26 @@ class Matrix(ABC):
         """
 
     @abstractmethod
+    def blocks(self) -> Array:
+        """The entries of all samples (of two, if they are i.i.d.), if all pairs are kept.
+
+        Returns:
+            (samples, samples, positions, positions).
+        """
+
+    @abstractmethod
+    def from_blocks(self, blocks: Array) -> Self:
+        """The matrix of the same map with these entries, see :meth:`blocks`."""
+
+    @abstractmethod
+    def spread(self, positions: tuple[int, ...]) -> Self:
+        """The average over equal positions, at all equal positions of another map; elsewhere 0."""
+
+    @abstractmethod
+    def at_equal_positions(self, value: Number) -> Self:
+        """The matrix with this number for pairs of equal positions, 0 for others."""
+
+    @abstractmethod
     def flattened(self) -> Self:
         """The average over equal positions."""
 

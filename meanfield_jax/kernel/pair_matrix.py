@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -205,6 +206,29 @@ class PairMatrix(Matrix):
     def over_positions(self, function: Callable[[Array], Array]) -> Self:
         assert self.all_positions
         return self.map(function)
+
+    def blocks(self) -> Float[Array, "2 2 size size"]:
+        assert self.all_positions
+        size = math.prod(self.positions)
+        same, other = (entry.reshape(size, size) for entry in (self.same, self.other))
+        return jnp.stack([jnp.stack([same, other]), jnp.stack([other, same])])
+
+    def from_blocks(self, blocks: Float[Array, "2 2 size size"]) -> Self:
+        same, other = blocks[0, 0] + blocks[1, 1], blocks[0, 1] + blocks[1, 0]
+        shape = self.positions * 2
+        return self.replaced(same.reshape(shape) / 2, other.reshape(shape) / 2)
+
+    def spread(self, positions: tuple[int, ...]) -> Self:
+        size = math.prod(positions)
+        # a matrix of ones at equal positions
+        ones = jnp.eye(size).reshape(*positions, *positions)
+        ones = (ones if self.all_positions else jnp.ones(positions)).astype(self.dtype)
+        mean = self.flattened()
+        return self.replaced(mean.same * ones, mean.other * ones)
+
+    def at_equal_positions(self, value: Number) -> Self:
+        number = jnp.asarray(value, self.dtype) * self.alike(over_positions=False)
+        return self.map(lambda entry: jnp.broadcast_to(number, entry.shape))
 
     def flattened(self) -> Self:
         same, other = (self._at_equal_positions(e).mean() for e in (self.same, self.other))

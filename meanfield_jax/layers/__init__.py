@@ -8,6 +8,7 @@ from meanfield_jax.layers.batch_norm import BatchNorm as BatchNorm
 from meanfield_jax.layers.combine import Repeat as Repeat
 from meanfield_jax.layers.combine import Residual as Residual
 from meanfield_jax.layers.combine import Sequential as Sequential
+from meanfield_jax.layers.concat import Concat as Concat
 from meanfield_jax.layers.conv import Conv as Conv
 from meanfield_jax.layers.cross_iteration import CrossIterationBatchNorm as CrossIterationBatchNorm
 from meanfield_jax.layers.dense import Dense as Dense
@@ -20,11 +21,15 @@ from meanfield_jax.layers.instance_enhancement import (
 )
 from meanfield_jax.layers.instance_norm import InstanceNorm as InstanceNorm
 from meanfield_jax.layers.layer_norm import LayerNorm as LayerNorm
+from meanfield_jax.layers.mix_positions import MixPositions as MixPositions
 from meanfield_jax.layers.norm import Norm as Norm
+from meanfield_jax.layers.offset import Offset as Offset
 from meanfield_jax.layers.pool import AvgPool as AvgPool
 from meanfield_jax.layers.pool import MaxPool as MaxPool
+from meanfield_jax.layers.product import Product as Product
 from meanfield_jax.layers.proxy_norm import ProxyNorm as ProxyNorm
 from meanfield_jax.layers.rms_norm import RMSNorm as RMSNorm
 from meanfield_jax.layers.scale import Scale as Scale
+from meanfield_jax.layers.self_attention import SelfAttention as SelfAttention
 
 __all__ = ["Layer", *LAYERS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable, Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ class Activation(Layer):
     Source:
         theory: Wei et al. 2019, section 3; closed forms as in kernel/nonlinearities.py.
     """
+
+    on_parts: ClassVar[str | None] = "each"
 
     function: str | Callable[[Array], Array] | Nonlinearity = static()
     kinks: tuple[float, ...] = static(default=())

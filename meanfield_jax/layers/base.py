@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -21,7 +22,11 @@ from meanfield_jax.checks import MOST_UNITS, check_choice, plain, truth, whole
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import Kernel, M
 from meanfield_jax.kernel.matrix import Matrix
+from meanfield_jax.kernel.mixture import Mixture
 from meanfield_jax.pytree import pytree, static
+
+PARTS = "/parts/"
+"""Between a layer's path and the number of a part of the channels, in the rows of a theory."""
 
 Shape = tuple[int, ...]
 Problem = tuple[str, Any, str, str]
@@ -35,11 +40,14 @@ class Signal(NamedTuple):
         shape: Shape of one sample, (features,) or (height, width, channels).
         gaussian: Whether units are Gaussian, as sums over many random weights are.
         random: Whether units are draws of one distribution, as they are after random weights.
+        parts: After a :class:`Concat`, the numbers of channels that are draws of the same
+            distribution, in order; () if all are.
     """
 
     shape: Shape
     gaussian: bool = False
     random: bool = False
+    parts: tuple[int, ...] = ()
 
 
 @pytree
@@ -48,7 +56,8 @@ class Injection:
 
     Each is a matrix of the kernel, or None. ``scale`` is added to the kernel's ``scale``;
     ``deviation``, which equals ``weights`` up to a constant that centring removes, to its
-    ``tangent_deviation``; the others to its ``tangent``.
+    ``tangent_deviation``; ``shared``, the part of the others' sum that is equal in all channels, to
+    its ``shared_tangent``; the others to its ``tangent``.
     """
 
     weights: Matrix | None = None
@@ -56,6 +65,7 @@ class Injection:
     offset: Matrix | None = None
     scale: Matrix | None = None
     deviation: Matrix | None = None
+    shared: Matrix | None = None
 
 
 @pytree
@@ -65,6 +75,7 @@ class Perturbation:
     tangent: Matrix | None = None
     scale: Matrix | None = None
     deviation: Matrix | None = None
+    shared: Matrix | None = None
 
 
 @pytree
@@ -103,6 +114,10 @@ class Layer:
             all pairs of positions are needed.
         stride: Factor by which it divides the sides of a map.
         kernel_size: Side of its window.
+        on_parts: What it does with channels of several distributions, as after a
+            :class:`Concat`: ``"each"``: it acts on every channel by itself; ``"mean"``: random
+            weights see the mean over channels; ``"inside"``: the layers inside decide; None:
+            there is no theory.
         norm_name: Name of a normalization layer in tables and on the command line.
         abbreviation: Short form of that name.
     """
@@ -116,6 +131,7 @@ class Layer:
     within_sample: ClassVar[bool] = False
     stride: int = 1
     kernel_size: int = 1
+    on_parts: ClassVar[str | None] = None
     norm_name: ClassVar[str | None] = None
     abbreviation: ClassVar[str] = ""
 
@@ -157,6 +173,20 @@ class Layer:
         """The signal after the layer; raises SpecError if the layer cannot take ``signal``."""
         return signal
 
+    def signal_after(self, signal: Signal) -> Signal:
+        """The same, with the parts of the channels."""
+        after = self.output(signal)
+        if not signal.parts or self.on_parts == "inside":
+            return after
+        if self.on_parts is None:
+            cause = "after a Concat, whose branches have variances of their own, it has no theory"
+            remedy = "put it into the branches, or use BatchNorm, Conv or Dense there"
+            raise problem(SpecError, type(self).__name__, signal.parts, cause, remedy)
+        # a flatten head turns positions into channels
+        factor = after.shape[-1] // signal.shape[-1]
+        kept = tuple(factor * count for count in signal.parts)
+        return after._replace(parts=kept if self.on_parts == "each" else ())
+
     def num_parameters(self, shape: Shape) -> int:
         """The number of trainable parameters for inputs of this shape."""
         return 0
@@ -165,17 +195,40 @@ class Layer:
         """The covariance and tangent rule: the kernel after the layer and its own injection."""
         raise NotImplementedError
 
+    def rule_of_part(self, kernel: Kernel, whole: Kernel) -> tuple[Kernel, Injection | None]:
+        """The rule for some of the channels; ``whole`` is the kernel of all, for statistics."""
+        return self.rule(kernel)
+
     def propagate(self, kernel: Kernel[M], perturbations: Any = None) -> tuple[Kernel[M], Any]:
         """Applies the rule, then adds the injection and the perturbation.
 
         Args:
-            kernel: The kernel before the layer.
+            kernel: The kernel before the layer, or a :class:`Mixture`.
             perturbations: A :class:`Perturbation`, or a tree of them; None for none.
 
         Returns:
-            The kernel after the layer, and a tree of Records.
+            The kernel (or mixture) after the layer, and a tree of Records.
         """
-        after, injection = self.rule(kernel)
+        if isinstance(kernel, Mixture):
+            return self._propagate_parts(kernel, perturbations)
+        return self._injected(kernel, self.rule(kernel), perturbations)
+
+    def _propagate_parts(self, kernel: Mixture[M], perturbations: Any) -> tuple[Any, Any]:
+        whole = kernel.mean()
+        if self.on_parts == "mean":
+            return self.propagate(whole, perturbations)
+        added = perturbations or (None,) * len(kernel.parts)
+        found = [
+            self._injected(part, self.rule_of_part(part, whole), own)
+            for part, own in zip(kernel.parts, added, strict=True)
+        ]
+        parts, records = zip(*found, strict=True)
+        return Mixture(parts), None if all(own is None for own in records) else records
+
+    def _injected(
+        self, kernel: Kernel[M], found: tuple[Kernel[M], Injection | None], perturbations: Any
+    ) -> tuple[Kernel[M], Record | None]:
+        after, injection = found
         if injection is None:
             return after, None
         own = [injection.weights, injection.biases, injection.offset]
@@ -184,6 +237,7 @@ class Layer:
             tangent=total(after.tangent, *own, added.tangent),
             scale=total(after.scale, injection.scale, added.scale),
             tangent_deviation=total(after.tangent_deviation, injection.deviation, added.deviation),
+            shared_tangent=total(after.shared_tangent, injection.shared, added.shared),
         )
         return after, Record(kernel, after, injection)
 
@@ -229,10 +283,14 @@ class Layer:
 
     def rows(self, records: Any, read: Callable[[Record], Rows]) -> Rows:
         """Turns each record into a dictionary of arrays and concatenates these, (layers,) each."""
+        if isinstance(records, tuple):
+            return joined([read(record) for record in records])
         return {} if records is None else read(records)
 
     def labels(self, records: Any, path: str) -> list[tuple[str, "Layer"]]:
         """Path and layer of each row of :meth:`rows`."""
+        if isinstance(records, tuple):
+            return [(f"{path}{PARTS}{index}", self) for index in range(len(records))]
         return [] if records is None else [(path, self)]
 
     def children(self) -> Mapping[str, "Layer"]:
@@ -290,6 +348,12 @@ class Layer:
 def map_records(function: Callable[..., Any], records: Any, *rest: Any) -> Any:
     """Applies a function to every record in a tree of them."""
     return jax.tree.map(function, records, *rest, is_leaf=lambda node: isinstance(node, Record))
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several layers, concatenated."""
+    parts = [part for part in parts if part]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else {}
 
 
 def total(*parts: Any) -> Any:

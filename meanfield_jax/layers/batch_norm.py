@@ -50,6 +50,7 @@ class BatchNorm(Norm):
     norm_name: ClassVar[str | None] = "batch"
     abbreviation: ClassVar[str] = "BN"
     over_batch: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "each"
 
     axes: str = static(default="channel")
 

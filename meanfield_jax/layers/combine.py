@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import Array
 
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.kernel.kernel import first_failure_of
+from meanfield_jax.kernel.mixture import by_part
 from meanfield_jax.layers.activation import Activation
 from meanfield_jax.layers.base import (
     Kernel,
@@ -21,6 +22,7 @@ from meanfield_jax.layers.base import (
     Rows,
     Shape,
     Signal,
+    joined,
     layer,
     total,
 )
@@ -34,6 +36,8 @@ class Sequential(Layer):
     Attributes:
         layers: The layers, first to last.
     """
+
+    on_parts: ClassVar[str | None] = "inside"
 
     layers: tuple[Layer, ...] = ()
 
@@ -130,6 +134,8 @@ class Residual(Layer):
             the shape changes; nothing as a default.
     """
 
+    on_parts: ClassVar[str | None] = "inside"
+
     branch: Layer = Sequential()
     shortcut: Layer = Sequential()
 
@@ -146,7 +152,13 @@ class Residual(Layer):
         if not self.branch.ends_in_weights:
             cause, remedy = "it does not end in random weights", "end it with Dense or Conv"
             raise problem(SpecError, "Residual.branch", type(self.branch).__name__, cause, remedy)
-        return after._replace(gaussian=after.gaussian and beside.random, random=beside.random)
+        if after.parts and beside.parts and after.parts != beside.parts:
+            cause = f"its branch has parts {after.parts}, which are not those of the shortcut"
+            remedy = "end the branch with Dense or Conv"
+            raise problem(SpecError, "Residual input parts", beside.parts, cause, remedy)
+        gaussian = after.gaussian and beside.random
+        parts = after.parts or beside.parts
+        return after._replace(gaussian=gaussian, random=beside.random, parts=parts)
 
     def num_parameters(self, shape: Shape) -> int:
         return self.branch.num_parameters(shape) + self.shortcut.num_parameters(shape)
@@ -159,16 +171,7 @@ class Residual(Layer):
         added = perturbations or (None, None)
         branch, records = self.branch.propagate(kernel, added[0])
         beside, others = self.shortcut.propagate(kernel, added[1])
-        deviation, tangent_deviation = map(total, beside.deviations, branch.deviations)
-        status = first_failure_of(branch.status, beside.status)
-        return branch.replace(status=status).after(
-            covariance=beside.covariance + branch.covariance,
-            tangent=beside.effective_tangent + branch.effective_tangent,
-            mean=total(beside.mean, branch.mean),
-            unit_mean=total(beside.unit_mean, branch.unit_mean),
-            deviation=deviation,
-            tangent_deviation=tangent_deviation,
-        ), (records, others)
+        return by_part(_sum, branch, beside), (records, others)
 
     def normalized(self, records: Any, after: bool, statistics: str) -> tuple[Any, bool]:
         # the norms of the one are not passed by the other
@@ -230,6 +233,8 @@ class Repeat(Layer):
         times: Number of repetitions.
     """
 
+    on_parts: ClassVar[str | None] = "inside"
+
     block: Layer = Sequential()
     times: int = static(default=1, least=1)
 
@@ -243,6 +248,10 @@ class Repeat(Layer):
             remedy = f"make the block return shape {signal.shape}"
             cause = f"its block returns shape {after.shape}"
             raise problem(SpecError, "Repeat input shape", signal.shape, cause, remedy)
+        if after.parts != signal.parts:
+            cause = f"its block returns channels of several variances, in parts {after.parts}"
+            remedy = "end the block with Dense or Conv"
+            raise problem(SpecError, "Repeat input parts", signal.parts, cause, remedy)
         return located("block", self.block, after) if self.times > 1 else after
 
     def num_parameters(self, shape: Shape) -> int:
@@ -368,17 +377,27 @@ class RepeatModule(nnx.Module):
 def located(path: str, inner: Layer, signal: Signal) -> Signal:
     """The signal after the layer; an error message is prefixed with the layer's path."""
     try:
-        return inner.output(signal)
+        return inner.signal_after(signal)
     except SpecError as error:
         raise SpecError(f"{path}/{error}") from None
+
+
+def _sum(branch: Kernel[M], beside: Kernel[M]) -> Kernel[M]:
+    """The kernel of the sum of two independent values, one of which has mean zero."""
+    deviation, tangent_deviation = map(total, beside.deviations, branch.deviations)
+    status = first_failure_of(branch.status, beside.status)
+    return branch.replace(status=status).after(
+        covariance=beside.covariance + branch.covariance,
+        tangent=beside.effective_tangent + branch.effective_tangent,
+        mean=total(beside.mean, branch.mean),
+        unit_mean=total(beside.unit_mean, branch.unit_mean),
+        deviation=deviation,
+        tangent_deviation=tangent_deviation,
+        shared=total(beside.shared, branch.shared),
+        shared_tangent=total(beside.shared_tangent, branch.shared_tangent),
+    )
 
 
 def _flat(records: Any) -> list[Record]:
     """All records of a tree, in their order."""
     return jax.tree.leaves(records, is_leaf=lambda node: isinstance(node, Record))
-
-
-def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of several layers, concatenated."""
-    parts = [part for part in parts if part]
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else {}

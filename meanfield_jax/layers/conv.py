@@ -72,6 +72,7 @@ class Conv(Layer):
     """
 
     is_weights: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "mean"
 
     width: int = static(least=1)
     kernel_size: int = static(default=3, least=1)
@@ -99,6 +100,12 @@ class Conv(Layer):
                 cause = f"it does not divide the {count} channels of the {name}"
                 remedy = "use a divisor, such as 1"
                 raise problem(SpecError, "Conv.groups", self.groups, cause, remedy)
+        if self.groups > 1 and signal.parts:
+            cause = (
+                "after a Concat, whose branches have variances of their own, groups have no theory"
+            )
+            remedy = "use one group"
+            raise problem(SpecError, "Conv.groups", self.groups, cause, remedy)
         if self.stride > min(height, width):
             remedy = f"use a stride of at most {min(height, width)}"
             cause = f"it is larger than the {height}x{width} map"

@@ -48,6 +48,7 @@ class Dense(Layer):
     """
 
     is_weights: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "mean"
 
     width: int = static(least=1)
     weight_var: float | Array = tunable(2.0, positive=True)

@@ -26,6 +26,7 @@ class Dropout(Layer):
     """
 
     linear: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "each"
 
     rate: float = static(default=0.5)
 

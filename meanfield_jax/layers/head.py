@@ -1,5 +1,7 @@
 """Flatten and GlobalMeanPool: from a map to a vector."""
 
+from typing import ClassVar
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -14,6 +16,8 @@ class Flatten(Layer):
 
     Rule: the average over equal positions, because each position has independent weights after it.
     """
+
+    on_parts: ClassVar[str | None] = "each"
 
     def output(self, signal: Signal) -> Signal:
         return Signal((_check_map("Flatten", signal)[0],), gaussian=False)
@@ -31,6 +35,8 @@ class GlobalMeanPool(Layer):
 
     Rule: the average over all pairs of positions.
     """
+
+    on_parts: ClassVar[str | None] = "each"
 
     def couples_positions(self, vary: bool) -> bool:
         return True

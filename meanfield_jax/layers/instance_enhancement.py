@@ -43,6 +43,7 @@ class InstanceEnhancementBatchNorm(Norm):
     norm_name: ClassVar[str | None] = "instance_enhancement"
     abbreviation: ClassVar[str] = "IEBN"
     over_batch: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "each"
 
     gate: float | Array = -1.0
 

@@ -34,6 +34,7 @@ class InstanceNorm(Norm):
     norm_name: ClassVar[str | None] = "instance"
     abbreviation: ClassVar[str] = "IN"
     within_sample: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "each"
 
     def couples_positions(self, vary: bool) -> bool:
         return True

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from flax import nnx
 
-from meanfield_jax.layers.base import Injection, Kernel, Shape, Signal, layer
+from meanfield_jax.layers.base import Injection, Kernel, Matrix, Shape, Signal, layer
 from meanfield_jax.layers.norm import FlaxNorm, Norm, check_gaussian, flax_options
 from meanfield_jax.pytree import static
 
@@ -37,6 +37,7 @@ class LayerNorm(Norm):
 
     norm_name: ClassVar[str | None] = "layer"
     abbreviation: ClassVar[str] = "LN"
+    on_parts: ClassVar[str | None] = "each"
 
     over_positions: bool = static(default=True)
 
@@ -45,10 +46,22 @@ class LayerNorm(Norm):
         return signal
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
-        covariance = kernel.around_means().covariance
-        var = covariance.diagonal()
+        return self.rule_of_part(kernel, kernel)
+
+    def rule_of_part(self, kernel: Kernel, whole: Kernel) -> tuple[Kernel, Injection | None]:
+        covariance, tangent = self._centred(kernel)
+        var = self._centred(whole)[0].diagonal()
         gain = self.gain(covariance, covariance.sample_mean(var) if self.over_positions else var)
-        return self.affine(kernel, covariance * gain, kernel.effective_tangent * gain)
+        return self.affine(kernel, covariance * gain, tangent * gain)
+
+    def _centred(self, kernel: Kernel) -> tuple[Matrix, Matrix]:
+        """Covariance and tangent after the mean over channels is subtracted."""
+        covariance, tangent = kernel.around_means().covariance, kernel.effective_tangent
+        if self.over_positions:
+            return covariance, tangent
+        covariance = covariance if kernel.shared is None else covariance - kernel.shared
+        shared = kernel.shared_tangent
+        return covariance, tangent if shared is None else tangent - shared
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:
         axes = tuple(range(-len(shape), 0)) if self.over_positions else -1

@@ -28,6 +28,7 @@ class Pool(Layer):
     """What the two have in common: a square window without weights."""
 
     pools: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "each"
 
     kernel_size: int
     stride: int

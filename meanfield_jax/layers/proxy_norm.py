@@ -25,10 +25,11 @@ from meanfield_jax.layers.base import (
     Rows,
     Shape,
     Signal,
+    joined,
     layer,
     variance_problems,
 )
-from meanfield_jax.layers.combine import joined, located
+from meanfield_jax.layers.combine import located
 from meanfield_jax.layers.layer_norm import LayerNorm
 from meanfield_jax.layers.norm import Norm, constant, normalize, of_rank, statistics_dtype
 from meanfield_jax.pytree import static

@@ -31,12 +31,16 @@ class RMSNorm(Norm):
 
     norm_name: ClassVar[str | None] = "rms"
     abbreviation: ClassVar[str] = "RMS"
+    on_parts: ClassVar[str | None] = "each"
 
     use_bias: bool = static(default=False, keyword=True)
 
     def rule(self, kernel: Kernel) -> tuple[Kernel, Injection | None]:
+        return self.rule_of_part(kernel, kernel)
+
+    def rule_of_part(self, kernel: Kernel, whole: Kernel) -> tuple[Kernel, Injection | None]:
         moment = kernel.moment
-        gain = self.gain(moment, moment.diagonal())
+        gain = self.gain(moment, whole.moment.diagonal())
         return self.affine(kernel, moment * gain, kernel.effective_tangent * gain)
 
     def build(self, shape: Shape, rngs: nnx.Rngs) -> nnx.Module:

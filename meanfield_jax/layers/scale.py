@@ -43,6 +43,7 @@ class Scale(Layer):
     """
 
     linear: ClassVar[bool] = True
+    on_parts: ClassVar[str | None] = "each"
 
     value: float | Array = tunable(1.0, positive=False)
     per: str = static(default="channel", choices=PER)
@@ -65,6 +66,8 @@ class Scale(Layer):
             unit_mean=unit_mean,
             deviation=scaled(deviation),
             tangent_deviation=scaled(tangent_deviation),
+            shared=scaled(kernel.shared),
+            shared_tangent=scaled(kernel.shared_tangent),
         )
         moment = kernel.moment
         own = Injection(weights=None, offset=moment, deviation=deviation)

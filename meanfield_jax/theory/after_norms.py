@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from meanfield_jax.kernel.kernel import Kernel, M, batch_inputs, iid_inputs
-from meanfield_jax.layers.base import Layer, Perturbation, Record, Rows, map_records, total
+from meanfield_jax.layers.base import PARTS, Layer, Perturbation, Record, Rows, map_records, total
 from meanfield_jax.network import Network
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.theory.compiled import (
@@ -41,9 +41,10 @@ class AfterNorms:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The layers whose parameters no normalization follows (host only)."""
+        """The layers whose parameters no normalization follows, each once (host only)."""
         open_ends = np.asarray(self.followed).reshape(-1, len(self.layers))[0] == 0
-        return tuple(path for path, last in zip(self.layers, open_ends, strict=True) if last)
+        last = (path for path, is_last in zip(self.layers, open_ends, strict=True) if is_last)
+        return tuple(dict.fromkeys(path.partition(PARTS)[0] for path in last))
 
 
 def after_norms(
@@ -106,7 +107,7 @@ def _restricted(body: Layer, start: Kernel[M], statistics: str) -> tuple[M, dict
 def _direction(record: Record, followed: Any, zeros: Perturbation) -> Perturbation:
     """What the layer adds to the tangent, or 0 if a normalization follows."""
     own = record.injection
-    added = total(own.weights, own.biases, own.offset), own.scale, own.deviation
+    added = total(own.weights, own.biases, own.offset), own.scale, own.deviation, own.shared
     keep = 1 - jnp.asarray(followed, record.after.dtype)
 
     def kept(zero: Array, entry: Array) -> Array:
@@ -114,7 +115,8 @@ def _direction(record: Record, followed: Any, zeros: Perturbation) -> Perturbati
         return jnp.broadcast_to(entry * mask, zero.shape)
 
     parts = []
-    for part, matrix in zip((zeros.tangent, zeros.scale, zeros.deviation), added, strict=True):
+    known = zeros.tangent, zeros.scale, zeros.deviation, zeros.shared
+    for part, matrix in zip(known, added, strict=True):
         same = part is None or matrix is None
         parts.append(part if same else jax.tree.map(kept, part, matrix))
     return Perturbation(*parts)

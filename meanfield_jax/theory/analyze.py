@@ -18,7 +18,7 @@ from meanfield_jax.empirical.draws import drawn_eigenvalues
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel
 from meanfield_jax.kernel.sphere import LEAST_VALUES
-from meanfield_jax.layers.base import Layer
+from meanfield_jax.layers.base import Layer, Signal
 from meanfield_jax.network import Network, normalizes_over_batch
 from meanfield_jax.pytree import pytree
 from meanfield_jax.status import Status, first_failure
@@ -213,6 +213,9 @@ def analyze(
     if network.num_parameters == 0:
         cause, remedy = "it has no parameters, and so no Fisher matrix", "add a Dense or a Conv"
         raise problem(SpecError, "network", network.layers, cause, remedy)
+    if parts := network.body.output(Signal(network.input_shape)).parts:
+        cause, remedy = "outputs of several branches have variances of their own", "end with Dense"
+        raise problem(SpecError, "outputs", parts, cause, remedy)
     network.body.check_theory(network.input_shape)
     body, widths = without_widths(known_numbers(network.body))
     dtype = result_type(float, *jax.tree.leaves(network))

@@ -177,7 +177,7 @@ def zeros(records: Any) -> Any:
 
     def zeros(record: Record) -> Perturbation:
         after = record.after
-        parts = (after.tangent, after.scale, after.tangent_deviation)
+        parts = (after.tangent, after.scale, after.tangent_deviation, after.shared_tangent)
         return Perturbation(*jax.tree.map(lambda entry: jnp.zeros(entry.shape, entry.dtype), parts))
 
     return map_records(zeros, records)
@@ -280,7 +280,9 @@ def _read_back(record: Record) -> Rows:
         whole = whole + back.deviation
     values = dict(
         **dict(zip(("same", "other"), whole.totals(), strict=True)),
-        weights=_dot(back.tangent, injection.weights) + _dot(back.deviation, injection.deviation),
+        weights=_dot(back.tangent, injection.weights)
+        + _dot(back.deviation, injection.deviation)
+        + _dot(back.shared, injection.shared),
         biases=_dot(back.tangent, injection.biases),
         norm=_dot(back.tangent, injection.offset) + _dot(back.scale, injection.scale),
     )

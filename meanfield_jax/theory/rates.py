@@ -186,7 +186,7 @@ def common(theory: Theory) -> Array:
 
 def reasons(theory: Theory, after: AfterNorms) -> tuple[str, ...]:
     """Why the rates from a random start may be wrong for a network (host only)."""
-    if len(after.paths) == len(after.layers):
+    if not np.asarray(after.followed).any():
         return (NO_NORM,)
     found = []
     if (gamma := np.min(last_gamma(theory))) < LEAST_GAMMA:
