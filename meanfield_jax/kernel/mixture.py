@@ -38,7 +38,6 @@ class Mixture(Generic[M]):
             terms = [matrix * weight for matrix, weight in found if matrix is not None]
             return functools.reduce(operator.add, terms) if terms else None
 
-        fluctuations = [p.fluctuation for p in self.parts if p.fluctuation is not None]
         return self.parts[0].after(
             covariance=averaged(lambda part: part.moment),
             tangent=averaged(lambda part: part.effective_tangent),
@@ -48,7 +47,7 @@ class Mixture(Generic[M]):
             shared_tangent=averaged(lambda part: part.shared_tangent),
             channels=total,
             status=functools.reduce(first_failure_of, (part.status for part in self.parts)),
-            fluctuation=functools.reduce(jnp.maximum, fluctuations) if fluctuations else None,
+            fluctuation=functools.reduce(jnp.maximum, (part.fluctuation for part in self.parts)),
         )
 
 
