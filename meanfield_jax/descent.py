@@ -73,6 +73,7 @@ class Problem:
         leaves: The tuned numbers.
         optimizer: An optax optimizer; None: L-BFGS.
         statistics: As in :func:`analyze`.
+        draws: As in :func:`analyze`.
     """
 
     numbers: Sequence[float | None]
@@ -83,6 +84,7 @@ class Problem:
     leaves: tuple[Leaf, ...] = static()
     optimizer: optax.GradientTransformation | None = static()
     statistics: str = static()
+    draws: int | None = static()
 
     def values(self, position: Position) -> dict[str, Array]:
         """The numbers at these coordinates: a sigmoid keeps them in bounds, exp positive."""
@@ -116,7 +118,7 @@ class Problem:
     def theory(self, network: Network, x: Array | None) -> Theory:
         """The theory from which the objective is computed."""
         options: Any = dict(statistics=self.statistics, num_samples=self.num_samples)
-        return analyze(network, data=x, **options)
+        return analyze(network, data=x, draws=self.draws, **options)
 
 
 class State(NamedTuple):

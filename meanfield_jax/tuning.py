@@ -100,6 +100,7 @@ def tune(
     data: Array | None = None,
     statistics: str = "batch",
     num_samples: int | None = None,
+    draws: int | None = None,
     optimizer: optax.GradientTransformation | None = None,
     max_steps: int = 200,
     tolerance: float | None = None,
@@ -126,6 +127,8 @@ def tune(
         data: A batch, to use the theory for these inputs, see :func:`analyze`.
         statistics: As in :func:`analyze`.
         num_samples: As in :func:`analyze`.
+        draws: With ``data``, the number of networks to draw, as in :func:`analyze`: lambda_max is
+            then that of the median draw, whose random numbers stay the same during the descent.
         optimizer: Any optax optimizer; None: L-BFGS, with each step halved until the objective
             falls.
         max_steps: Largest number of steps.
@@ -159,6 +162,9 @@ def tune(
     """
     max_steps = whole("max_steps", max_steps, 1)
     network.validate()
+    if draws is not None and data is None:
+        cause, remedy = "drawn networks need a batch", "pass data"
+        raise problem(SpecError, "draws", draws, cause, remedy)
     if any(np.shape(number) for number in jax.tree.leaves(network)):
         cause, remedy = "some of its numbers are arrays", "tune one network at a time"
         raise problem(SpecError, "network", network, cause, remedy)
@@ -175,6 +181,7 @@ def tune(
         leaves=leaves,
         optimizer=optimizer,
         statistics=statistics,
+        draws=draws,
     )
     before = setting.theory(network, data)
     _check_scalar(objective, setting.objective(before, data))

@@ -169,3 +169,15 @@ def test_overflow_is_said_and_raised():
     assert np.isnan(found.eigenvalues).all()
     with pytest.raises(RuntimeError, match="not finite"):
         found.raise_if_failed()
+
+
+def test_tune_reaches_a_target_for_drawn_networks():
+    data = networks.correlated(16, 10).astype(np.float32)
+    network = mf.mlp([12] * 2, inputs=10, outputs=2, norm=mf.BatchNorm())
+    goal = mf.objectives.target_eta_max(0.3)
+    tuned = mf.tune(network, goal, data=data, draws=3, shared=True)
+    tuned.raise_if_failed()
+    drawn = mf.drawn_eigenvalues(tuned.network, data, draws=3)
+    np.testing.assert_allclose(2 * 1.9 / drawn.lambda_max, 0.3, rtol=2e-3)
+    with pytest.raises(mf.SpecError, match="draws=3: drawn networks need a batch; pass data"):
+        mf.tune(network, goal, draws=3)

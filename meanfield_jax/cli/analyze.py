@@ -32,7 +32,7 @@ class Analyze:
     """Remove the BatchNorms."""
     num_samples: int | None = None
     """Batch size n [the limit of large batches]."""
-    draws: int = 0
+    draws: int | None = None
     """Networks to draw, for lambda_max at their width [the wide limit]; needs --num-samples."""
     momentum: float = 0.9
     """Momentum of gradient descent."""
@@ -61,13 +61,13 @@ class Analyze:
         console.print(_order_table(dataset))
 
 
-def _answer(dataset: xr.Dataset, draws: int) -> str:
+def _answer(dataset: xr.Dataset, draws: int | None) -> str:
     """The largest stable learning rate, and whether to trust it."""
     first = (
         f"[bold]eta_max = {float(dataset.eta_max):.4g}[/bold]: near a minimum of the squared loss, "
         f"larger learning rates of the heavy ball (momentum {dataset.momentum:g}) diverge."
     )
-    if draws:
+    if draws is not None:
         low, high = dataset.lambda_max_interval.values
         trust = (
             f"It is that of the median of {draws} drawn networks; lambda_max of nine in ten lies "

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import scipy.stats
 from flax import nnx
 from jax import Array
 from jax.core import Tracer
@@ -83,6 +82,8 @@ class DrawnEigenvalues:
         exp(y -+ t s sqrt(1 + 1/m)), where t is the 95 % quantile of Student's distribution with
         m - 1 degrees of freedom. For one draw they are NaN.
         """
+        import scipy.stats  # here, because it takes a second to import
+
         logs = jnp.log(self.eigenvalues[..., 0])
         draws = logs.shape[-1]
         quantile = float(scipy.stats.t.ppf((1 + INSIDE) / 2, draws - 1))
@@ -172,7 +173,7 @@ def drawn_eigenvalues(
     if data is None:
         if num_samples is None or isinstance(num_samples, Tracer):
             cause, remedy = "drawn networks need a batch", "pass a positive integer, or data"
-            raise problem(SpecError, "num_samples", num_samples, cause, remedy)
+            raise problem(SpecError, "num_samples", None, cause, remedy)
         shape = (whole("num_samples", num_samples, 1), *network.input_shape)
         within("MEMORY", "num_samples", num_samples, 4.0 * math.prod(shape))
     else:

@@ -243,7 +243,7 @@ def learning_rate(
     loss: Loss = "squared",
     statistics: str = "batch",
     num_samples: int | None = None,
-    draws: int = 0,
+    draws: int | None = None,
     fraction: float = 1.0,
 ) -> LearningRate:
     r"""The learning rate with which to train a network, or any model, from a random start.
@@ -281,7 +281,7 @@ def learning_rate(
         statistics: As in :func:`analyze` for a network, :func:`fisher_operator` for a model.
         num_samples: The batch size where ``x`` is left out; None for large batches.
         draws: For a network, the number of networks to draw: eigenvalues are then those of the
-            median draw instead of the wide limit, see :func:`drawn_eigenvalues`.
+            median draw, see :func:`drawn_eigenvalues`. None: those of the wide limit.
         fraction: ``recommended`` is this fraction of the rate to start from.
 
     Returns:
@@ -348,7 +348,7 @@ def _predicted(
     loss: Loss,
     statistics: str,
     num_samples: Any,
-    draws: int,
+    draws: int | None,
 ) -> LearningRate:
     """The rates of a specification, by theory or from drawn networks."""
     given: dict[str, Any] = dict(data=x, statistics=statistics, num_samples=num_samples)
@@ -360,7 +360,7 @@ def _predicted(
     after = after_norms(network, batch, statistics, num_samples)
     information = _information(loss, network.num_outputs, batch, y)
     lambda_max = information * theory.fisher.lambda_max
-    drawn = _drawn_after(network, after, draws, given) if draws else None
+    drawn = None if draws is None else _drawn_after(network, after, draws, given)
     lambda_after = information * decisive_eigenvalue(theory, after, drawn)
     over_batch = statistics == "batch" and normalizes_over_batch(network.body)
     found = (lambda_max, lambda_after, over_batch)
@@ -372,7 +372,7 @@ def _predicted(
         lambda_max=lambda_max,
         lambda_after_norms=lambda_after,
         loss=_name(loss),
-        source=f"{draws} drawn networks" if draws else "theory",
+        source="theory" if draws is None else f"{draws} drawn networks",
         num_outputs=network.num_outputs,
         decisive=() if traced else after.paths,
         reasons=() if traced else (*reasons(theory, after), *_cautions(rule, loss)),

@@ -97,7 +97,7 @@ def suggest_schedule(
     loss: Loss = "squared",
     statistics: str = "batch",
     num_samples: int | None = None,
-    draws: int = 0,
+    draws: int | None = None,
     fraction: float = 1.0,
 ) -> Schedule:
     r"""A warm-up and a cosine whose peak is the learning rate of the network.
@@ -128,7 +128,7 @@ def suggest_schedule(
         loss: The loss.
         statistics: What normalizations use.
         num_samples: The batch size where ``x`` is left out.
-        draws: For a network, the number of networks to draw.
+        draws: For a network, the number of networks to draw, or None.
         fraction: The peak is this fraction of the rate to start from.
 
     Returns:

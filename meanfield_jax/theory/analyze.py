@@ -138,7 +138,7 @@ def analyze(
     num_samples: int | Array | None = None,
     likelihood: str = "gaussian",
     probabilities: Array | None = None,
-    draws: int = 0,
+    draws: int | None = None,
     throw: bool = True,
 ) -> Theory:
     """Mean-field theory of a network, in one pass, on i.i.d. inputs or on a batch of data.
@@ -166,10 +166,10 @@ def analyze(
             ``jax.nn.softmax(model(x))``. None: those of random networks, whose logits are Gaussian
             with the covariance that the theory predicts; spectra are averaged over 16 such networks
             with fixed random numbers (on data over 4).
-        draws: The number of networks to draw. Then ``theory.fisher.lambda_max``, and ``eta_max``,
-            are those of the median draw instead of the wide limit, by :func:`drawn_eigenvalues`,
-            which holds for narrow, deep and convolutional networks and takes seconds. All else is
-            theory.
+        draws: The number of networks to draw: ``theory.fisher.lambda_max``, and ``eta_max``, are
+            then those of the median draw, by :func:`drawn_eigenvalues`, which holds for narrow,
+            deep and convolutional networks and takes seconds. All else is theory. None: those of
+            the wide limit.
         throw: Whether a batch that cannot be normalized raises an error. Under jit, or if False,
             only ``status`` reports it, and the numbers are NaN.
 
@@ -234,7 +234,7 @@ def analyze(
     if throw:
         _check_status(network, found.status, data)
     drawn = None
-    if draws:
+    if draws is not None:
         options: dict[str, Any] = dict(statistics=statistics, likelihood=likelihood)
         drawn = drawn_eigenvalues(network, data, num_samples=num_samples, draws=draws, **options)
         if throw and not isinstance(drawn.status, Tracer):
