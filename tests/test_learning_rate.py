@@ -348,6 +348,16 @@ def test_what_is_outside_the_domain_is_said(rate, words):
     assert "caution: " in repr(rate())
 
 
+def test_narrow_networks_are_cautioned_about_the_quadratic_rate():
+    network = mf.mlp([12] * 4, inputs=8, outputs=3, norm=mf.BatchNorm())
+    rate = mf.learning_rate(network, num_samples=20)
+    assert "the bulk reaches" in rate.quadratic_reason
+    assert rate.reasons == ()
+    assert "caution: quadratic is that of a wide network; the bulk" in repr(rate)
+    assert mf.learning_rate(network, num_samples=20, draws=2).quadratic_reason == ""
+    assert mf.learning_rate(network).quadratic_reason == ""
+
+
 def test_it_is_printed_in_few_lines_and_as_html():
     text = repr(mf.learning_rate(SMALL_NORM))
     assert [line.split()[0] for line in text.splitlines()] == [

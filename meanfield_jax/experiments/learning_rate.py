@@ -40,7 +40,7 @@ from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.network import Network, normalizes_over_batch
 from meanfield_jax.pytree import pytree, static
 from meanfield_jax.theory.after_norms import AfterNorms, after_norms
-from meanfield_jax.theory.analyze import analyze
+from meanfield_jax.theory.analyze import Theory, analyze
 from meanfield_jax.theory.learning_rate import eta_max
 from meanfield_jax.theory.rates import (
     ALIGNED,
@@ -154,6 +154,7 @@ class LearningRate(Number):
         products: The number of products with the Fisher matrix, 0 for theory.
         seconds: How long it took.
         reasons: Why the rates from a random start may be wrong; () if nothing is known.
+        quadratic_reason: Why ``lambda_max`` and ``quadratic`` may be wrong; "" if nothing is known.
     """
 
     recommended: Array
@@ -169,6 +170,7 @@ class LearningRate(Number):
     products: int = static(default=0)
     seconds: float = static(default=0.0)
     reasons: tuple[str, ...] = static(default=())
+    quadratic_reason: str = static(default="")
 
     @property
     def domain(self) -> str:
@@ -208,13 +210,18 @@ class LearningRate(Number):
         eigenvalues = f"lambda_max {whole:.4g}, after the norms {after:.4g} ({layers})"
         return f"{self.source}{effort} in {self.seconds:.2g} s; {eigenvalues}"
 
+    def _cautions(self) -> tuple[str, ...]:
+        if not self.quadratic_reason:
+            return self.reasons
+        return (*self.reasons, f"quadratic is that of a wide network; {self.quadratic_reason}")
+
     def __repr__(self) -> str:
         if isinstance(self.recommended, Tracer) or jnp.ndim(self.recommended):
             return f"LearningRate({self.recommended})"
         lines = [f"LearningRate {float(self):.4g} for the loss {self._formula}"]
         lines += [f"  {name:<12} {number:>9}  {text}" for name, number, text in self._rows()[1:]]
         lines.append(f"  {self._about()}")
-        lines += [f"  caution: {reason}" for reason in self.reasons]
+        lines += [f"  caution: {reason}" for reason in self._cautions()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -222,7 +229,7 @@ class LearningRate(Number):
             f"<tr><td>{name}</td><td>{number}</td><td style='text-align:left'>{text}</td></tr>"
             for name, number, text in self._rows()
         )
-        notes = [self._about(), *(f"caution: {reason}" for reason in self.reasons)]
+        notes = [self._about(), *(f"caution: {reason}" for reason in self._cautions())]
         head = f"Learning rate for the loss {self._formula}"
         below = "<br>".join(html.escape(note) for note in notes)
         return f"<b>{html.escape(head)}</b><table>{cells}</table><small>{below}</small>"
@@ -376,6 +383,7 @@ def _predicted(
         num_outputs=network.num_outputs,
         decisive=() if traced else after.paths,
         reasons=() if traced else (*reasons(theory, after), *_cautions(rule, loss)),
+        quadratic_reason="" if traced else _outside(theory),
     )
 
 
@@ -391,6 +399,14 @@ def _information(loss: Loss, num_outputs: int, x: Array | None, y: Any) -> Any:
     assert x is not None
     mean = curvature(loss, jnp.zeros((len(x), num_outputs), x.dtype), y).mean(0)
     return jnp.linalg.eigvalsh(mean)[-1]
+
+
+def _outside(theory: Theory) -> str:
+    """Why lambda_max of a network, or of several, cannot be trusted; "" if it can."""
+    if jnp.ndim(theory.status) == 0:
+        return theory.fisher.domain_reason()
+    inside = np.all(np.asarray(theory.fisher.within_domain))
+    return "" if inside else "some of the networks are outside of its domain"
 
 
 def _drawn_after(network: Network, after: AfterNorms, draws: int, given: dict[str, Any]) -> Array:
