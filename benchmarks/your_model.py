@@ -5,7 +5,7 @@ times that width, on real images of 8x8 pixels: the specification is read by ``N
 its theory is that of these images, and the model, drawn with four seeds, is measured by Lanczos.
 Goal: within 10 % at four times the width.
 
-Run: python benchmarks/your_model.py   (about ten minutes on two cores)
+Run: python benchmarks/your_model.py   (about twenty minutes on two cores)
 """
 
 import sys
@@ -47,6 +47,11 @@ MODELS = {
     "ConvNeXt block": (flax_models.ConvNeXtBlock, "cifar10"),
     "GroupNorm CNN": (flax_models.GroupNormCNN, "cifar10"),
     "U-Net encoder": (flax_models.UNetEncoder, "cifar10"),
+    "DenseNet": (flax_models.DenseNet, "cifar10"),
+    "Inception": (flax_models.Inception, "cifar10"),
+    "gated CNN": (flax_models.GatedCNN, "cifar10"),
+    "MLP-Mixer": (flax_models.MLPMixer, "cifar10"),
+    "vision transformer": (flax_models.VisionTransformer, "cifar10"),
 }
 
 
