@@ -50,8 +50,9 @@ MODELS = {
     "U-Net encoder": (flax_models.UNetEncoder, "cifar10"),
     "DenseNet": (flax_models.DenseNet, "cifar10"),
     "Inception": (flax_models.Inception, "cifar10"),
+    "gated CNN": (flax_models.GatedCNN, "cifar10"),
     "MLP-Mixer": (flax_models.MLPMixer, "cifar10"),
-    "Vision transformer": (flax_models.VisionTransformer, "cifar10"),
+    "vision transformer": (flax_models.VisionTransformer, "cifar10"),
 }
 
 

@@ -50,10 +50,15 @@ class Concat(Layer):
         linearity of the mean over independent weights.
 
     Accuracy:
-        That of the wide limit (tests/test_contract.py, tests/test_concat.py). LayerNorm and RMSNorm
-        after it use the mean variance of all channels, of which each has mean zero; other norms
-        over several channels are refused. How much one draw scatters (``Fisher.draw_width``) counts
-        branches as equally large.
+        That of the wide limit: the tangent kernel of the network in tests/test_contract.py is off
+        by 4 % at width 8, 1.8 % at 32 and 1.0 % at 128, within twice the error of the draws. With
+        the DenseNet of tests/flax_models.py on 16 images of CIFAR-10, in training, its largest
+        eigenvalue is measured 19 +- 7 % above the prediction at width 12 and 8 +- 3 % at 32; in one
+        draw of so narrow a network lambda_max is outside of its domain.
+
+        LayerNorm and RMSNorm after a concatenation use the mean variance of all channels, of which
+        each has mean zero; other norms over several channels are refused. How much one draw
+        scatters (``Fisher.draw_width``) counts branches as equally large.
     """
 
     on_parts: ClassVar[str | None] = "inside"

@@ -48,6 +48,7 @@ class Offset(Layer):
     """
 
     on_parts: ClassVar[str | None] = "each"
+    linear: ClassVar[bool] = True
 
     bias_var: float | Array = tunable(0.0004, positive=True)
     per: str = static(default="position", choices=("position", "channel"))
