@@ -293,12 +293,11 @@ def your_model(record: dict[str, Any]) -> list[Rows]:
             f"{row['predicted']:.4g}",
             f"{sum(row['measured']) / len(row['measured']):.4g}",
             f"{row['ratio']:.2f} ± {row['ratio'] * row['standard_error']:.2f}",
-            f"{row['drawn_ratio']:.2f}",
             mark(row["within_domain"]),
         ]
         for row in record["rows"]
     ]
-    columns = ("model", "width", "predicted", "measured", "ratio", "drawn", "in its domain")
+    columns = ("model", "width", "predicted", "measured", "ratio", "in its domain")
     return [Rows("", columns, rows)]
 
 
