@@ -132,12 +132,13 @@ pd.DataFrame(
 # ## Cross-entropy
 #
 # With softmax outputs $p$ the Fisher matrix is $\frac1n \sum_i J_i^T (\mathrm{diag}\,p_i - p_i
-# p_i^T) J_i$. Flat classes divide every eigenvalue by $C$; a draw's own probabilities do more.
+# p_i^T) J_i$. Theory takes the probabilities of random networks of this specification, or those of
+# this draw.
 
 # %%
-flat = mf.analyze(net, data=x, likelihood="categorical").fisher.lambda_max
+predicted = mf.analyze(net, data=x, likelihood="categorical").fisher.lambda_max
 p = jax.nn.softmax(model(x))
 drawn = mf.analyze(net, data=x, likelihood="categorical", probabilities=p).fisher.lambda_max
 op = mf.fisher_operator(model, x, likelihood="categorical")
-print(f"flat {flat:.1f}, with this draw's probabilities {drawn:.1f}, measured", end=" ")
+print(f"predicted {predicted:.1f}, with this draw's probabilities {drawn:.1f}, measured", end=" ")
 print(f"{mf.top_eigenvalues(op, 1).eigenvalues[0]:.1f}")

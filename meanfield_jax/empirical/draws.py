@@ -168,12 +168,8 @@ def drawn_eigenvalues(
     network.validate()
     check_choice("statistics", statistics, MODES)
     check_choice("likelihood", likelihood, ("gaussian", "categorical"))
-    if draws < 1:
-        raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
+    check_draws(draws, data, num_samples)
     if data is None:
-        if num_samples is None or isinstance(num_samples, Tracer):
-            cause, remedy = "drawn networks need a batch", "pass a positive integer, or data"
-            raise problem(SpecError, "num_samples", None, cause, remedy)
         shape = (whole("num_samples", num_samples, 1), *network.input_shape)
         within("MEMORY", "num_samples", num_samples, 4.0 * math.prod(shape))
     else:
@@ -192,6 +188,15 @@ def drawn_eigenvalues(
         op = _operator(network, data, key, asked, op)
         each.append(_eigenvalues(op, key, tol, asked))
     return DrawnEigenvalues(*map(jnp.stack, zip(*each, strict=True)))
+
+
+def check_draws(draws: int, data: Array | None, num_samples: Any) -> None:
+    """Raises SpecError if there are no networks to draw, or if the size of the batch is unknown."""
+    if draws < 1:
+        raise problem(SpecError, "draws", draws, "must be at least 1", "pass a positive integer")
+    if data is None and (num_samples is None or isinstance(num_samples, Tracer)):
+        cause, remedy = "drawn networks need a batch", "pass a positive integer, or data"
+        raise problem(SpecError, "num_samples", None, cause, remedy)
 
 
 @partial(jax.jit, static_argnames="asked")

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked, network_or_model
 from meanfield_jax.checks import check_choice, check_data
-from meanfield_jax.empirical.draws import drawn_eigenvalues
+from meanfield_jax.empirical.draws import check_draws, drawn_eigenvalues
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.kernel.kernel import STATISTICS, Kernel
 from meanfield_jax.kernel.sphere import LEAST_VALUES
@@ -209,6 +209,8 @@ def analyze(
         network = _specification(network, data)
     network.validate()
     check_choice("statistics", statistics, STATISTICS)
+    if draws is not None:
+        check_draws(draws, data, num_samples)
     num_outputs = network.num_outputs
     if network.num_parameters == 0:
         cause, remedy = "it has no parameters, and so no Fisher matrix", "add a Dense or a Conv"
