@@ -167,7 +167,7 @@ def test_memory_of_a_cell_is_not_underestimated(digits):
     from meanfield_jax.experiments.train import Cell, check_samples, run_cells
 
     network = mf.mlp([200] * 3, inputs=64, outputs=10, norm=mf.BatchNorm())
-    recipe = recipe_of(network, 1, 50, "squared", None, True)
+    recipe = recipe_of(network, 1, 50, "squared", None, True, "float32")
     samples, _ = check_samples(recipe, digits, None)
 
     def needed(count: int) -> int:
@@ -228,6 +228,7 @@ def test_a_finished_sweep_computes_nothing(digits, tmp_path, monkeypatch):
         (dict(grid=GRID | dict(gamma=[0.5, 2.0])), ("grid/gamma [0.5, 1.0] in the store",)),
         (dict(network=mf.mlp([64], inputs=64, outputs=10, norm=mf.BatchNorm(beta=1.0))), ("beta",)),
         (dict(loss="cross_entropy"), ('loss "squared" in the store, "cross_entropy" now',)),
+        (dict(precision="bf16"), ('precision "float32" in the store, "bf16" now',)),
         (dict(resume=False), ("exists already", "--resume")),
     ],
 )

@@ -89,6 +89,7 @@ def sweep(
     loss: str = "squared",
     optimizer: Optimizer | None = None,
     train_gamma: bool = True,
+    precision: str = "float32",
     devices: Sequence[Any] | None = None,
     chunk_cells: int | None = None,
     detach: bool = False,
@@ -122,6 +123,8 @@ def sweep(
         loss: ``"squared"`` or ``"cross_entropy"``.
         optimizer: Maps a learning rate to any optax optimizer; the heavy ball by default.
         train_gamma: Whether scale and offset of the norms are trained.
+        precision: Of the products in training, ``"float32"``, ``"tf32"`` or ``"bf16"``, as in
+            :func:`train`; the predictions are in float32.
         devices: JAX devices to compute on; all local ones by default.
         chunk_cells: Runs per chunk; by default as many as memory allows, at most 16 per device on
             CPU and 1024 elsewhere.
@@ -163,9 +166,10 @@ def sweep(
         raise problem(SpecError, "optimizer", type(optimizer).__name__, cause, remedy)
     axes, fixed = split_grid(grid)
     devices = list(devices or jax.local_devices())
+    options = (loss, optimizer, train_gamma, precision)
     recipes = {
         structure_key(at): recipe_of(
-            restructured(network, at), epochs, int(at["batch_size"]), loss, optimizer, train_gamma
+            restructured(network, at), epochs, int(at["batch_size"]), *options
         )
         for at in structures(axes, fixed)
     }
@@ -184,6 +188,7 @@ def sweep(
         loss=loss,
         optimizer=_name_of(optimizer),
         train_gamma=train_gamma,
+        precision=precision,
         data=_fingerprint(samples),
         test=None if test_samples is None else _fingerprint(test_samples),
     )
