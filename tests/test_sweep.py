@@ -280,6 +280,25 @@ def test_batches_too_small_for_the_theory_are_trained_without_a_prediction(digit
     assert np.isfinite(found.loss).all()
 
 
+def test_predictions_are_computed_once_for_equal_batches_and_statistics(monkeypatch):
+    calls = []
+    analyze = mf.analyze
+    monkeypatch.setattr(
+        "meanfield_jax.experiments.sweep.analyze",
+        lambda *args, **options: calls.append(options) or analyze(*args, **options),
+    )
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(260, 8)).astype(np.float32), rng.integers(0, 3, 260)
+    grid = dict(batch_size=[100, 128, 256], weight_var=[1.0, 2.0])
+    network = mf.mlp([5], inputs=8, outputs=3)
+    found = mf.sweep(network, data, grid, epochs=1)
+    assert len(calls) == 4
+    for statistics in ("batch", "frozen", "wei2019"):
+        theory = analyze(network, data=data[0][:128], statistics=statistics)
+        predicted = found[f"eta_max_{statistics}"].sel(weight_var=2.0, batch_size=[128, 256])
+        assert_close(predicted.values, theory.eta_max(0.9), "rounding", dtype=np.float32)
+
+
 def test_no_store_is_no_sweep(tmp_path):
     with pytest.raises(mf.DataError, match="does not exist"):
         mf.load_sweep(tmp_path / "nothing.zarr")
