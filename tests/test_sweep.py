@@ -555,17 +555,12 @@ def test_of_two_processes_either_outlives_the_other(whole, tmp_path):
 
 @pytest.mark.slow
 def test_devices_share_the_cells(whole, tmp_path):
-    """Four virtual devices give the same results as one."""
-    store = tmp_path / "four.zarr"
-    flags = dict(XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    """Eight virtual devices give the same bits as one."""
+    store = tmp_path / "eight.zarr"
+    flags = dict(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert finish(start(store, environment=PROCESSES | flags)) == (0, "48 runs")
-    found, expected = mf.load_sweep(store), mf.load_sweep(whole)
-    assert found.devices.startswith("4 x cpu")
-    assert np.array_equal(found.diverged_at < 0, expected.diverged_at < 0)
-    stable = found.learning_rate < 0.1
-    for name in ("loss", "test_loss"):
-        a, b = (dataset[name].sel(learning_rate=stable).values for dataset in (found, expected))
-        assert_close(a, b, "edge", dtype=np.float32)
+    assert mf.load_sweep(store).devices.startswith("8 x cpu")
+    assert same_numbers(store, whole)
 
 
 @pytest.mark.slow
