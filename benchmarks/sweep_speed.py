@@ -309,7 +309,7 @@ def memory(case: str, quick: bool, cells: int) -> Callable[[], dict[str, Any]]:
     from meanfield_jax.experiments.train import recipe_of
 
     at = case_of(case, quick, **changes)
-    recipe = recipe_of(network(at), at.epochs, at.batch_size, "squared", None, True)
+    recipe = recipe_of(network(at), at.epochs, at.batch_size, "squared", None, True, "float32")
     return lambda: dict(solve(), reckoned=bytes_of_cell(recipe) / 2**20)
 
 

@@ -399,7 +399,7 @@ KINDS: dict[Check, str] = {
     as_given: """
         blocks channels dataset event head init inputs
         kernel_size likelihood loss name norm outputs padding
-        params rate split statistics stride theory widths x output
+        params precision rate split statistics stride theory widths x output
     """,
 }
 """By check, the names of the arguments that it is for."""

@@ -136,6 +136,27 @@ def test_every_product_asks_for_full_precision(name):
         assert is_full(equation), equation
 
 
+@pytest.mark.parametrize(
+    ("precision", "asked"),
+    [
+        ("float32", {(jax.lax.Precision.HIGHEST,) * 2}),
+        ("tf32", {(jax.lax.Precision.HIGH,) * 2}),
+        ("bf16", {jax.lax.DotAlgorithmPreset.BF16_BF16_F32}),
+    ],
+)
+def test_products_of_training_ask_for_the_precision_given(precision, asked):
+    layers = mf.Conv(4, 3), mf.BatchNorm(), mf.SelfAttention(2), mf.MixPositions((2, 2))
+    network = mf.Network((4, 4, 3), (*layers, mf.Flatten(), mf.Dense(3)))
+    data = batch(4, 4, 3), np.arange(N) % 3
+
+    def run(learning_rate):
+        options = dict(test=data, batch_size=4, precision=precision)
+        return mf.train(network, data, learning_rate=learning_rate, **options)
+
+    found = list(products(jax.make_jaxpr(run)(0.1).jaxpr))
+    assert {equation.params["precision"] for equation in found} == asked
+
+
 @pytest.fixture
 def coarse_products(monkeypatch):
     """Products that do not ask for more are computed as an accelerator's default does."""

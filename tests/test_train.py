@@ -1,5 +1,7 @@
 """Training runs: against a plain loop, side by side, and what is said of those that fail."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from networks import DIGITS
 from tolerance import assert_close
 
 import meanfield_jax as mf
+from meanfield_jax.experiments.precision import lower_products
 from meanfield_jax.variants import with_gamma
 
 BLOCK = (mf.Dense(40), mf.BatchNorm(), mf.Activation("relu"))
@@ -104,6 +107,7 @@ def test_scales_that_do_not_learn_stay(digits):
     ("options", "words"),
     [
         (dict(loss="hinge"), ("loss='hinge'", "squared, cross_entropy")),
+        (dict(precision="fp8"), ("precision='fp8'", "float32, tf32, bf16")),
         (dict(epochs=0), ("epochs=0", "at least 1")),
         (dict(batch_size=401), ("batch_size=401", "400 samples")),
         (
@@ -119,6 +123,60 @@ def test_what_makes_no_sense_is_refused(digits, options, words):
     with pytest.raises((mf.SpecError, mf.DataError)) as error:
         mf.train(arguments.pop("network"), arguments.pop("data"), **arguments)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        mf.mlp([200], inputs=64, outputs=10),
+        mf.mlp([200], inputs=64, outputs=10).in_parametrization("ntk"),
+        mf.cnn([20], inputs=(8, 8, 1), outputs=10, norm=mf.LayerNorm()),
+    ],
+    ids=["fc", "multiplier", "conv"],
+)
+def test_bf16_rounds_the_factors_of_every_product(digits, network):
+    """Outputs and slopes differ from those of float32 by about 2^-9, the rounding of a factor."""
+    x = jnp.asarray(digits[0]).reshape(-1, *network.input_shape)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def outputs_and_slopes(precision):
+        model = mf.build(network, rngs=nnx.Rngs(0))
+        lower_products(model, precision)
+        graphdef, params = nnx.split(model)
+
+        def loss(params):
+            outputs = nnx.merge(graphdef, params)(x)
+            return jnp.sum(outputs**2), outputs
+
+        (_, outputs), slopes = jax.value_and_grad(loss, has_aux=True)(params)
+        return outputs, slopes
+
+    full, coarse = map(outputs_and_slopes, ("float32", "bf16"))
+    for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(coarse), strict=True):
+        assert b.dtype == jnp.float32
+        assert 2**-11 < jnp.linalg.norm(a - b) / jnp.linalg.norm(a) < 2**-7
+
+
+@pytest.mark.slow
+def test_the_boundary_is_that_of_float32_in_every_precision(digits):
+    """It moves by less than a step of a grid of learning rates; TF32 changes nothing on CPU."""
+    predicted = float(mf.analyze(DIGITS, data=digits[0][:100]).eta_max(0.9))
+    rates, seeds = predicted * 1.3 ** np.arange(-4, 12)[:, None], np.arange(3)
+    found = {
+        precision: mf.train(
+            DIGITS, digits, learning_rate=rates, seed=seeds, epochs=5, precision=precision
+        )
+        for precision in ("float32", "tf32", "bf16")
+    }
+    assert jnp.array_equal(found["float32"].loss, found["tf32"].loss, equal_nan=True)
+    full, coarse = (np.asarray(found[name].diverged) for name in ("float32", "bf16"))
+    assert not full[0].any()
+    assert full[-1].all()
+    assert np.all(np.abs(full.argmax(0) - coarse.argmax(0)) <= 1)
+    assert not np.array_equal(found["float32"].loss[0], found["bf16"].loss[0])
+    stable = [np.asarray(found[name].loss[0]) for name in ("float32", "bf16")]
+    assert np.all(np.abs(stable[1] / stable[0] - 1) < 2**-7)
+    assert np.all(stable[1][:, -1] < stable[1][:, 0])
 
 
 def test_a_run_has_diverged_where_its_loss_is_a_thousand_times_the_first():

@@ -53,6 +53,9 @@ class Sweep:
     """The training loss."""
     frozen_gamma: bool = False
     """Do not train scale and offset of the BatchNorms."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Precision of the products in training: float32, TF32 on NVIDIA GPUs (no effect on CPU), or
+    factors in bfloat16."""
     resume: bool = False
     """Continue an existing store; finished runs are not computed again."""
     extend: bool = False
@@ -99,6 +102,7 @@ class Sweep:
                 epochs=self.epochs,
                 loss=self.loss,
                 train_gamma=not self.frozen_gamma,
+                precision=self.precision,
                 chunk_cells=self.chunk_cells,
                 detach=True,
                 patience=self.patience,

@@ -63,7 +63,7 @@ from meanfield_jax.network import Network
 from meanfield_jax.theory.analyze import analyze, least_samples
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.theory.memory_plan import room
-from meanfield_jax.variants import with_gamma, with_weight_var
+from meanfield_jax.variants import has_norm, with_gamma, with_weight_var
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -89,6 +89,7 @@ def sweep(
     loss: str = "squared",
     optimizer: Optimizer | None = None,
     train_gamma: bool = True,
+    precision: str = "float32",
     devices: Sequence[Any] | None = None,
     chunk_cells: int | None = None,
     detach: bool = False,
@@ -122,6 +123,8 @@ def sweep(
         loss: ``"squared"`` or ``"cross_entropy"``.
         optimizer: Maps a learning rate to any optax optimizer; the heavy ball by default.
         train_gamma: Whether scale and offset of the norms are trained.
+        precision: Of the products in training, ``"float32"``, ``"tf32"`` or ``"bf16"``, as in
+            :func:`train`; the predictions are in float32.
         devices: JAX devices to compute on; all local ones by default.
         chunk_cells: Runs per chunk; by default as many as memory allows, at most 16 per device on
             CPU and 1024 elsewhere.
@@ -163,9 +166,10 @@ def sweep(
         raise problem(SpecError, "optimizer", type(optimizer).__name__, cause, remedy)
     axes, fixed = split_grid(grid)
     devices = list(devices or jax.local_devices())
+    options = (loss, optimizer, train_gamma, precision)
     recipes = {
         structure_key(at): recipe_of(
-            restructured(network, at), epochs, int(at["batch_size"]), loss, optimizer, train_gamma
+            restructured(network, at), epochs, int(at["batch_size"]), *options
         )
         for at in structures(axes, fixed)
     }
@@ -184,6 +188,7 @@ def sweep(
         loss=loss,
         optimizer=_name_of(optimizer),
         train_gamma=train_gamma,
+        precision=precision,
         data=_fingerprint(samples),
         test=None if test_samples is None else _fingerprint(test_samples),
     )
@@ -197,7 +202,7 @@ def sweep(
         raise problem(SpecError, "store", None, cause, remedy)
 
     def predict() -> Named:
-        return _predictions(recipes, axes, fixed, samples[0])
+        return _predictions(recipes, axes, fixed, samples[0], loss)
 
     with locked(files) if job.first else contextlib.nullcontext():
         old = store_to_extend(files, layout, settle=job.first) if extend else None
@@ -384,19 +389,25 @@ def _variables(epochs: int, loss: str, tested: bool) -> dict[str, Variable]:
     return variables | dict(diverged_at=at)
 
 
-def _predictions(recipes, axes, fixed, x: Array) -> Named:
+def _predictions(recipes, axes, fixed, x: Array, loss: str) -> Named:
     """The boundaries predicted for a batch of the data."""
     names = [name for name in axes if name not in ("learning_rate", "seed")]
     numbers = {name: axes[name] for name in names}
     momentum = numbers.pop("momentum", fixed.get("momentum"))
     # momentum last, because the theory is the same for all its values
     others = [key for key in names if key != "momentum"]
-    predictions = {}
+    predictions, known = {}, {}
     for statistics in STATISTICS:
         values = []
         for point in itertools.product(*numbers.values()):
             at = fixed | dict(zip(others, point, strict=True))
-            values.append(_boundary(recipes, at, x, statistics, momentum))
+            network = _network_at(recipes, at)
+            batch = x[: min(int(at["batch_size"]), THEORY_SAMPLES)]
+            # without a norm all statistics are the same, as are batches from THEORY_SAMPLES on
+            key = network, len(batch), has_norm(network) and statistics
+            if key not in known:
+                known[key] = _boundary(network, batch, statistics, loss, momentum)
+            values.append(known[key])
         shape = tuple(len(numbers[key]) for key in others)
         table = np.asarray(values, np.float64).reshape((*shape, *np.shape(momentum)))
         if "momentum" in names:
@@ -410,18 +421,23 @@ def _predictions(recipes, axes, fixed, x: Array) -> Named:
     return predictions
 
 
-def _boundary(recipes, numbers: dict[str, Any], x: Array, statistics: str, momentum) -> np.ndarray:
-    """The largest stable rates of a batch; NaN where the theory needs more samples."""
-    recipe = recipes[structure_key(numbers)]
-    network = recipe.network
+def _network_at(recipes: dict[tuple, Recipe], numbers: dict[str, Any]) -> Network:
+    """The specification at a point of the grid."""
+    network = recipes[structure_key(numbers)].network
     if "gamma" in numbers:
         network = with_gamma(network, float(numbers["gamma"]))
     if "weight_var" in numbers:
         network = with_weight_var(network, float(numbers["weight_var"]))
-    batch = x[: min(recipe.batch_size, THEORY_SAMPLES)]
+    return network
+
+
+def _boundary(
+    network: Network, batch: Array, statistics: str, loss: str, momentum: Any
+) -> np.ndarray:
+    """The largest stable rates of a batch; NaN where the theory needs more samples."""
     if len(batch) < least_samples(network.body):
         return np.full(np.shape(momentum), np.nan)
-    likelihood = "categorical" if recipe.loss == "cross_entropy" else "gaussian"
+    likelihood = "categorical" if loss == "cross_entropy" else "gaussian"
     with room(THEORY_ROOM):
         theory = analyze(
             network, data=batch, statistics=statistics, likelihood=likelihood, throw=False

@@ -23,6 +23,7 @@ from meanfield_jax.arguments import checked, integers, momenta
 from meanfield_jax.checks import check_choice, check_data, numbers, pair, targets
 from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.experiments.precision import PRECISIONS, lower_products, products_in
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network, walk
@@ -71,6 +72,7 @@ class Recipe:
         batch_size: Samples per step.
         loss: One of ``LOSSES``.
         optimizer: Maps a learning rate to an optax optimizer, or is one; None: the heavy ball.
+        precision: One of ``PRECISIONS``.
     """
 
     numbers: list[float | Array | None]
@@ -80,6 +82,7 @@ class Recipe:
     batch_size: int = static()
     loss: str = static()
     optimizer: Optimizer | optax.GradientTransformation | None = static()
+    precision: str = static()
 
     @property
     def network(self) -> Network:
@@ -164,6 +167,7 @@ def train(
     loss: str = "squared",
     optimizer: Optimizer | optax.GradientTransformation | None = None,
     train_gamma: bool = True,
+    precision: str = "float32",
 ) -> Training:
     """Trains random draws of a network on minibatches; many numbers may be arrays.
 
@@ -188,6 +192,11 @@ def train(
         optimizer: A function from a learning rate to an optax optimizer, such as ``optax.adam``; or
             an optimizer with its own rate.
         train_gamma: Whether scale and offset of the norms are trained.
+        precision: Of products: ``"float32"``; ``"tf32"``, which allows TF32 (10 bits of mantissa)
+            on NVIDIA GPUs and three products of bfloat16 on TPUs, and has no effect on CPU; or
+            ``"bf16"``, factors rounded to bfloat16 (those of attention's own products only on GPUs
+            and TPUs). Sums, parameters, statistics of norms, losses and the optimizer stay in
+            float32.
 
     Returns:
         Curves and status; the same inputs give the same numbers.
@@ -203,7 +212,7 @@ def train(
         >>> mf.train(net, (x, labels), learning_rate=rates, epochs=2).diverged.tolist()
         [False, True]
     """
-    recipe = recipe_of(network, epochs, batch_size, loss, optimizer, train_gamma)
+    recipe = recipe_of(network, epochs, batch_size, loss, optimizer, train_gamma, precision)
     if isinstance(optimizer, optax.GradientTransformation) and learning_rate is not None:
         cause, remedy = "the optimizer has its own learning rate", "leave one of the two out"
         raise problem(SpecError, "learning_rate", learning_rate, cause, remedy)
@@ -231,9 +240,11 @@ def recipe_of(
     loss: str,
     optimizer: Optimizer | optax.GradientTransformation | None,
     train_gamma: bool,
+    precision: str,
 ) -> Recipe:
     """The recipe, after checking its options; raises SpecError if one is not valid."""
     check_choice("loss", loss, LOSSES)
+    check_choice("precision", precision, tuple(PRECISIONS))
     for name, value in dict(epochs=epochs, batch_size=batch_size).items():
         if value < 1:
             raise problem(SpecError, name, value, "must be at least 1", "pass a positive integer")
@@ -244,7 +255,7 @@ def recipe_of(
     leaves, structure = jax.tree_util.tree_flatten_with_path(spec)
     constants = tuple(number if path[-1].name == "eps" else None for path, number in leaves)
     numbers = [None if path[-1].name == "eps" else number for path, number in leaves]
-    return Recipe(numbers, constants, structure, epochs, batch_size, loss, optimizer)
+    return Recipe(numbers, constants, structure, epochs, batch_size, loss, optimizer, precision)
 
 
 def bytes_of_cell(recipe: Recipe) -> int:
@@ -345,12 +356,15 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
     for _, module in nnx.iter_modules(model):
         if hasattr(module, "momentum"):
             setattr(module, "momentum", RUNNING)  # noqa: B010
+    lower_products(model, recipe.precision)
     graphdef, params, state = nnx.split(model, nnx.Param, nnx.Variable)
     rule = _rule(recipe.optimizer, cell)
 
     def objective(params, state, x: Array, y: Array):
         model = nnx.merge(graphdef, params, state, copy=True)
-        value = _loss(recipe.loss, model(x), y)
+        with products_in(recipe.precision):
+            outputs = model(x)
+        value = _loss(recipe.loss, outputs, y)
         return value, nnx.split(model, nnx.Param, nnx.Variable)[2]
 
     def step(carry, rows: Array):
@@ -384,7 +398,8 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
             # merged here, because Flax does not allow a module from outside a scan inside it
             model = nnx.merge(graphdef, params, state, copy=True)
             model.eval()
-            return model(x)
+            with products_in(recipe.precision):
+                return model(x)
 
         outputs = _in_batches(apply, test[0], batch_size)
         hits = jnp.argmax(outputs, -1) == jnp.argmax(test[1], -1)
