@@ -92,4 +92,5 @@ def _one_line(message: str) -> str:
     words = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{3,}", " ", message)
     cause = re.split(r"Perhaps you meant|For full helptext", words)[0]
     # the title of the box may be repeated by the text
-    return re.sub(r"^(.{4,}?) \1", r"\1", " ".join(cause.split())) + "; see --help"
+    line = re.sub(r"^(.{4,}?) \1", r"\1", " ".join(cause.split()), flags=re.IGNORECASE)
+    return line.rstrip(".") + "; see --help"
