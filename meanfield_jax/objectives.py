@@ -74,7 +74,7 @@ class Objective:
 
 @checked()
 def target_rate(value: float, rate: str = "no_spike", momentum: float = 0.9) -> Objective:
-    r"""Makes one of the learning rates of :func:`learning_rate` equal to ``value``.
+    r"""Makes one of the learning rates of :func:`meanfield_jax.learning_rate` equal to ``value``.
 
     .. math:: (\log \eta - \log value)^2
 
