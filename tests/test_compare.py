@@ -152,7 +152,7 @@ def test_the_bar_moves_with_the_work(monkeypatch):
         monkeypatch.setattr(module, "Stages", Watched)
         monkeypatch.setattr(module, "fisher_operator", lambda *args, **options: op)
         monkeypatch.setattr(module, "top_eigenvalues", lambda *args, **options: found)
-    monkeypatch.setattr(experiments.validate, "_outlier", lambda *args: 1.0)
+    monkeypatch.setattr(experiments.validate, "_predictions", lambda *args: np.ones((2, 3)))
     monkeypatch.setattr(experiments.validate, "calibrate", lambda *args: None)
     monkeypatch.setattr(experiments.compare, "train", lambda *args, **options: runs)
     monkeypatch.setattr(experiments.compare, "least_samples", lambda body: 10**6)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.core import Tracer
@@ -187,7 +188,8 @@ def drawn_eigenvalues(
     for key in keys:
         op = _operator(network, data, key, asked, op)
         each.append(_eigenvalues(op, key, tol, asked))
-    return DrawnEigenvalues(*map(jnp.stack, zip(*each, strict=True)))
+    # jnp.stack would be compiled for each number of draws
+    return DrawnEigenvalues(*(jnp.asarray(np.stack(part)) for part in zip(*each, strict=True)))
 
 
 def check_draws(draws: int, data: Array | None, num_samples: Any) -> None:
@@ -231,12 +233,12 @@ def _operator(
 
 def _eigenvalues(op: FisherOperator, key: Array, tol: float | Array, asked: Asked) -> Found:
     """The eigenvalues of one draw, the number of products and the status."""
-    fixed = op
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(op)):
-        fixed = jax.lax.stop_gradient(op)  # the search is not differentiated
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(op))
+    fixed = jax.lax.stop_gradient(op) if traced else op  # the search is not differentiated
     tolerance: Any = tol  # a number, or one that is being traced
-    found = top_eigenvalues(fixed.dual, asked.k, tol=tolerance, key=key, vectors=True)
-    return _along(op.dual, found.eigenvectors), found.num_matvecs, found.status
+    found = top_eigenvalues(fixed.dual, asked.k, tol=tolerance, key=key, vectors=traced)
+    values = _along(op.dual, found.eigenvectors) if traced else found.eigenvalues
+    return values, found.num_matvecs, found.status
 
 
 @jax.jit
