@@ -75,6 +75,9 @@ def number(argument: str, value: Any) -> Any:
         raise problem(SpecError, argument, value, "must be a number", "pass a float")
     if isinstance(found, int) and abs(found) > MOST_UNITS:
         raise problem(SpecError, argument, value, "too large", "pass a float")
+    # JAX's integers have 32 bits, and overflow silently
+    if isinstance(found, (int, np.ndarray)) and np.asarray(found).dtype.kind in "iu":
+        return found if np.all(np.abs(found) <= LARGEST) else found * 1.0
     return found
 
 

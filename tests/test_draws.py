@@ -16,7 +16,7 @@ NUM_SAMPLES = 24
 
 def operator(network, data, *, statistics="batch", likelihood="gaussian", seed=0):
     """The Fisher operator of the first draw of this seed, made from its parts."""
-    first = jax.random.split(jax.random.key(seed), 1)[0]
+    first = jax.random.fold_in(jax.random.key(seed), 0)
     model = mf.build(network, rngs=nnx.Rngs(jax.random.split(first)[0]))
     mf.calibrate(model, data)
     return mf.fisher_operator(model, data, statistics=statistics, likelihood=likelihood)

@@ -181,15 +181,17 @@ def drawn_eigenvalues(
             raise problem(DataError, "data.shape", shape, "does not fit the network", remedy)
     within("MEMORY", "draws", draws, 8.0 * draws * k)
     asked = Asked(shape, k, tuple(layers), statistics, likelihood)
-    keys = jax.random.split(jax.random.key(seed), draws)
-    if not loops_on_host(network, data, tol, keys):
+    first = jax.random.key(seed)
+    if not loops_on_host(network, data, tol, first):
+        keys = jax.vmap(partial(jax.random.fold_in, first))(jnp.arange(draws))
         return DrawnEigenvalues(*_all(network, data, keys, tol, asked))
     each, op = [], None
-    for key in keys:
+    for number in range(draws):
+        key = jax.random.fold_in(first, number)
         op = _operator(network, data, key, asked, op)
         each.append(_eigenvalues(op, key, tol, asked))
-    # jnp.stack would be compiled for each number of draws
-    return DrawnEigenvalues(*(jnp.asarray(np.stack(part)) for part in zip(*each, strict=True)))
+    # jnp.stack, and jnp.asarray, would be compiled for each number of draws
+    return DrawnEigenvalues(*(jax.device_put(np.stack(part)) for part in zip(*each, strict=True)))
 
 
 def check_draws(draws: int, data: Array | None, num_samples: Any) -> None:
