@@ -129,7 +129,7 @@ def _dense(part: Part, variances: str) -> Layer:
 
 def _checked_dense(part: Part, variances: str) -> dict[str, Any]:
     if part.options.get("dot_general") not in (None, jax.lax.dot_general):
-        raise part.refuse("dot_general", "a product of one's own has no theory")
+        raise part.refuse("dot_general", "a product other than JAX's own has no theory")
     return _variances(part, variances)
 
 

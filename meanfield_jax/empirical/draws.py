@@ -17,13 +17,11 @@ from jaxtyping import Float, Int
 
 from meanfield_jax.arguments import checked
 from meanfield_jax.checks import check_choice, check_data, whole
-from meanfield_jax.empirical.fisher import FisherDual, FisherOperator
+from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.lanczos import top_eigenvalues
-from meanfield_jax.empirical.likelihood import likelihood_factor
-from meanfield_jax.empirical.linearized import loops_on_host
+from meanfield_jax.empirical.linearized import loops_on_host, multiply_rows
 from meanfield_jax.empirical.mode import MODES
 from meanfield_jax.empirical.model import batch_statistics, build, functional, in_mode
-from meanfield_jax.empirical.products import jacobian
 from meanfield_jax.errors import DataError, SpecError, problem
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
@@ -239,19 +237,7 @@ def _eigenvalues(op: FisherOperator, key: Array, tol: float | Array, asked: Aske
     fixed = jax.lax.stop_gradient(op) if traced else op  # the search is not differentiated
     tolerance: Any = tol  # a number, or one that is being traced
     found = top_eigenvalues(fixed.dual, asked.k, tol=tolerance, key=key, vectors=traced)
-    values = _along(op.dual, found.eigenvectors) if traced else found.eigenvalues
+    values = found.eigenvalues
+    if found.eigenvectors is not None:  # with the derivatives of u^T A u
+        values = jnp.sum(found.eigenvectors * multiply_rows(op.dual, found.eigenvectors), -1)
     return values, found.num_matvecs, found.status
-
-
-@jax.jit
-def _along(dual: FisherDual, vectors: Float[Array, "k size"]) -> Float[Array, " k"]:
-    """u^T A u = |J^T B u|^2 / n for each unit vector u, with B B^T the likelihood's part."""
-    op = dual.fisher
-    outputs, _, backward = jacobian(op)
-    factor, _ = likelihood_factor(op.likelihood, outputs, op.root)
-
-    def one(u: Array) -> Array:
-        gradient = op.flat(backward(factor(u.reshape(outputs.shape))))
-        return jnp.vdot(gradient, gradient, precision="highest") / op.num_samples
-
-    return jax.lax.map(one, vectors)
