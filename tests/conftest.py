@@ -1,5 +1,7 @@
 """What all tests share: kept programs, float64, checks of shapes and ranks, bounded memory."""
 
+import gc
+import os
 from pathlib import Path
 
 import compile_cache
@@ -7,12 +9,20 @@ import shape_checks
 
 compile_cache.start()
 shape_checks.start()
+# a worker of pytest-xdist has a core to itself: threads of NumPy that wait would take the others'
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 pytest_plugins = ["compile_report"]
+
+
+def pytest_collection_finish():
+    """Tracing makes millions of objects that live: fewer searches for garbage among them."""
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 50)
 
 
 @pytest.hookimpl(wrapper=True)
