@@ -1,9 +1,15 @@
 """Where theory's lambda_max holds: FC networks with BatchNorm, by depth, width, n and outputs.
 
 Gaussian inputs by theory of i.i.d. inputs, and MNIST images by theory of these images; training
-mode, three draws each. Claim, on either: where ``fisher.within_domain`` is True, every draw's
-largest eigenvalue is within 5 % of ``fisher.lambda_max``. Where it is False the excess is reported.
-Exits with 1 when the claim is false. About eight minutes on two cores.
+mode. Measured: eight draws. Claims, on either:
+
+* where ``fisher.within_domain`` is True, every draw's largest eigenvalue is within 5 % of
+  ``fisher.lambda_max`` (``excess`` is the one over the other);
+* where it is False, the median of eight other draws (``drawn_eigenvalues``) over that of the
+  measured ones is .95 to 1.05 at the median over networks, and within 20 % of 1 for eight networks
+  in ten.
+
+Exits with 1 when one is false. About fifteen minutes on two cores.
 """
 
 import argparse
@@ -12,7 +18,6 @@ import itertools
 import jax
 import numpy as np
 from common import write_rows
-from flax import nnx
 
 import meanfield_jax as mf
 
@@ -21,7 +26,8 @@ GRIDS = {
     "mnist": itertools.product((1, 3), (64, 256, 512, 1024, 2048), (64, 128), (1, 10)),
 }
 """Depth, width, n, outputs."""
-DRAWS, BOUND = 3, 0.05
+DRAWS, BOUND = 8, 0.05
+MEDIAN, WITHIN, FRACTION = 0.05, 0.20, 0.8
 
 
 def measure(
@@ -36,11 +42,11 @@ def measure(
     else:
         x, _ = mf.data.load(inputs, num_samples=num_samples, data_dir=data_dir, flatten=True)
         fisher = mf.analyze(network, data=x).fisher
-    tops = []
-    for seed in range(DRAWS):
-        op = mf.fisher_operator(mf.build(network, rngs=nnx.Rngs(seed)), x)
-        found = mf.top_eigenvalues(op, 1, tol=3e-3, key=jax.random.key(seed)).raise_if_failed()
-        tops.append(float(found.eigenvalues[0]))
+    drawn, measured = (
+        mf.drawn_eigenvalues(network, x, draws=DRAWS, seed=seed).raise_if_failed()
+        for seed in (0, 1)
+    )
+    tops = np.asarray(measured.eigenvalues[:, 0], float)
     jax.clear_caches()
     return dict(
         inputs=inputs,
@@ -50,22 +56,29 @@ def measure(
         outputs=outputs,
         lambda_max=float(fisher.lambda_max),
         within_domain=bool(fisher.within_domain),
-        excess=[top / float(fisher.lambda_max) for top in tops],
+        drawn=float(drawn.lambda_max),
+        drawn_ratio=float(drawn.lambda_max / np.median(tops)),
+        excess=(tops / float(fisher.lambda_max)).tolist(),
     )
 
 
 def summarize(inputs: str, rows: list[dict]) -> bool:
-    """Prints how far draws are from theory inside and outside its domain; whether all hold."""
-    inside, outside = (
-        np.array([row["excess"] for row in rows if row["within_domain"] == limited])
-        for limited in (True, False)
+    """Prints draws against predictions inside and outside of the domain; whether all hold."""
+    inside = np.array([row["excess"] for row in rows if row["within_domain"]])
+    outside = [row for row in rows if not row["within_domain"]]
+    wide = np.array([1 / np.median(row["excess"]) for row in outside])
+    drawn = np.array([row["drawn_ratio"] for row in outside])
+    print(f"{inputs}: {len(inside)} networks inside, {inside.min():.3f} to {inside.max():.3f}")
+    for name, ratios in (("wide limit", wide), ("drawn", drawn)):
+        print(
+            f"  {len(outside)} outside, {name} / measured: median {np.median(ratios):.2f},"
+            f" within {WITHIN:.0%}: {np.mean(np.abs(ratios - 1) <= WITHIN):.0%}"
+        )
+    return bool(
+        np.all(np.abs(inside - 1) <= BOUND)
+        and abs(np.median(drawn) - 1) <= MEDIAN
+        and np.mean(np.abs(drawn - 1) <= WITHIN) >= FRACTION
     )
-    medians = np.median(outside, -1)
-    print(
-        f"{inputs}: {len(inside)} networks inside, {inside.min():.3f} to {inside.max():.3f};"
-        f" {len(outside)} outside, medians {medians.min():.2f} to {medians.max():.2f}"
-    )
-    return bool(np.all(np.abs(inside - 1) <= BOUND))
 
 
 def main() -> int:
@@ -78,7 +91,14 @@ def main() -> int:
         for case in grid:
             rows.append(measure(inputs, *case, data_dir))
             row = rows[-1]
-            print(inputs, *case, row["within_domain"], np.round(row["excess"], 3), flush=True)
+            print(
+                inputs,
+                *case,
+                row["within_domain"],
+                f"{row['drawn_ratio']:.2f}",
+                np.round(row["excess"], 3),
+                flush=True,
+            )
     write_rows("domain", rows)
     holds = [summarize(name, [row for row in rows if row["inputs"] == name]) for name in GRIDS]
     return int(not all(holds))

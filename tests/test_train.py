@@ -71,6 +71,40 @@ def test_runs_do_not_touch_each_other(digits):
 
 
 @pytest.mark.slow
+def test_together_and_in_turn_give_the_same(digits, monkeypatch):
+    """One step of all runs is one step of a vmap; in turn, a run that diverges takes no more."""
+    steps = []
+
+    def counted(rate):
+        def update(slope, memory, params=None):
+            jax.debug.callback(lambda: steps.append(0))
+            return memory_rule.update(slope, memory, params)
+
+        memory_rule = optax.sgd(rate, 0.9)
+        return optax.GradientTransformation(memory_rule.init, update)
+
+    def runs():
+        steps.clear()
+        options = dict(learning_rate=[0.02, 1e3], epochs=3, test=digits, optimizer=counted)
+        run = mf.train(DIGITS, digits, **options)
+        jax.effects_barrier()
+        return run, len(steps)
+
+    in_turn, in_turn_steps = runs()
+    jax.clear_caches()
+    monkeypatch.setattr("meanfield_jax.experiments.in_turn.IN_TURN", ())
+    together, together_steps = runs()
+    jax.clear_caches()
+    diverged_at = int(in_turn.diverged_at[1])
+    assert (in_turn_steps, together_steps) == (12 + diverged_at + 1, 12)
+    np.testing.assert_array_equal(in_turn.diverged_at, together.diverged_at)
+    for name in ("loss", "test_loss", "test_accuracy"):
+        a, b = getattr(in_turn, name), getattr(together, name)
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        assert_close(a[0], b[0], "edge", dtype=np.float32)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "options"),
     [

@@ -18,6 +18,7 @@ from meanfield_jax.arguments import checked
 from meanfield_jax.checks import check_choice, check_data, targets
 from meanfield_jax.empirical.model import Functional, Params, build, functional
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.in_turn import each
 from meanfield_jax.experiments.train import BLOW_UP
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
@@ -207,22 +208,16 @@ def _stay_bounded(
     num_steps: Array | int,
     most: Array | float = BLOW_UP,
 ) -> Array:
-    """Which networks keep a bounded loss at their rates.
-
-    They are trained by vmap in one loop until all have ended. On CPU they are trained one after the
-    other, each until it ends, which there takes 0.6 (dense) to 0.75 (conv) of the time.
+    """Which networks keep a bounded loss at their rates; each is trained until it ends.
 
     Returns:
         One boolean for each network, (cells,).
     """
 
-    def one(model: Draw, rate: Array) -> Array:
-        return _stays_bounded(model, rate, x, y, momentum, residual, num_steps, most)
+    def one(cell: tuple[Draw, Array]) -> Array:
+        return _stays_bounded(*cell, x, y, momentum, residual, num_steps, most)
 
-    def in_turn(models: Draw, rates: Array) -> Array:
-        return jax.lax.map(lambda cell: one(*cell), (models, rates))
-
-    return jax.lax.platform_dependent(models, rates, cpu=in_turn, default=jax.vmap(one))
+    return each(one, (models, rates))
 
 
 def _stays_bounded(

@@ -11,6 +11,7 @@ import numpy as np
 
 from meanfield_jax.checks import native
 from meanfield_jax.errors import SpecError, problem
+from meanfield_jax.experiments.in_turn import at_once
 from meanfield_jax.experiments.store import Region
 from meanfield_jax.experiments.train import bytes_of_cell
 from meanfield_jax.memory import memory_of
@@ -119,9 +120,9 @@ def shape_of(region: Region) -> tuple[int, ...]:
 
 
 def cells_in_memory(recipes: Any, devices: list[Any]) -> int:
-    """Cells per chunk that fit into half of the devices' memory, or a quarter of a CPU's."""
+    """Cells per chunk: as many as fit into half of the devices' memory, and few on CPU."""
     platform = devices[0].platform
-    memory = memory_of(devices) / len(devices) / (4 if platform == "cpu" else 2)
-    each = max(bytes_of_cell(recipe) for recipe in recipes)
     most = CELLS.get(platform, CELLS_ELSEWHERE)
-    return max(1, int(min(most, memory / each))) * len(devices)
+    held = at_once(most, platform) / most * max(bytes_of_cell(recipe) for recipe in recipes)
+    memory = memory_of(devices) / len(devices) / 2
+    return max(1, int(min(most, memory / held))) * len(devices)

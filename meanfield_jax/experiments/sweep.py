@@ -99,7 +99,7 @@ def sweep(
 ) -> xr.Dataset:
     """Trains a network as :func:`train` does, at every point of a grid of any size.
 
-    The grid is divided into chunks, each of which is one vmapped call sharded over the devices. A
+    The grid is divided into chunks, each of which is one call, sharded over the devices. A
     chunk counts as finished only after it has been written. If the process is killed at any moment
     and the sweep resumed, only what was running is computed again, with the same numbers.
     If ``jax.distributed.initialize()`` was called in every process of a job, the chunks are divided

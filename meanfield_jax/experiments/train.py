@@ -23,6 +23,7 @@ from meanfield_jax.arguments import checked, integers, momenta
 from meanfield_jax.checks import check_choice, check_data, numbers, pair, targets
 from meanfield_jax.empirical.model import build
 from meanfield_jax.errors import DataError, SpecError, problem
+from meanfield_jax.experiments.in_turn import at_once, each
 from meanfield_jax.experiments.precision import PRECISIONS, lower_products, products_in
 from meanfield_jax.layers.base import Signal
 from meanfield_jax.limits import within
@@ -172,8 +173,9 @@ def train(
     """Trains random draws of a network on minibatches; many numbers may be arrays.
 
     ``gamma``, ``weight_var``, ``learning_rate``, ``momentum`` and ``seed`` broadcast against each
-    other, and all runs are one vmapped, jitted scan over steps. The parameters of a run that
-    diverges do not change any more.
+    other, and all runs are one jitted scan over steps: vmapped on accelerators, and one after the
+    other on CPU. The parameters of a run that diverges do not change any more, and on CPU its
+    remaining steps take no time.
 
     Args:
         network: The specification.
@@ -282,7 +284,8 @@ def check_size(recipe: Recipe, cells: int, num_samples: int) -> None:
     steps = recipe.epochs * max(1, num_samples // recipe.batch_size)
     within("STEPS", "epochs", recipe.epochs, steps)
     curves = 16 * recipe.epochs * cells
-    within("MEMORY", "runs", cells, curves + cells * bytes_of_cell(recipe))
+    held = at_once(cells, jax.default_backend()) * bytes_of_cell(recipe)
+    within("MEMORY", "runs", cells, curves + held)
 
 
 def check_cells(network: Network, numbers: dict[str, Array]) -> None:
@@ -330,7 +333,7 @@ def run_cells(
     """All runs at once, (cells, ...), distributed over a mesh's axis "cell" if one is given."""
 
     def run_all(recipe: Recipe, cells: Cell, data: Arrays, test: Arrays | None) -> Training:
-        return jax.vmap(lambda cell: _run(recipe, cell, data, test))(cells)
+        return each(lambda cell: _run(recipe, cell, data, test), cells)
 
     if mesh is not None:
         split, whole = PartitionSpec("cell"), PartitionSpec()
@@ -368,18 +371,20 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
         return value, nnx.split(model, nnx.Param, nnx.Variable)[2]
 
     def step(carry, rows: Array):
+        return jax.lax.cond(carry[-1] < 0, advance, lambda carry, _: (carry, missing), carry, rows)
+
+    def advance(carry, rows: Array):
         params, state, memory, limit, count, diverged_at = carry
         x, y = (array[rows] for array in data)
         (value, new_state), slope = jax.value_and_grad(objective, has_aux=True)(params, state, x, y)
         limit = jnp.where(count == 0, BLOW_UP * value, limit)
         fails = ~(value <= limit)
-        diverged_at = jnp.where(fails & (diverged_at < 0), count, diverged_at)
         updates, new_memory = rule.update(slope, memory, params)
         new = (optax.apply_updates(params, updates), new_state, new_memory)
         old = (params, state, memory)
-        kept = jax.tree.map(lambda a, b: jnp.where(diverged_at < 0, a, b), new, old)
-        value = jnp.where(diverged_at < 0, value, jnp.nan)
-        return (*kept, limit, count + 1, diverged_at), value
+        kept = jax.tree.map(lambda a, b: jnp.where(fails, b, a), new, old)
+        diverged_at = jnp.where(fails, count, diverged_at)
+        return (*kept, limit, count + 1, diverged_at), jnp.where(fails, missing, value)
 
     num_steps = len(data[0]) // batch_size
 
@@ -387,12 +392,14 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
         order = jax.random.permutation(key, len(data[0]))
         rows = order[: num_steps * batch_size].reshape(num_steps, batch_size)
         carry, values = jax.lax.scan(step, carry, rows)
-        return carry, (values.mean(), evaluate(carry))
-
-    def evaluate(carry):
         if test is None:
-            return None
-        params, state, *_, diverged_at = carry
+            return carry, (values.mean(), None)
+        unknown = (missing, missing)
+        tested = jax.lax.cond(carry[-1] < 0, evaluate, lambda *_: unknown, carry, *test)
+        return carry, (values.mean(), tested)
+
+    def evaluate(carry, x: Array, y: Array):
+        params, state, *_ = carry
 
         def apply(x: Array) -> Array:
             # merged here, because Flax does not allow a module from outside a scan inside it
@@ -401,12 +408,12 @@ def _run(recipe: Recipe, cell: Cell, data: Arrays, test: Arrays | None) -> Train
             with products_in(recipe.precision):
                 return model(x)
 
-        outputs = _in_batches(apply, test[0], batch_size)
-        hits = jnp.argmax(outputs, -1) == jnp.argmax(test[1], -1)
-        values = (_loss(recipe.loss, outputs, test[1]), hits.mean())
-        return tuple(jnp.where(diverged_at < 0, value, jnp.nan) for value in values)
+        outputs = _in_batches(apply, x, batch_size)
+        hits = jnp.argmax(outputs, -1) == jnp.argmax(y, -1)
+        return _loss(recipe.loss, outputs, y), hits.mean(dtype=missing.dtype)
 
-    start = (params, state, rule.init(params), jnp.inf, 0, jnp.asarray(-1))
+    missing = jnp.asarray(jnp.nan, data[1].dtype)
+    start = (params, state, rule.init(params), jnp.full_like(missing, jnp.inf), 0, jnp.asarray(-1))
     keys = jax.random.split(key_order, recipe.epochs)
     end, (losses, tested) = jax.lax.scan(epoch, start, keys)
     test_loss, test_accuracy = tested or (None, None)
