@@ -39,6 +39,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import meanfield_jax as mf
+from meanfield_jax import plot_style
 from meanfield_jax.kernel.kernel import iid_inputs
 from meanfield_jax.layers.proxy_norm import ProxyNormModule
 
@@ -231,7 +232,7 @@ def picture(
     accuracy: dict[str, dict[str, np.ndarray]],
 ) -> Figure:
     """P1 by depth, P2 + P4 by depth, accuracies over the learning rate."""
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    figure = plot_style.picture(15, 4.2)
     left, middle, *right = figure.subplots(1, 4)
     depths = np.arange(1, DEPTH + 1)
     shown = np.unique(np.geomspace(1, DEPTH, 16).astype(int))
@@ -255,7 +256,11 @@ def picture(
         axes.set(xscale="log", xlabel="learning rate", ylabel="test accuracy", title=title)
     for axes in (left, middle, *right):
         axes.title.set_size(10)
-        axes.legend(fontsize=8, frameon=False)
+    plot_style.letters(figure.axes)
+    handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    handles |= dict(zip(*reversed(middle.get_legend_handles_labels()), strict=True))
+    place = dict(loc="outside lower center", ncols=len(handles))
+    figure.legend(handles.values(), handles, fontsize=8, frameon=False, **place)
     return figure
 
 

@@ -31,6 +31,7 @@ from meanfield_jax.experiments.validate import validate
 from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.layers import BatchNorm
 from meanfield_jax.network import Network
+from meanfield_jax.plot_style import letters, picture
 from meanfield_jax.plots import draw_sweep, draw_validation
 from meanfield_jax.presets import cnn, mlp
 from meanfield_jax.variants import VANILLA
@@ -170,9 +171,10 @@ def figure1(
         Picture, table and claims.
     """
     cases = _cases1(scale)
-    picture = Figure(figsize=(10.5, 4.2 * len(cases)), layout="constrained")
-    rows, claims = [], []
-    for axes, case in zip(picture.subplots(len(cases), 2), cases, strict=True):
+    figure = picture(10.5, 4.2 * len(cases))
+    rows, claims, panels = [], [], figure.subplots(len(cases), 2)
+    letters(panels.ravel())
+    for axes, case in zip(panels, cases, strict=True):
         x = jnp.asarray(case.load("train", data_dir)[0])
         gammas = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0)
         draws = 2 if scale == "small" else 4
@@ -184,7 +186,7 @@ def figure1(
         draw_validation(axes, found, title=title)
         rows += _rows1(title, found)
         claims += [_lowers(title, found, mode) for mode in ("batch", "frozen")]
-    return Result(picture, rows, claims)
+    return Result(figure, rows, claims)
 
 
 def _rows1(title: str, found: xr.Dataset) -> list[dict[str, Any]]:
@@ -234,9 +236,10 @@ def figure2(
         Picture, table and claims.
     """
     cases = cases2(scale)
-    picture = Figure(figsize=(5.6 * len(cases), 4.6), layout="constrained")
-    rows, claims = [], []
-    for index, (axes, case) in enumerate(zip(picture.subplots(1, len(cases)), cases, strict=True)):
+    figure = picture(5.6 * len(cases), 4.6)
+    rows, claims, panels = [], [], figure.subplots(1, len(cases))
+    letters(panels)
+    for index, (axes, case) in enumerate(zip(panels, cases, strict=True)):
         samples = case.load("train", data_dir)
         found = sweep(
             case.network,
@@ -252,7 +255,7 @@ def figure2(
         draw_sweep(axes, found, title=title, legend=index == 0)
         rows += _rows2(title, found)
         claims += _claims2(title, found)
-    return Result(picture, rows, claims)
+    return Result(figure, rows, claims)
 
 
 def _rows2(title: str, found: xr.Dataset) -> list[dict[str, Any]]:

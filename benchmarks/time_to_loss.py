@@ -40,7 +40,7 @@ PREDICTED, MEASURED, RANGE_TEST = "learning_rate", "learning_rate, measured", "r
 PEERS = {
     "prodigy": lambda: optax.contrib.prodigy(),
     "dadapt_adamw": lambda: optax.contrib.dadapt_adamw(),
-    "dowg": lambda: optax.chain(optax.contrib.scale_by_dowg(), optax.scale(-1.0)),
+    "dowg": lambda: optax.contrib.dowg(),
     "mechanize": lambda: optax.contrib.mechanize(optax.sgd(1e-3, 0.9)),
 }
 COLOR = dict(zip((PREDICTED, MEASURED, RANGE_TEST), ("#0072B2", "#009E73", "#E69F00"), strict=True))

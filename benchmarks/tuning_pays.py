@@ -32,6 +32,7 @@ from common import RESULTS, Claim, write_rows
 from matplotlib.figure import Figure
 
 import meanfield_jax as mf
+from meanfield_jax import plot_style
 
 DEFAULT = 0.1
 RATES = np.geomspace(1e-4, 1, 9)
@@ -125,19 +126,24 @@ def make_claims(rows: list[dict]) -> list[Claim]:
 def picture(rows: list[dict]) -> Figure:
     """Final losses over the learning rate; median and range of the seeds."""
     names = list(dict.fromkeys(row["case"] for row in rows))
-    figure = Figure(figsize=(4.4 * len(names), 3.8), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+    figure = plot_style.picture(4.4 * len(names), 4.2)
+    panels = figure.subplots(1, len(names), sharey=True)
+    handles = {}
+    for axes, name in zip(panels, names, strict=True):
         for row in (row for row in rows if row["case"] == name):
-            color = COLOR[row["variant"]]
+            color, variant = COLOR[row["variant"]], row["variant"]
             losses = np.minimum(np.array(row["losses"]), 1e3)
-            axes.plot(RATES, np.median(losses, 1), "o-", color=color, label=row["variant"])
+            (handles[variant],) = axes.plot(RATES, np.median(losses, 1), "o-", color=color)
             axes.fill_between(RATES, losses.min(1), losses.max(1), color=color, alpha=0.2, lw=0)
-            axes.axvline(row["rate"], color=color, ls=":", lw=1)
-        axes.axvline(DEFAULT, color="black", lw=0.8)
-        axes.axhline(CONSTANT, color="black", lw=0.8, ls="--")
+            rate = axes.axvline(row["rate"], color=color, ls=":", lw=1.5)
+            handles[f"{variant}: its recommended rate"] = rate
+        handles["rate 0.1"] = axes.axvline(DEFAULT, color="black", lw=0.8)
+        handles["loss of a constant"] = axes.axhline(CONSTANT, color="black", lw=0.8, ls="--")
         axes.set(xscale="log", yscale="log", xlabel="learning rate", title=name, ylim=(0.1, 3))
-        axes.legend(fontsize=8, frameon=False)
-    figure.axes[0].set_ylabel(f"training loss after {EPOCHS} epochs")
+    panels[0].set_ylabel(f"training loss after {EPOCHS} epochs")
+    plot_style.letters(panels)
+    place = dict(loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles, fontsize=8, frameon=False, **place)
     return figure
 
 

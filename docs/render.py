@@ -78,18 +78,22 @@ def domain(record: dict[str, Any]) -> list[Rows]:
     rows = []
     for inputs, title in (("gaussian", "Gaussian inputs"), ("mnist", "MNIST images")):
         for inside in (True, False):
-            # records of before a change of names call it by the old one
             found = [
-                row["excess"]
+                row
                 for row in record["rows"]
-                if row["inputs"] == inputs
-                and row.get("within_domain", row.get("outlier_limited")) is inside
+                if row["inputs"] == inputs and row["within_domain"] is inside
             ]
-            middle = [statistics.median(draws) for draws in found]
-            draws = [ratio for draws in found for ratio in draws]
-            cells = [f"{min(x):.3f} to {max(x):.3f}" for x in (draws, middle)]
+            draws = [ratio for row in found for ratio in row["excess"]]
+            cells = [f"{min(draws):.3f} to {max(draws):.3f}"]
+            wide = [1 / statistics.median(row["excess"]) for row in found]
+            for ratios in (wide, [row["drawn_ratio"] for row in found]):
+                near = sum(abs(ratio - 1) <= 0.2 for ratio in ratios) / len(ratios)
+                cells.append(f"{statistics.median(ratios):.2f}, {near:.0%}")
             rows.append([title, mark(inside), str(len(found)), *cells])
-    columns = ("inputs", "within_domain", "networks", "single draws", "medians of draws")
+    columns = (
+        *("inputs", "within_domain", "networks", "single draws / theory"),
+        *("theory / measured: median, within 20 %", "drawn / measured: median, within 20 %"),
+    )
     return [Rows("", columns, rows)]
 
 
@@ -301,6 +305,25 @@ def your_model(record: dict[str, Any]) -> list[Rows]:
     return [Rows("", columns, rows)]
 
 
+def parametrization(record: dict[str, Any]) -> list[Rows]:
+    """eta_max over that of the widest network, by width and parametrization."""
+    widths = sorted({row["width"] for row in record["rows"]})
+    tables: dict[tuple[str, str], list[list[float]]] = {}
+    for row in record["rows"]:
+        numbers = [row["predicted"], row["measured"]]
+        tables.setdefault((row["network"], row["parametrization"]), []).append(numbers)
+    names = dict(mlp="MLP", normed="MLP, BatchNorm", cnn="CNN")
+    rows = []
+    for (network, kind), numbers in tables.items():
+        for column, by in enumerate(("theory", "measured")):
+            values = [pair[column] for pair in numbers]
+            last = next(value for value in reversed(values) if value is not None)
+            cells = ["-" if value is None else f"{value / last:.2f}" for value in values]
+            rows.append([names[network], kind, by, *cells])
+    columns = ("network", "parametrization", "by", *(f"width {width}" for width in widths))
+    return [Rows("", columns, rows)]
+
+
 PARTS: dict[str, Callable[[Any], list[Rows]]] = {
     "claims": claims,
     "groups": rate_groups,
@@ -311,6 +334,7 @@ OWN: dict[str, Callable[[Any], list[Rows]]] = dict(
     fig1=figure1,
     fig2=figure2,
     domain=domain,
+    parametrization=parametrization,
     finite_width=finite_width,
     tuning_pays=tuning,
     tune_speed=tuning_seconds,

@@ -20,7 +20,7 @@ from meanfield_jax.experiments.diagram import (
     results_of,
     text_of,
 )
-from meanfield_jax.plots import COLOR, LABEL, LINE, NORM_COLORS
+from meanfield_jax.plot_style import COLOR, LABEL, LINE, NORM_COLORS
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -20,6 +20,21 @@ from meanfield_jax.experiments.diagram import (
     text_of,
 )
 from meanfield_jax.layers.base import abbreviation
+from meanfield_jax.plot_style import (
+    COLOR,
+    ETA_MAX,
+    GAMMA,
+    LABEL,
+    LAMBDA_MAX,
+    LINE,
+    NORM_COLORS,
+    POINT,
+    cased,
+    letters,
+    picture,
+    smooth,
+    styles_of_norms,
+)
 from meanfield_jax.theory.analyze import Theory
 from meanfield_jax.theory.learning_rate import stable_rate
 from meanfield_jax.tuning import Tuning
@@ -28,27 +43,9 @@ if TYPE_CHECKING:
     import xarray as xr
     from matplotlib.figure import Figure
 
-# the colours of Okabe & Ito, which colour-blind readers can distinguish
-COLOR = {"batch": "#0072B2", "frozen": "#D55E00", "wei2019": "#009E73", "vanilla": "#555555"}
-LABEL = {
-    "batch": "theory, training mode",
-    "frozen": "theory, evaluation mode",
-    "wei2019": "as published (Wei et al. 2019)",
-}
-# the same colours with black and grey, for up to nine norms
-NORM_COLORS = (
-    "#777777",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#000000",
-    "#E69F00",
-    "#8F7A00",
-)
 MOST_TICKS = 12
-LINE = {"batch": "-", "frozen": "-", "wei2019": "--"}
+NO_NORM = 1.5
+"""The networks without norms stand this factor to the right of the largest gamma."""
 
 
 @checked(dataset=dataset_of("mf.validate", "predicted", "measured", "curve_lambda_max"))
@@ -63,14 +60,13 @@ def plot_validation(dataset: xr.Dataset) -> Figure:
         over the draws; if the networks were trained, with a third one, the largest rates without a
         spike and with a bounded loss, where bars go from the smallest draw to the largest.
     """
-    from matplotlib.figure import Figure
-
     count = 3 if "rate_measured" in dataset else 2
-    figure = Figure(figsize=(5.25 * count, 4.4), layout="constrained")
+    figure = picture(5.25 * count, 4.4)
     panels = figure.subplots(1, count)
     draw_validation(panels[:2], dataset)
     if count == 3:
         _draw_trained(panels[2], dataset)
+    letters(panels)
     return figure
 
 
@@ -85,14 +81,13 @@ def draw_validation(panels, dataset: xr.Dataset, title: str = "") -> None:
         _points(axes, shown)
         _over_gamma(axes, dataset, title)
     left.set(ylabel="largest eigenvalues of F (mean of the C outliers)")
-    right.set(ylabel=f"eta_max, of lambda_max (momentum {dataset.momentum:g})")
+    right.set(ylabel=f"{ETA_MAX}, of {LAMBDA_MAX} (momentum {dataset.momentum:g})")
     left.legend(fontsize=8, frameon=False)
 
 
 def _draw_trained(axes, dataset: xr.Dataset) -> None:
     """The learning rates from a random start, predicted and measured by training."""
-    right = float(dataset.curve_gamma.max())
-    gammas = dataset.gamma.fillna(right)  # the network without norms stands at the right
+    gammas = dataset.gamma.fillna(_place_without_norms(dataset))
     scaled = np.isfinite(dataset.gamma.values)
     kinds = (("no_spike", COLOR["batch"], "a spike"), ("bounded", COLOR["frozen"], "divergence"))
     for event, color, name in kinds:
@@ -102,7 +97,7 @@ def _draw_trained(axes, dataset: xr.Dataset) -> None:
         measured = at.rate_measured
         middle = measured.median("draw")
         bars = np.stack([middle - measured.min("draw"), measured.max("draw") - middle])
-        style = dict(color=color, mfc="white", ms=6, capsize=3, lw=1)
+        style = POINT | dict(color=color, capsize=3, lw=1)
         axes.errorbar(gammas, middle, bars, fmt="o", label=f"measured, until {name}", **style)
         if not scaled.all():
             alone = at.rate_predicted.values[~scaled]
@@ -135,18 +130,26 @@ def _stable_rates(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def _over_gamma(axes, dataset: xr.Dataset, title: str) -> None:
-    axes.set(xscale="log", yscale="log", xlabel="scale gamma of BatchNorm", title=title)
-    gammas = dataset.gamma.values[np.isfinite(dataset.gamma.values)]
-    axes.set_xticks(gammas, [f"{gamma:g}" for gamma in gammas])
+    axes.set(xscale="log", yscale="log", xlabel=f"scale {GAMMA} of BatchNorm", title=title)
+    gammas = np.unique(dataset.gamma.values[np.isfinite(dataset.gamma.values)])
+    names = [f"{gamma:g}" for gamma in gammas]
+    if "vanilla" in dataset.network.values:
+        gammas, names = np.append(gammas, _place_without_norms(dataset)), [*names, "none"]
+    axes.set_xticks(gammas, names)
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.25)
+
+
+def _place_without_norms(dataset: xr.Dataset) -> float:
+    """Where networks without norms, which have no gamma, stand on the axis of gamma."""
+    return NO_NORM * float(dataset.curve_gamma.max())
 
 
 def _points(axes, shown: xr.Dataset) -> None:
     normalized = shown.sel(network=np.isfinite(shown.gamma.values))
     for mode, marker, name in (("batch", "o", "training"), ("frozen", "s", "evaluation")):
         at = normalized.sel(mode=mode)
-        style = dict(color=COLOR[mode], mfc="white", ms=6, capsize=3, lw=1)
+        style = POINT | dict(color=COLOR[mode], capsize=3, lw=1)
         label = f"measured, {name} mode"
         error = np.nan_to_num(at.error)
         axes.errorbar(at.gamma, at.measured, error, fmt=marker, label=label, **style)
@@ -159,9 +162,9 @@ def _vanilla(axes, shown: xr.Dataset) -> None:
     style = dict(color=COLOR["vanilla"])
     predicted = float(at.predicted.sel(statistics="batch"))
     axes.axhline(predicted, ls=":", label="theory, no BatchNorm", **style)
-    right, error = float(shown.curve_gamma.max()), np.nan_to_num(float(at.error))
-    style |= dict(fmt="D", mfc="white", ms=6, capsize=3)
-    axes.errorbar(right, float(at.measured), error, label="measured, no BatchNorm", **style)
+    place, error = _place_without_norms(shown), np.nan_to_num(float(at.error))
+    style |= POINT | dict(fmt="D", capsize=3)
+    axes.errorbar(place, float(at.measured), error, label="measured, no BatchNorm", **style)
 
 
 @checked()
@@ -184,16 +187,14 @@ def plot_spectrum(
         The figure.
     """
     num_eigenvalues = whole("num_eigenvalues", num_eigenvalues, 1)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    figure = picture(8, 4.4)
     axes = figure.subplots()
     nodes = np.asarray(density.nodes)
     top = nodes.max()
     edges = np.geomspace(max(0.7 * nodes.min(), top * 1e-5), top * 1.3, 46)
-    weights = np.asarray(density.weights) / density.weights.shape[0]
-    counts, _ = np.histogram(nodes, edges, weights=weights * num_eigenvalues)
-    axes.stairs(counts, edges, fill=True, color=COLOR["batch"], alpha=0.35, label="Lanczos density")
+    values, counts = _broadened(density, edges)
+    label, color = "Lanczos density", COLOR["batch"]
+    axes.fill_between(values, num_eigenvalues * counts, color=color, alpha=0.35, label=label)
     if measured is not None:
         height = np.full(len(measured), 1.0)
         label = "measured top eigenvalues"
@@ -206,6 +207,24 @@ def plot_spectrum(
     axes.legend(fontsize=8, frameon=False)
     axes.grid(alpha=0.25)
     return figure
+
+
+def _broadened(density: SpectralDensity, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The density as a curve.
+
+    Each node of Lanczos is broadened on the logarithmic axis to a Gaussian as wide as a bin. Where
+    nodes are further apart than that, bins would be empty though the density is not.
+
+    Returns:
+        Eigenvalues, and at each of them the fraction of all eigenvalues per bin.
+    """
+    nodes = np.asarray(density.nodes).ravel()
+    weights = np.asarray(density.weights).ravel() / density.weights.shape[0]
+    width = np.log(edges[1] / edges[0])
+    values = np.geomspace(edges[0], edges[-1], 8 * len(edges))
+    shown = nodes >= edges[0]
+    distances = np.log(values[:, None] / nodes[shown]) / width
+    return values, np.exp(-(distances**2) / 2) @ weights[shown] / np.sqrt(2 * np.pi)
 
 
 @checked(value=as_given, dataset=dataset_of("mf.sweep", "diverged_at"))
@@ -229,32 +248,29 @@ def plot_sweep(dataset: xr.Dataset, *, value: str | None = None) -> Figure:
     Raises:
         SpecError: if the data set does not have this result.
     """
-    from matplotlib.figure import Figure
-
     if value is not None:
         check_choice("value", value, results_of(dataset))
     across, vertical, others = axes_of(dataset)
     if vertical is None:
         return _line_plot(dataset, across, value)
     panels = points_of(dataset, others)
-    figure = Figure(figsize=(1.5 + 4.6 * len(panels), 4.4), layout="constrained")
+    figure = picture(1.5 + 4.6 * len(panels), 4.4)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for index, (axes, at) in enumerate(zip(row, panels, strict=True)):
         title = text_of(at)
         draw_sweep(axes, dataset.sel(at), vertical, value=value, title=title, legend=index == 0)
+    letters(row)
     return figure
 
 
 def _line_plot(dataset: xr.Dataset, along: str, value: str | None) -> Figure:
     """A result over one axis, with a line for every combination of the others but the seed."""
-    from matplotlib.figure import Figure
-
     dataset = dataset.sortby(along)
     others = [str(name) for name in dataset.diverged_at.dims if name not in (along, "seed")]
-    figure = Figure(figsize=(6.6, 4.4 if along == "learning_rate" else 7), layout="constrained")
+    figure = picture(6.6, 4.4 if along == "learning_rate" else 7)
     panels = figure.subplots(1 if along == "learning_rate" else 2, sharex=True, squeeze=False)[:, 0]
     for index, at in enumerate(points_of(dataset, others)):
-        _draw_line(panels[0], dataset.sel(at), along, value, NORM_COLORS[index % 9], text_of(at))
+        _draw_line(panels[0], dataset.sel(at), along, value, NORM_COLORS[index % 10], text_of(at))
     if along == "learning_rate":
         _draw_rates(panels[0], dataset)
     else:
@@ -266,6 +282,7 @@ def _line_plot(dataset: xr.Dataset, along: str, value: str | None) -> Figure:
         panels[-1].set_xticks(values, [f"{number:g}" for number in values])
         panels[-1].set_xticks([], minor=True)
     panels[-1].set_xlabel(str(dataset[along].attrs.get("long_name", along)))
+    letters(panels)
     for axes in panels:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[1]:
@@ -313,7 +330,7 @@ def _draw_curves(axes, dataset: xr.Dataset, along: str, others: list[str]) -> No
     for index, at in enumerate(points_of(dataset, others)):
         for name in ("batch",) if others else ("batch", "frozen", "wei2019"):
             rates = dataset[f"eta_max_{name}"].sel(at).broadcast_like(x)
-            color, label = (NORM_COLORS[index % 9], text_of(at)) if others else (COLOR[name], "")
+            color, label = (NORM_COLORS[index % 10], text_of(at)) if others else (COLOR[name], "")
             axes.plot(x, rates, LINE[name], color=color, label=label or LABEL[name])
     axes.axhline(float(dataset.learning_rate), color="black", ls=":", label="rate in use")
     axes.set(yscale="log", ylabel="largest stable learning rate")
@@ -336,11 +353,11 @@ def draw_sweep(
     axes.figure.colorbar(mesh, ax=axes, label=label, extend="max" if norm else "neither")
     heights = dataset[vertical]
     for name in ("batch", "frozen", "wei2019"):
-        rates = dataset[f"eta_max_{name}"].broadcast_like(heights)
-        style = dict(color=COLOR[name], lw=2)
-        axes.plot(rates, heights, LINE[name], label=LABEL[name], **style)
+        y, x = smooth(heights.values, dataset[f"eta_max_{name}"].broadcast_like(heights).values)
+        style = dict(color=COLOR[name]) | cased(2)
+        axes.plot(x, y, LINE[name], label=LABEL[name], **style)
         if name == "batch":
-            axes.plot(rates / 2, heights, ":", label="half of it", **style)
+            axes.plot(x / 2, y, ":", label="half of it", **style)
     axes.set(xscale="log", xlabel="learning rate", ylabel=str(dataset[vertical].long_name))
     axes.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]], title=title)
     if heights.values.min() > 0:
@@ -348,7 +365,10 @@ def draw_sweep(
         axes.set_yticks(heights.values, [f"{height:g}" for height in heights.values])
         axes.set_yticks([], minor=True)
     if legend:
-        axes.legend(fontsize=7, loc="upper right")
+        figure, handles = axes.figure, axes.get_legend_handles_labels()
+        columns = max(2, int(figure.get_figwidth() / 3))
+        place = dict(loc="outside lower center", ncols=columns)
+        figure.legend(*handles, fontsize=8, frameon=False, **place)
 
 
 @checked(dataset=dataset_of("mf.phase_diagram", "xi_c", "chi_1", "critical_weight_var"))
@@ -362,31 +382,47 @@ def plot_phase_diagram(dataset: xr.Dataset) -> Figure:
         A figure that is white where there is no fixed point, with a line where chi_1 = 1.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.6, 4.8), layout="constrained")
+    figure = picture(6.6, 4.8)
     axes = figure.subplots()
     norm = LogNorm(0.3, 300, clip=True)
     shown = dataset.xi_c.transpose("weight_var", "bias_var")
     where = (dataset.bias_var, dataset.weight_var, shown)
     mesh = axes.pcolormesh(*where, norm=norm, cmap="viridis", shading="nearest", rasterized=True)
-    label = "depth scale of correlations xi_c (blocks)"
+    label = r"depth scale of correlations $\xi_c$ (blocks)"
     figure.colorbar(mesh, ax=axes, label=label, extend="both")
-    line = (dataset.bias_var, dataset.critical_weight_var)
-    # for ReLU it is a single point
-    marker = "o" if np.isfinite(line[1]).sum() == 1 else None
-    axes.plot(*line, color="white", lw=2.5, marker=marker, clip_on=False)
-    axes.plot(*line, color="black", lw=1, marker=marker, ms=4, clip_on=False, label="chi_1 = 1")
+    line = _critical_line(dataset)
+    marker = "o" if len(line[0]) == 1 else None  # for ReLU it is a single point
+    style = dict(color="black", marker=marker, ms=4, clip_on=False, label=r"$\chi_1 = 1$")
+    axes.plot(*line, **style, **cased(1.2))
     for phase, name in ((dataset.chi_1 < 1, "ordered"), (dataset.chi_1 > 1, "chaotic")):
         if phase.any():
             rows, columns = np.nonzero(phase.transpose("weight_var", "bias_var").values)
             at = (dataset.bias_var.values[columns].mean(), dataset.weight_var.values[rows].mean())
             box = dict(fc="black", alpha=0.35, lw=0)
             axes.text(*at, name, color="white", ha="center", va="center", fontsize=12, bbox=box)
-    axes.set(xlabel="variance of biases sigma_b^2", ylabel="variance of weights sigma_w^2")
+    axes.set(xlabel=r"variance of biases $\sigma_b^2$", ylabel=r"variance of weights $\sigma_w^2$")
     if np.isfinite(dataset.critical_weight_var).any():
         axes.legend(fontsize=8, loc="lower right")
     return figure
+
+
+def _critical_line(dataset: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth line through the points where chi_1 = 1.
+
+    Near bias_var = 0 it is smooth in the square root of bias_var, over which it is interpolated.
+
+    Returns:
+        bias_var and weight_var of its points.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    values = dataset.critical_weight_var.sortby("bias_var").dropna("bias_var")
+    roots = np.sqrt(values.bias_var.values)
+    if len(roots) < 3:
+        return roots**2, values.values
+    between = np.linspace(roots[0], roots[-1], 400)
+    return between**2, PchipInterpolator(roots, values.values)(between)
 
 
 @checked()
@@ -399,11 +435,9 @@ def plot_tuning(tuning: Tuning) -> Figure:
     Returns:
         A figure with a panel for each tuned field, one for the shares and one for the descent.
     """
-    from matplotlib.figure import Figure
-
     ends = tuning.history.isel(step=[0, -1])
     fields = [str(name) for name in ends.data_vars if "layer" in ends[name].dims]
-    figure = Figure(figsize=(3.7 * (len(fields) + 2), 3.6), layout="constrained")
+    figure = picture(3.7 * (len(fields) + 2), 3.6)
     *panels, shares, descent = figure.subplots(1, len(fields) + 2)
     for axes, field in zip(panels, fields, strict=True):
         values = ends[field].dropna("layer")
@@ -415,13 +449,14 @@ def plot_tuning(tuning: Tuning) -> Figure:
     both = [_shares(theory) for theory in (tuning.before, tuning.after)]
     for share, style in zip(both, TUNING, strict=True):
         shares.plot(np.arange(1, len(share) + 1), share, **style)
-    shares.set(ylabel="share of lambda_max", title="weights and biases by layer", ylim=(0, None))
+    shares.set(ylabel=f"share of {LAMBDA_MAX}", title="weights and biases by layer", ylim=(0, None))
     _count(shares, "layer")
     shares.legend(fontsize=8, frameon=False)
     history = tuning.history
     descent.plot(history.step, history.eta_max, color=COLOR["batch"])
     descent.set(ylabel="largest stable learning rate", title="descent")
     _count(descent, "step")
+    letters((*panels, shares, descent))
     figure.suptitle(f"{history.objective.long_name}: {tuning.status.label.replace('_', ' ')}")
     return figure
 
@@ -453,22 +488,19 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         size the training loss and the test accuracy at the best learning rate of each norm. Points
         are missing where all runs diverged.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11.5, 8.4), layout="constrained")
+    figure = picture(11.5, 8.4)
     (stability, rates), (loss, accuracy) = figure.subplots(2, 2)
     sizes = dataset.batch_size.values
     middle = sizes[len(sizes) // 2]
-    for index, norm in enumerate(dataset.norm.values):
-        color, marker = NORM_COLORS[index % 9], "os^Dv<>pX"[index % 9]
-        points = dict(color=color, marker=marker, mfc="white", ms=6, lw=1.2)
+    for norm, style in zip(dataset.norm.values, styles_of_norms(dataset.norm.values), strict=True):
+        color, points = style["color"], POINT | style | dict(lw=1.2)
         at = dataset.sel(norm=norm)
         stability.plot(sizes, at.predicted, color=color, lw=1.2)
         measured = (sizes, at.measured.mean("draw"), np.nan_to_num(at.standard_error))
-        label = abbreviation(norm)
-        stability.errorbar(*measured, capsize=3, label=label, **(points | dict(ls="")))
+        stability.errorbar(*measured, capsize=3, **(points | dict(ls="")))
         row = at.sel(batch_size=middle)
-        rates.plot(dataset.learning_rate, row.loss.mean("seed", skipna=False), **points)
+        losses = row.loss.mean("seed", skipna=False)
+        rates.plot(dataset.learning_rate, losses, label=abbreviation(norm), **points)
         rates.plot(
             row.eta_max, 0.97, "|", color=color, ms=14, mew=2, transform=rates.get_xaxis_transform()
         )
@@ -479,20 +511,22 @@ def plot_comparison(dataset: xr.Dataset) -> Figure:
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_xticks([], minor=True)
     stability.set(yscale=_scale(dataset.measured, dataset.predicted))
-    stability.set(ylabel="lambda_max of F (lines: theory, points: measured)")
-    stability.legend(fontsize=8, ncols=3, frameon=False)
+    stability.set(ylabel=f"{LAMBDA_MAX} of F (lines: theory, points: measured)")
+    handles = rates.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=10, fontsize=9, frameon=False)
 
     def stable(value: np.ndarray) -> np.ndarray:
         """From lambda_max to eta_max, or back."""
         return np.asarray(stable_rate(jnp.asarray(value), dataset.momentum))
 
-    stability.secondary_yaxis("right", functions=(stable, stable)).set_ylabel("eta_max")
+    stability.secondary_yaxis("right", functions=(stable, stable)).set_ylabel(ETA_MAX)
     rates.set(xscale=_scale(dataset.learning_rate))
-    rates.set(xlabel=f"learning rate (batch size {middle}; top: predicted eta_max)")
+    rates.set(xlabel=f"learning rate (batch size {middle}; top: predicted {ETA_MAX})")
     rates.set(yscale=_scale(dataset.loss.sel(batch_size=middle)))
     rates.set(ylabel=f"training loss after {dataset.epochs} epochs")
     loss.set(yscale=_scale(dataset.best_loss), ylabel="training loss at the best rate of each norm")
     accuracy.set(ylabel="test accuracy at the same rate, %")
+    letters((stability, rates, loss, accuracy))
     for axes in (stability, rates, loss, accuracy):
         axes.grid(alpha=0.25)
     return figure

@@ -169,7 +169,7 @@ def test_a_saved_network_can_be_given(folder, capsys):
         (["analyze", "--spec", "/"], ["--spec='/'", "regular file"]),
         (["analyze", "--spec", "/dev/zero"], ["/dev/zero", "regular file"]),
         (["validate", "--output", ""], ["--output='.'", "does not name a file"]),
-        (["spectrum", "--output", "a.pdf"], ["'a.pdf'", "ends in .nc or .png"]),
+        (["spectrum", "--output", "a.txt"], ["'a.txt'", "ends in .nc or .png or .pdf or .svg"]),
         (["compare", "--output", f"{'a' * 252}.png"], ["too long"]),
         (["phase", "--output", "no/a.png"], ["no/a.png", "folder"]),
         (["tune", "--save", "a.png"], ["--save='a.png'", ".json"]),
@@ -356,6 +356,8 @@ def test_a_name_with_a_number_in_it_keeps_the_number():
     numbers, picture = outputs("--output", Path("run-0.5"), ".nc", ".png")
     assert (numbers.name, picture.name) == ("run-0.5.nc", "run-0.5.png")
     assert [path.name for path in outputs("--output", Path("a.png"), ".png")] == ["a.png"]
+    both = outputs("--output", Path("a.svg"), ".nc", ".png")
+    assert [path.name for path in both] == ["a.nc", "a.svg"]
 
 
 # ---- results as JSON

@@ -10,7 +10,7 @@ import xarray as xr
 from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import outputs, write, write_png
+from meanfield_jax.cli.output import outputs, write, write_picture
 from meanfield_jax.cli.result import print_json
 from meanfield_jax.cli.tables import comparison_table
 from meanfield_jax.experiments.compare import RATES, compare, norm_names
@@ -53,7 +53,7 @@ class Compare:
     momentum: float = 0.9
     """Momentum of gradient descent."""
     output: Path = Path("meanfield-jax-compare")
-    """Path of the picture (.png) and the numbers (.nc), without the suffix."""
+    """Path of the numbers (.nc) and of the picture (.png, or .pdf or .svg if it ends so)."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -80,7 +80,7 @@ class Compare:
         dataset.attrs["data"] = self.inputs.data
         written = [
             write(numbers, dataset.to_netcdf),
-            write_png(picture, plot_comparison(dataset)),
+            write_picture(picture, plot_comparison(dataset)),
         ]
         if self.json:
             print_json("compare", dataset)

@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 
 from meanfield_jax.errors import SpecError, problem
 
+PICTURES = (".png", ".pdf", ".svg")
+"""Endings of pictures; the first one unless the user asks for another."""
+
 
 class ComputationError(RuntimeError):
     """A computation ended without a usable result."""
@@ -32,7 +35,7 @@ def outputs(option: str, given: Path, *endings: str) -> list[Path]:
     Args:
         option: The option with which the path was given, for messages.
         given: The path, with one of the endings or without.
-        endings: Endings of the files, such as ``".png"``.
+        endings: Endings of the files, such as ``".nc"``; ``".png"`` stands for any picture.
 
     Returns:
         The paths in the order of the endings.
@@ -40,14 +43,17 @@ def outputs(option: str, given: Path, *endings: str) -> list[Path]:
     Raises:
         SpecError: if one of them cannot be written, or the path has another ending.
     """
-    stem = given.with_suffix("") if given.suffix in endings else given
+    known = [*endings, *(PICTURES if ".png" in endings else ())]
+    stem = given.with_suffix("") if given.suffix in known else given
     # 0.5 in run-0.5 is not an ending
     if not given.name or (stem == given and given.suffix[1:2].isalpha()):
         cause = "its ending is unknown" if given.name else "it does not name a file"
-        remedy = f"use a name that ends in {' or '.join(endings)}, or one without an ending"
+        names = " or ".join(dict.fromkeys(known))
+        remedy = f"use a name that ends in {names}, or one without an ending"
         raise problem(SpecError, option, str(given), cause, remedy)
     check_folder(given, option)
-    files = [stem.with_name(stem.name + ending) for ending in endings]
+    chosen = {".png": given.suffix} if given.suffix in PICTURES else {}
+    files = [stem.with_name(stem.name + chosen.get(ending, ending)) for ending in endings]
     for file in files:
         if (cause := _obstacle(file)) is not None:
             raise problem(SpecError, option, str(file), cause, "use another name")
@@ -85,9 +91,9 @@ def write(path: Path, save: Callable[[Path], Any]) -> str:
     return str(path)
 
 
-def write_png(path: Path, figure: Figure) -> str:
-    """Writes a picture completely or not at all, and returns its path."""
-    return write(path, functools.partial(figure.savefig, format="png", dpi=160))
+def write_picture(path: Path, figure: Figure) -> str:
+    """Writes a picture, of the kind that its ending says, and returns its path."""
+    return write(path, functools.partial(figure.savefig, format=path.suffix[1:], dpi=160))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meanfield_jax.cli.options import MOST
-from meanfield_jax.cli.output import outputs, write_png
+from meanfield_jax.cli.output import outputs, write_picture
 from meanfield_jax.cli.result import print_json
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.layers import Activation, BatchNorm, Dense, Sequential
@@ -38,7 +38,7 @@ class Phase:
     bias_var: str = "0:1:128"
     """Variance of a bias, as lowest:highest:count."""
     output: Path | None = None
-    """Path of the picture (.png) to write."""
+    """Path of the picture (.png, .pdf or .svg) to write."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -56,7 +56,7 @@ class Phase:
                 bias_var=bias_var,
                 num_samples=self.num_samples,
             )
-        written = [write_png(path, plot_phase_diagram(dataset)) for path in pictures]
+        written = [write_picture(path, plot_phase_diagram(dataset)) for path in pictures]
         if self.json:
             print_json("phase", dataset)
         else:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from meanfield_jax.cli.output import local_store, outputs, write, write_png
+from meanfield_jax.cli.output import local_store, outputs, write, write_picture
 from meanfield_jax.cli.result import print_sweep
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.experiments.store import load_sweep
@@ -41,7 +41,7 @@ class Plot:
         pages = [] if self.html is None else outputs("--html", self.html, ".html")
         dataset = load_sweep(store)
         written = [
-            write_png(picture, plot_sweep(dataset, value=self.value)) for picture in pictures
+            write_picture(picture, plot_sweep(dataset, value=self.value)) for picture in pictures
         ]
         for path in pages:
             page = sweep_page(dataset, value=self.value).encode()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions, chosen
-from meanfield_jax.cli.output import outputs, write, write_png
+from meanfield_jax.cli.output import outputs, write, write_picture
 from meanfield_jax.cli.result import print_json
 from meanfield_jax.empirical.density import spectral_density
 from meanfield_jax.empirical.lanczos import top_eigenvalues
@@ -45,7 +45,7 @@ class Spectrum:
     top: int = 20
     """Number of largest eigenvalues to measure and list."""
     output: Path = Path("meanfield-jax-spectrum")
-    """Path of the picture (.png) and the numbers (.nc), without the suffix."""
+    """Path of the numbers (.nc) and of the picture (.png, or .pdf or .svg if it ends so)."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -89,7 +89,7 @@ class Spectrum:
         )
         written = [
             write(numbers, dataset.to_netcdf),
-            write_png(picture, figure),
+            write_picture(picture, figure),
         ]
         if self.json:
             print_json("spectrum", dataset)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from meanfield_jax import objectives
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import ComputationError, outputs, write, write_png
+from meanfield_jax.cli.output import ComputationError, outputs, write, write_picture
 from meanfield_jax.cli.result import print_json
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.network import Network
@@ -80,7 +80,7 @@ class Tune:
     max_steps: int = 200
     """Largest number of steps."""
     output: Path | None = None
-    """Path of the picture (.png) to write."""
+    """Path of the picture (.png, .pdf or .svg) to write."""
     save: Path | None = None
     """Path of the tuned specification (.json) to write, for use as --spec."""
     json: bool = False
@@ -92,7 +92,7 @@ class Tune:
         specs = [] if self.save is None else outputs("--save", self.save, ".json")
         with jax.enable_x64():
             tuned = self._tuned()
-            written = [write_png(path, plot_tuning(tuned)) for path in pictures]
+            written = [write_picture(path, plot_tuning(tuned)) for path in pictures]
             text = tuned.network.to_json()
             written += [write(path, lambda path: path.write_text(text)) for path in specs]
             if self.json:

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from meanfield_jax.cli.options import DataOptions, NetworkOptions
-from meanfield_jax.cli.output import ComputationError, outputs, write, write_png
+from meanfield_jax.cli.output import ComputationError, outputs, write, write_picture
 from meanfield_jax.cli.result import print_json
 from meanfield_jax.cli.tables import rates_table, spectrum_table, validation_table
 from meanfield_jax.experiments.validate import validate
@@ -46,7 +46,7 @@ class Validate:
     momentum: float = 0.9
     """Momentum of gradient descent."""
     output: Path = Path("meanfield-jax-validate")
-    """Path of the picture (.png) and the numbers (.nc), without the suffix."""
+    """Path of the numbers (.nc) and of the picture (.png, or .pdf or .svg if it ends so)."""
     json: bool = False
     """Print JSON instead of the table."""
 
@@ -71,7 +71,7 @@ class Validate:
         dataset.attrs["data"] = self.inputs.data
         written = [write(numbers, dataset.to_netcdf)]
         if "curve" in dataset:
-            written.append(write_png(picture, plot_validation(dataset)))
+            written.append(write_picture(picture, plot_validation(dataset)))
         if self.json:
             print_json("validate", dataset)
         else:
