@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meanfield_jax import data
-from meanfield_jax.cli.output import check_folder, write, write_png
+from meanfield_jax.cli.output import check_folder, write, write_picture
 from meanfield_jax.experiments import diagram
 from meanfield_jax.experiments.sweep import sweep
 from meanfield_jax.experiments.validate import validate
@@ -367,7 +367,7 @@ def main(options: Options) -> None:
     result = make(options.scale, folder, data_dir=options.data_dir, progress=True)
     record = json.dumps(result.record(), indent=1) + "\n"
     written = [
-        write_png(folder / f"{options.figure}.png", result.picture),
+        write_picture(folder / f"{options.figure}.png", result.picture),
         write(folder / f"{options.figure}.json", lambda path: path.write_text(record)),
     ]
     Console().print(*tables(result))

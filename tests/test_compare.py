@@ -19,6 +19,7 @@ from meanfield_jax.cli import main
 from meanfield_jax.cli.tables import comparison_table
 from meanfield_jax.experiments import progress
 from meanfield_jax.experiments.compare import norm_names, norm_of
+from meanfield_jax.plot_style import ETA_MAX
 from meanfield_jax.variants import with_norm
 
 RESNET = mf.preact_resnet(
@@ -193,11 +194,11 @@ def test_a_picture_without_points_is_drawn(names, compared):
 
 def test_the_picture_and_the_table_have_every_norm(compared):
     figure = mf.plot_comparison(compared)
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["own", "LN"]
     assert len(figure.axes) == 4
     assert comparison_table(compared).row_count == 4
-    assert figure.axes[0].child_axes[0].get_ylabel() == "eta_max"
+    assert figure.axes[0].child_axes[0].get_ylabel() == ETA_MAX
     figure.draw_without_rendering()
     bottom, top = figure.axes[0].get_ylim()
     right = figure.axes[0].child_axes[0].get_ylim()
