@@ -6,6 +6,7 @@ between it and ``<!-- end of result -->`` is made from ``benchmarks/results/NAME
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -324,6 +325,23 @@ def parametrization(record: dict[str, Any]) -> list[Rows]:
     return [Rows("", columns, rows)]
 
 
+def time_to_loss(record: dict[str, Any]) -> list[Rows]:
+    """Steps to a loss over those of the best rate of a grid, by network and rule."""
+    table: dict[str, dict[str, float | None]] = {}
+    for row in record["rows"]:
+        table.setdefault(row["case"], {})[row["rule"]] = row["ratio"]
+    rules = list(next(iter(table.values())))[1:]
+    rows = [
+        [case, *("-" if ratios[rule] is None else f"{ratios[rule]:.2f}" for rule in rules)]
+        for case, ratios in table.items()
+    ]
+    middle = [
+        statistics.median(ratios[rule] or math.inf for ratios in table.values()) for rule in rules
+    ]
+    rows.append(["median", *("-" if math.isinf(at) else f"{at:.2f}" for at in middle)])
+    return [Rows("", ["network", *rules], rows)]
+
+
 PARTS: dict[str, Callable[[Any], list[Rows]]] = {
     "claims": claims,
     "groups": rate_groups,
@@ -335,6 +353,7 @@ OWN: dict[str, Callable[[Any], list[Rows]]] = dict(
     fig2=figure2,
     domain=domain,
     parametrization=parametrization,
+    time_to_loss=time_to_loss,
     finite_width=finite_width,
     tuning_pays=tuning,
     tune_speed=tuning_seconds,
