@@ -32,8 +32,9 @@ from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.layers import BatchNorm
 from meanfield_jax.network import Network
 from meanfield_jax.plot_style import letters, picture
-from meanfield_jax.plots import draw_sweep, draw_validation
+from meanfield_jax.plots import draw_validation
 from meanfield_jax.presets import cnn, mlp
+from meanfield_jax.sweep_plots import draw_sweep
 from meanfield_jax.variants import VANILLA
 
 FRACTIONS = np.geomspace(1 / 16, 1, 9)

@@ -15,7 +15,8 @@ from meanfield_jax.empirical.trace import Trace, trace
 from meanfield_jax.errors import DataError, SpecError
 from meanfield_jax.experiments.boundary import measured_boundary
 from meanfield_jax.experiments.compare import compare
-from meanfield_jax.experiments.learning_rate import LearningRate, learning_rate
+from meanfield_jax.experiments.learning_rate import learning_rate
+from meanfield_jax.experiments.rate_result import LearningRate
 from meanfield_jax.experiments.schedule import Schedule, suggest_schedule
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.experiments.sweep import sweep
@@ -28,12 +29,12 @@ from meanfield_jax.plots import (
     plot_comparison,
     plot_phase_diagram,
     plot_spectrum,
-    plot_sweep,
     plot_tuning,
     plot_validation,
 )
 from meanfield_jax.presets import cnn, mlp, preact_resnet
 from meanfield_jax.status import Status
+from meanfield_jax.sweep_plots import plot_sweep
 from meanfield_jax.theory.analyze import Theory, analyze
 from meanfield_jax.theory.batch_growth import batch_growth
 from meanfield_jax.theory.fixed_point import FixedPoint, fixed_point

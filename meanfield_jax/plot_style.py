@@ -13,6 +13,7 @@ import numpy as np
 from meanfield_jax.layers.base import norm_layers
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.figure import Figure
 
 # the colours of Okabe & Ito, which colour-blind readers can distinguish
@@ -118,3 +119,8 @@ def smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     log_x, log_y = np.log(x[order]), np.log(y[order])
     between = np.unique(np.concatenate([log_x, np.linspace(log_x[0], log_x[-1], 200)]))
     return np.exp(between), np.exp(PchipInterpolator(log_x, log_y)(between))
+
+
+def scale_of(*values: xr.DataArray) -> str:
+    """A logarithmic axis, if it can show any of these values."""
+    return "log" if any(bool((array > 0).any()) for array in values) else "linear"

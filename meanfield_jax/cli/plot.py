@@ -13,7 +13,7 @@ from meanfield_jax.cli.result import print_sweep
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.experiments.store import load_sweep
 from meanfield_jax.page import sweep_page
-from meanfield_jax.plots import plot_sweep
+from meanfield_jax.sweep_plots import plot_sweep
 
 
 @dataclasses.dataclass(frozen=True)

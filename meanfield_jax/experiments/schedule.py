@@ -19,14 +19,9 @@ from meanfield_jax.empirical.fisher import FisherOperator
 from meanfield_jax.empirical.inputs import check_batch
 from meanfield_jax.empirical.loss import Loss, checked_targets, mean_loss
 from meanfield_jax.errors import DataError, SpecError, problem
-from meanfield_jax.experiments.learning_rate import (
-    LearningRate,
-    Optimizer,
-    learning_rate,
-    measured_again,
-    operator_of,
-    rule_of,
-)
+from meanfield_jax.experiments.learning_rate import Optimizer, learning_rate, rule_of
+from meanfield_jax.experiments.measured_rate import measured_again, operator_of
+from meanfield_jax.experiments.rate_result import LearningRate
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
 from meanfield_jax.pytree import pytree, static

@@ -21,8 +21,9 @@ from meanfield_jax.empirical.nnx_model import fisher_operator
 from meanfield_jax.empirical.trace import trace
 from meanfield_jax.errors import SpecError, problem
 from meanfield_jax.experiments.boundary import measured_boundary
-from meanfield_jax.experiments.learning_rate import LearningRate, learning_rate
+from meanfield_jax.experiments.learning_rate import learning_rate
 from meanfield_jax.experiments.progress import PRODUCTS, Stages, seconds_of
+from meanfield_jax.experiments.rate_result import LearningRate
 from meanfield_jax.kernel.kernel import STATISTICS
 from meanfield_jax.limits import within
 from meanfield_jax.network import Network
