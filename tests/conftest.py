@@ -65,5 +65,5 @@ def bounded_memory_maps():
     """Drops compiled programs before their memory maps reach Linux's limit of 65,530 a process."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
