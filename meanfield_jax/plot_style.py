@@ -101,7 +101,7 @@ def smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A smooth curve through the points, for logarithmic axes.
 
     Args:
-        x: Positive numbers, increasing.
+        x: Positive numbers, all different.
         y: Positive numbers, or NaN, where there is no curve.
 
     Returns:
