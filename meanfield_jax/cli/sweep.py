@@ -84,6 +84,7 @@ class Sweep:
     def run(self) -> None:
         """Trains, stores the results and prints the table."""
         store, grid = local_store(self.store), parse_grid(self.grid)
+        _use_all_cores()
         if self.distributed or self.coordinator is not None:
             self._connect()
         network = self.network.network(self.inputs.shape(self.network.net))
@@ -203,3 +204,15 @@ def _values(text: str, values: str) -> np.ndarray:
     if np.all(numbers == np.round(numbers)) and np.all(np.abs(numbers) < 2**53):
         numbers = numbers.astype(int)
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _use_all_cores() -> None:
+    """Makes every core of a CPU a device, among which the sweep divides the runs of a chunk.
+
+    Where JAX has started, or the number of devices is given in the environment, nothing changes.
+    """
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if given or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from meanfield_jax.checks import native
 from meanfield_jax.errors import SpecError, problem
-from meanfield_jax.experiments.in_turn import at_once
+from meanfield_jax.experiments.in_turn import IN_TURN
 from meanfield_jax.experiments.store import Region
 from meanfield_jax.experiments.train import bytes_of_cell
 from meanfield_jax.memory import memory_of
@@ -38,9 +38,9 @@ WHOLE = (*STRUCTURE, "seed")
 
 DEFAULTS = dict(batch_size=100, learning_rate=0.1, momentum=0.9, seed=0)
 
-CELLS = dict(cpu=16)
-"""The most cells of a chunk per device: little is lost when a small chunk is interrupted."""
-CELLS_ELSEWHERE = 1024
+CELLS_ON_CPU, CELLS_ELSEWHERE = 16, 1024
+"""The most cells of a chunk, on CPU in all and elsewhere for each device: little is lost when a
+small chunk is interrupted."""
 
 
 def split_grid(grid: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -121,8 +121,8 @@ def shape_of(region: Region) -> tuple[int, ...]:
 
 def cells_in_memory(recipes: Any, devices: list[Any]) -> int:
     """Cells per chunk: as many as fit into half of the devices' memory, and few on CPU."""
-    platform = devices[0].platform
-    most = CELLS.get(platform, CELLS_ELSEWHERE)
-    held = at_once(most, platform) / most * max(bytes_of_cell(recipe) for recipe in recipes)
+    if devices[0].platform in IN_TURN:
+        return max(CELLS_ON_CPU, len(devices))
     memory = memory_of(devices) / len(devices) / 2
-    return max(1, int(min(most, memory / held))) * len(devices)
+    each = max(bytes_of_cell(recipe) for recipe in recipes)
+    return max(1, int(min(CELLS_ELSEWHERE, memory / each))) * len(devices)

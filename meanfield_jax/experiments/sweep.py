@@ -126,8 +126,8 @@ def sweep(
         precision: Of the products in training, ``"float32"``, ``"tf32"`` or ``"bf16"``, as in
             :func:`train`; the predictions are in float32.
         devices: JAX devices to compute on; all local ones by default.
-        chunk_cells: Runs per chunk; by default as many as memory allows, at most 16 per device on
-            CPU and 1024 elsewhere.
+        chunk_cells: Runs per chunk; by default as many as memory allows and at most 1024 per
+            device, but on CPU 16, or one per device if there are more.
         detach: Whether to leave the distributed runtime (``jax.distributed.shutdown()``) once the
             work has been divided, so that a process that dies does not end the others.
         patience: Seconds without a new chunk (and at least five times as long as the slowest chunk
@@ -261,9 +261,9 @@ class _Share:
     def compute(self, progress: bool, watch: bool) -> float:
         """Computes and writes the chunks; returns the longest time that a call took."""
         picture = picture_of(self.store) if watch else None
-        mesh = jax.make_mesh(
-            (len(self.devices),), ("cell",), (AxisType.Auto,), devices=self.devices
-        )
+        # a device more than a chunk has cells would only compute one of them once more
+        devices = self.devices[: math.prod(self.store.layout.chunk)]
+        mesh = jax.make_mesh((len(devices),), ("cell",), (AxisType.Auto,), devices=devices)
         todo = {number: int(self._missing(number).sum()) for number in self.numbers}
         longest = 0.0
         count, total = sum(todo.values()), math.prod(self.store.layout.shape)
