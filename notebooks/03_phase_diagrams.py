@@ -27,7 +27,6 @@ import numpy as np
 import meanfield_jax as mf
 from meanfield_jax.cli.tables import sweep_table
 from meanfield_jax.experiments import diagram
-from meanfield_jax.plots import draw_sweep
 
 samples = mf.data.load("digits", num_samples=1000, flatten=True)
 test = mf.data.load("digits", split="test", flatten=True)
@@ -48,8 +47,7 @@ result
 # lines are theory: BatchNorm in training mode is what decides the stability of training.
 
 # %%
-figure, axes = plt.subplots(figsize=(6, 4.4), layout="constrained")
-draw_sweep(axes, result)
+mf.plot_sweep(result)
 
 # %% [markdown]
 # ## The boundary as a number
