@@ -9,7 +9,7 @@ import shape_checks
 
 compile_cache.start()
 shape_checks.start()
-# a worker of pytest-xdist has a core to itself: threads of NumPy that wait would take the others'
+# for the workers, which start later: NumPy's waiting threads would take the other workers' cores
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax  # noqa: E402
@@ -20,7 +20,7 @@ pytest_plugins = ["compile_report"]
 
 
 def pytest_collection_finish():
-    """Tracing makes millions of objects that live: fewer searches for garbage among them."""
+    """Collects garbage less often, because tracing makes millions of objects that stay alive."""
     gc.freeze()
     gc.set_threshold(50_000, 50, 50)
 

@@ -45,7 +45,7 @@ class Spectrum:
     top: int = 20
     """Number of largest eigenvalues to measure and list."""
     output: Path = Path("meanfield-jax-spectrum")
-    """Path of the numbers (.nc) and of the picture (.png, or .pdf or .svg if it ends so)."""
+    """Path of the numbers (.nc) and the picture (.png, or .pdf or .svg if the path ends so)."""
     json: bool = False
     """Print JSON instead of the table."""
 

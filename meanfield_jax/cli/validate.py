@@ -46,7 +46,7 @@ class Validate:
     momentum: float = 0.9
     """Momentum of gradient descent."""
     output: Path = Path("meanfield-jax-validate")
-    """Path of the numbers (.nc) and of the picture (.png, or .pdf or .svg if it ends so)."""
+    """Path of the numbers (.nc) and the picture (.png, or .pdf or .svg if the path ends so)."""
     json: bool = False
     """Print JSON instead of the table."""
 

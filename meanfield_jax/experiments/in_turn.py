@@ -18,7 +18,7 @@ def each(run: Callable[[C], R], cells: C) -> R:
     On CPU the runs take 0.7 to 1.1 of the time of a vmap (width 1000 to 100, batches of 100, two
     cores), half of its compile time and the memory of one run, and one that ends early (a branch of
     ``cond``, a ``while_loop``) saves its time. Cores that one operation does not fill are used
-    where each of them is a device.
+    if each of them is a device.
 
     Args:
         run: The function of one cell.
